@@ -149,7 +149,7 @@ class Trial:
 
 def outcome(trial: Trial, values: dict[tuple[Any, ...], int]) -> dict[str, Any]:
     """Recover one target and look at what came of it."""
-    from tp_hf_config.fieldmap.solve.integers import Conflict
+    from tp_hf_config.fieldmap.solve.fit import Conflict
     from tp_hf_config.fieldmap.solve.recover import Recovery, recover
     from tp_hf_config.model.config_json import field_name
 

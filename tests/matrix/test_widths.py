@@ -145,7 +145,7 @@ def test_a_refused_width_raises_before_pruning(name: str) -> None:
 def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tp_hf_config.fieldmap.legal_values.vanished_counts", lambda old, new: [])
+    monkeypatch.setattr("tp_hf_config.fieldmap.field_map.vanished_counts", lambda old, new: [])
     monkeypatch.setattr("tp_hf_config.planning.trajectory.run_failure", lambda *_: None)
     monkeypatch.setattr("tp_hf_config.twin.find_groups.rehearse", lambda *_: None)
     monkeypatch.setenv("TP_HF_CONFIG_CACHE", "off")

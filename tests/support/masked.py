@@ -11,8 +11,7 @@ from torch import nn
 from tp_hf_config.forward.observed_pass import PassResult
 from tp_hf_config.forward.run_recipe import PLAIN, RunRecipe
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.twin.masked_check import difference_of_pass, run_once
-from tp_hf_config.twin.pruned_pass import pruned_pass
+from tp_hf_config.twin.masked_check import difference_of_pass, pruned_pass, run_once
 
 
 def masked_difference(

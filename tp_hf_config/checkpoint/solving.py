@@ -17,9 +17,8 @@ from ..fieldmap.expressions import Expression, Power, Quantity
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
-from ..fieldmap.solve.candidates import hidden_counts
-from ..fieldmap.solve.integers import Conflict, Problem, open_together
-from ..fieldmap.solve.recover import Recovery, recover
+from ..fieldmap.solve.fit import Conflict, Problem, open_together
+from ..fieldmap.solve.recover import Recovery, hidden_counts, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, with_values
 from ..model.shapes import Mismatch

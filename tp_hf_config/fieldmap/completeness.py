@@ -48,7 +48,6 @@ def build_live(
 
 
 def _differ(live: Shapes, built: Shapes) -> bool:
-    """True if a model and a build differ in the names or shapes of their tensors."""
     return bool(compare(live, built)) or live.keys() != built.keys()
 
 
@@ -193,13 +192,11 @@ def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _counts_up(values: Sequence[Any]) -> bool:
-    """True if the values are whole numbers that rise by one."""
     first = values[0]
     return type(first) is int and list(values) == list(range(first, first + len(values)))
 
 
 def _varies(key: tuple[str, str], layers: Sequence[Mapping[tuple[str, str], Any]]) -> bool:
-    """True if the layers differ in this fact."""
     return any(facts.get(key) != layers[0].get(key) for facts in layers)
 
 

@@ -123,7 +123,6 @@ class Power:
         return self.values[name] * (ratio - 1)
 
     def _factor(self, name: FieldPath, steps: Mapping[FieldPath, int]) -> Fraction:
-        """Return the power of a field's value over its base value."""
         value = self.values[name]
         factor: Fraction = Fraction(value + steps.get(name, 0), value) ** self.exponents[name]
         return factor

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
-from math import prod
+from fractions import Fraction
+from functools import cached_property, reduce
+from math import lcm, prod
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,8 @@ from ..forward.find_recipe import dry_pass
 from ..forward.head_splits import HeadSplits
 from ..forward.run_recipe import PLAIN, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, with_values
-from ..model.shapes import Shapes, shapes
-from .depth import Depth
+from ..model.config_json import EntryOfKind, FieldPath, field_name, with_values
+from ..model.shapes import Shapes, shapes, vanished_counts
 from .expressions import Expression, Power, Quantity, followed
 
 
@@ -180,3 +180,223 @@ def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -
     """Return the field map with this state, as :func:`state_of` returns it."""
     attention = state["recipe"].attention
     return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
+
+
+Numbers = Mapping[str, tuple[int, ...]]
+"""Name of a list of layers -> for each of its layers, the number of another layer."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A config with the fewest layers that contain every kind, and how names map onto it.
+
+    Attributes:
+        data: the shallow config's JSON.
+        steps: for each change that removed layers: for each layer before it, the number of the
+            first remaining layer of its kind.
+        first_of_kind: for each layer of the shallow model's lists, the number of the first layer
+            of its kind.
+        stands_for: for each change: for each remaining layer, the number that a layer of its kind
+            had before; a different one for each while there are enough.
+        pieces: for each tensor dim around the layers that holds an equal piece for every layer
+            (Gemma 4's embedding): how many times as long it is in the full model.
+        entries: for each list of numbers with an entry for each layer: the keys of its entries for
+            each kind of layer.
+    """
+
+    data: dict[str, Any]
+    steps: tuple[Numbers, ...] = ()
+    first_of_kind: Numbers = dataclasses.field(default_factory=dict)
+    stands_for: tuple[Numbers, ...] = ()
+    pieces: Mapping[tuple[str, int], Fraction] = dataclasses.field(default_factory=dict)
+    entries: Mapping[FieldPath, tuple[EntryOfKind, ...]] = dataclasses.field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def canonical(self, name: str) -> str:
+        """Return the shallow model's name for a tensor or module of the full model."""
+        if name not in self._canonical:
+            self._canonical[name] = reduce(renumbered, self.steps, name)
+        return self._canonical[name]
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        """Cache: a deep model's names are asked for often."""
+        return {}
+
+    @property
+    def entry_names(self) -> list[str]:
+        """The fields in ``entries`` as people write them: ``intermediate_size[0-3]``."""
+        return [field_name((*field, key)) for field, keys in self.entries.items() for key in keys]
+
+    def by_kinds(self, values: Mapping[FieldPath, int]) -> dict[FieldPath, int]:
+        """Return fields with their values, with one field for all entries of each kind of layer."""
+        result: dict[FieldPath, int] = {}
+        for field, value in values.items():
+            keys = self.entries.get(field[:-1], field[-1:])
+            result.update({(*field[:-1], key): value for key in keys if key == field[-1]})
+        return result
+
+    def times(self, name: str, which: int | str) -> Fraction:
+        """Return how many times a quantity of the full model is what it is in the shallow one."""
+        if isinstance(which, str) or not self.pieces:
+            return Fraction(1)
+        return self.pieces.get((self.canonical(name), which), Fraction(1))
+
+    def times_outputs(self, shallow_name: str, outputs: int, shallow_shapes: Shapes) -> Fraction:
+        """Return how many times as many outputs a layer has in the full model.
+
+        ``shallow_name`` is its name in the shallow model, where it has so many ``outputs``; those
+        of an embedding are its weight's last dimension.
+        """
+        weight = f"{shallow_name}.weight"
+        ratios = (
+            self.pieces.get((weight, dim))
+            for dim, size in enumerate(shallow_shapes.get(weight, ()))
+            if size == outputs
+        )
+        return next((ratio for ratio in ratios if ratio is not None), Fraction(1))
+
+    def with_all_pieces(self, shallow_shapes: Shapes) -> Shapes:
+        """Return shapes of the shallow model with the sizes that they have in the full one."""
+        full = dict(shallow_shapes)
+        for (name, dim), ratio in self.pieces.items():
+            if name in full:
+                shape = full[name]
+                full[name] = (*shape[:dim], int(shape[dim] * ratio), *shape[dim + 1 :])
+        return full
+
+    def first(self, name: str) -> str:
+        """Return a shallow model's name as it is in the first layer of the same kind.
+
+        A layer of the shallow model need not have the number that it has in the full one.
+        """
+        return renumbered(name, self.first_of_kind)
+
+    def origin(self, name: str) -> str:
+        """Return the full model's name for a tensor or module of the shallow model."""
+        for step in reversed(self.stands_for):
+            name = renumbered(name, step, new=True)
+        return name
+
+
+def renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
+    """Return a name with other numbers of layers.
+
+    ``numbers`` names lists as ``name`` does if ``new``, otherwise as the returned name does.
+    """
+    if not numbers:
+        return name
+    parts: list[str] = []
+    prefix: list[str] = []
+    for part in name.split("."):
+        list_numbers = numbers.get(".".join(prefix))
+        number = (
+            str(list_numbers[int(part)]) if list_numbers is not None and part.isdigit() else part
+        )
+        parts.append(number)
+        prefix.append(part if new else number)
+    return ".".join(parts)
+
+
+STOPS = "the class does not run then"
+"""How the reason starts if a class builds at other values but does not run."""
+
+
+def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal | None:
+    """Return the class's refusal of these values, or None if it builds."""
+    model = field_map.build_at(values)
+    return model if isinstance(model, Refusal) else None
+
+
+def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
+    """Return which count of the class becomes 0 in a build at other values, or None."""
+    if isinstance(field_map.unpruned, Refusal):
+        return None  # the class refuses its own config: reported long before
+    vanished = vanished_counts(field_map.unpruned, new)
+    if not vanished:
+        return None
+    return Refusal(f"{vanished[0]} would be 0: a field that sets no shape would have to follow")
+
+
+def build_mismatch(
+    field_map: FieldMap, new: nn.Module, values: Mapping[FieldPath, int]
+) -> Refusal | None:
+    """Return how a build at other values differs from a model pruned to them, or None."""
+    old, built = field_map.shapes, shapes(new)
+    if old.keys() != built.keys():
+        return Refusal(f"the class builds other tensors there: {min(old.keys() ^ built.keys())}")
+    steps = {field: value - field_map.values[field] for field, value in values.items()}
+    others = [
+        (name, built[name][dim], pruned_size)
+        for (name, dim), expression in field_map.expressions.items()
+        if isinstance(dim, int) and name in built and expression.fields & steps.keys()
+        if (pruned_size := expression.evaluate(steps)) != built[name][dim]
+    ]
+    if not others:
+        return None
+    name, size, pruned_size = min(others)
+    return Refusal(f"the class builds {name} with {size}, pruning leaves {pruned_size}")
+
+
+def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
+    """Return why a class stops running at other values, or None; None too if it never runs.
+
+    A class may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``). Where
+    values of tensors decide what is computed, both passes assume the same. The pass is in float32
+    whatever the model's dtype (``new`` is float32 afterwards): in another dtype, what a class casts
+    to float32 is copied, and may run for that reason alone.
+    """
+    stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
+    if isinstance(stopped, Refusal):
+        return Refusal(f"{STOPS}: {stopped.reason}")
+    return None
+
+
+def ungrouped_change(
+    field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
+) -> Refusal | None:
+    """Return which dimension that is in no group (``held``) has an unexpected size, or None."""
+    steps = {field: value - field_map.values[field] for field, value in values.items()}
+    for name, shape in shapes(new).items():
+        was = field_map.shapes.get(name, shape)
+        for dim, (size, before) in enumerate(zip(shape, was, strict=True)):
+            expression = field_map.expressions.get((name, dim))
+            expected = before if expression is None else expression.evaluate(steps)
+            if size != expected and (name, dim) not in held:
+                return Refusal(
+                    f"{name} would have {size} instead of {before} along dimension {dim}, which "
+                    "follows it in steps: no unit of it holds a part of that"
+                )
+    return None
+
+
+def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
+    """Return the number that a field has to stay a multiple of while all other fields stay.
+
+    Llama's ``hidden_size`` has to be a multiple of its attention heads; most widths are free (1).
+    """
+    value = field_map.values[field]
+    others = sorted({v for other, v in field_map.values.items() if other != field and v < value})
+    pairs = {lcm(a, b) for a in others[:6] for b in (2, 4, 8)}
+    for step in sorted({1, 2, 4, 8, *others, *pairs}):
+        if value % step or 3 * step >= value:
+            continue
+        if all(refusal_of(field_map, {field: value - n * step}) is None for n in (1, 2, 3)):
+            return step
+    return 1
+
+
+def nearest_accepted(
+    field_map: FieldMap, values: dict[FieldPath, int], field: FieldPath
+) -> list[int]:
+    """Return the nearest values below and above that the class accepts, as far as 256 away."""
+    accepted: list[int] = []
+    for direction in (-1, 1):
+        for distance in range(1, 257):
+            value = values[field] + direction * distance
+            if value >= 1 and refusal_of(field_map, {**values, field: value}) is None:
+                accepted.append(value)
+                break
+    return accepted

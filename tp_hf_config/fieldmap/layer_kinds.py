@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CellType, CodeType
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from torch import nn
 
 from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
-from .layer_counts import by_number, rises
 
 Key = tuple[str, str]
 """A fact's key: a module inside the layer and its attribute, or ``_CONFIG`` and a config's key."""
@@ -76,7 +77,6 @@ class Kinds:
 
     @functools.cached_property
     def _differs(self) -> frozenset[Key]:
-        """The keys of the facts that not all layers share."""
         return frozenset(key for kind in self.kinds for key, _ in kind)
 
     def without_settings(self, names: Collection[str]) -> Kinds:
@@ -278,7 +278,6 @@ def _common_attributes() -> frozenset[str]:
 
 
 def _entry(values: Mapping[int, Any], number: int) -> Hashable:
-    """Return the comparable form of a layer's entry."""
     return plain(values.get(number))
 
 
@@ -304,7 +303,6 @@ class ModuleFacts:
         return self._at[id(module)]
 
     def _own(self, module: nn.Module) -> Iterator[tuple[str, Hashable]]:
-        """Yield the facts about a module itself, without those about its children."""
         yield CLASS, class_name(type(module))
         for key, value in vars(module).items():
             if key not in _EVERYWHERE:
@@ -318,7 +316,6 @@ class ModuleFacts:
                 yield name, (tuple(buffer.shape), str(buffer.dtype), saved)
 
     def _config(self, config: Any) -> Hashable:
-        """Return the comparable form of a config, made once for each config."""
         if id(config) not in self._configs:
             self._configs[id(config)] = ConfigText(config.to_json_string(use_diff=False))
         return self._configs[id(config)]
@@ -371,10 +368,90 @@ def plain(value: Any) -> Hashable:
 
 
 def _is_config(value: Any) -> bool:
-    """True if a value is a config."""
     return hasattr(value, "to_json_string")
 
 
 def class_name(value: Any) -> str:
     """Return the full name of a class or function."""
     return f"{value.__module__}.{value.__qualname__}"
+
+
+def rises(value: Any) -> bool:
+    """True if a list may hold numbers of layers: rising whole numbers from 0 on, at least one."""
+    return is_whole_number_list(value) and value == sorted(set(value)) and value[0] >= 0
+
+
+def by_number(value: Any) -> bool:
+    """True if this is a dictionary of entries for some layers, by their numbers (Gemma 4)."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
+
+
+def is_whole_number_list(value: Any) -> bool:
+    """True if this is a list of whole numbers, at least one."""
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
+
+
+def may_name_layers(value: Any) -> bool:
+    """True if a list may name several layers by their numbers."""
+    return rises(value) and len(value) > 1
+
+
+def names_in_code(model: nn.Module, without: Collection[str] = ()) -> frozenset[str]:
+    """Return every name and string in the code that a model's own classes run.
+
+    The search starts at the classes of the model's modules, and goes on to what their code calls in
+    the same packages or in ``transformers``. Functions whose name is in ``without`` are skipped.
+    """
+    classes = frozenset(type(module) for module in model.modules())
+    return _names_in_code_of(classes, frozenset(without))
+
+
+@functools.lru_cache(maxsize=16)
+def _names_in_code_of(classes: frozenset[type], without: frozenset[str]) -> frozenset[str]:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    generic = {*PreTrainedModel.__mro__, *nn.Sequential.__mro__, *nn.ModuleList.__mro__}
+    waiting: list[Any] = list(classes)
+    packages = {_package(kind) for kind in waiting} | {"transformers"}
+    words: set[str] = set()
+    visited: set[int] = set()
+    while waiting:
+        item = waiting.pop()
+        item = getattr(item, "fget", None) or getattr(item, "__func__", None) or item
+        if id(item) in visited or _package(item) not in packages - {"torch"}:
+            continue
+        visited.add(id(item))
+        if isinstance(item, type) and not issubclass(item, PretrainedConfig):
+            bases = [base for base in item.__mro__ if base not in generic]
+            waiting += [value for base in bases for value in vars(base).values()]
+        elif type(item) is dict:  # functions by name, as for rotary positions
+            waiting += item.values()
+        elif inspect.isfunction(item) and item.__name__ not in without:
+            names = set(_names_of(item.__code__))
+            words |= names
+            cells = [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+            called = [item.__globals__[name] for name in names if name in item.__globals__]
+            waiting += [x for x in (*cells, *called) if isinstance(x, type | dict) or callable(x)]
+    return frozenset(words)
+
+
+def _package(item: Any) -> str:
+    """Return the package of a class or function; ``transformers`` if it has none."""
+    return str(getattr(item, "__module__", "transformers")).partition(".")[0]
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    """Yield every name and string in a code object, and in the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _names_of(constant)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

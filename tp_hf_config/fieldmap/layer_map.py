@@ -24,9 +24,8 @@ from ..model.config_json import FieldPath, config_json
 from ..model.layer_class import layer_lists, stock_class
 from ..model.layer_entries import KEY, uniform_json
 from ..model.shapes import shapes
-from .depth import Depth
 from .expressions import Expression, Quantity
-from .field_map import FieldMap, nonlinear_fields
+from .field_map import Depth, FieldMap, nonlinear_fields
 from .learn_field_map import map_at, stored_or_learned
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,23 +17,29 @@ from torch import nn
 from ..errors import UnsupportedModelError, listed
 from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
-from ..model.config_json import EntryOfKind, FieldPath, config_json
+from ..model.config_json import EntryOfKind, FieldPath, config_json, config_nodes, value_at
 from ..model.disk_cache import class_digest, entry_key, folder, load, store
 from ..model.layer_class import layer_lists
 from ..model.shapes import Mismatch, compare, shapes
-from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_state
-from . import fit_expressions as lines
-from .candidate_fields import candidates
+from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, replaced, same_random_state
 from .completeness import build_live, missing_parts, notes_on_layer_order
-from .depth import Depth
-from .field_map import FieldMap, from_state, state_of
+from .field_map import Depth, FieldMap, from_state, state_of
 from .lower_depth import shallow
 from .probe import Study
-from .ratio_fields import find_ratio_partners, let_follow
-from .sensitivity import all_implied, independent, non_size_followers, sensitivities
+from .sensitivity import (
+    all_implied,
+    find_ratio_partners,
+    fit_expressions,
+    fit_powers,
+    independent,
+    let_follow,
+    non_size_followers,
+    sensitivities,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
 
 Learn = Callable[[Builder, Any, nn.Module, MakeInputs | None], FieldMap]
 """Takes a builder, a config, its build and the user's inputs; returns the field map."""
@@ -71,7 +78,6 @@ def map_of(
 
 
 def _says_widths(field_map: FieldMap) -> bool:
-    """True if a field map says of some field that it sets a width."""
     return bool(field_map.values or field_map.ratio_partners)
 
 
@@ -119,7 +125,6 @@ def _learned_once(
     make_inputs: MakeInputs | None,
     how: Learn,
 ) -> FieldMap:
-    """Return a field map from memory, or find it."""
     options = tuple(builder.options.items())
     data = config.to_json_string(use_diff=False)
     # the map holds the function
@@ -160,7 +165,6 @@ def stored_or_learned(
 
 
 def _disagreement(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> str:
-    """Return the message for a model whose shapes its own config does not build."""
     name = type(model).__name__
     if any("lora_" in mismatch.name or ".base_layer." in mismatch.name for mismatch in mismatches):
         advice = "It has PEFT adapters: merge them first (model.merge_and_unload())."
@@ -183,7 +187,7 @@ def learn(
 
     ``full`` is the class built from it, without data. Of a ``tiny`` model, all layers are kept, and
     the values of unset fields are not looked for; for its ``entries`` see
-    :class:`~tp_hf_config.fieldmap.depth.Depth`. Without a ``recipe``, one is found.
+    :class:`~tp_hf_config.fieldmap.field_map.Depth`. Without a ``recipe``, one is found.
     """
     data = config_json(config, use_diff=False)
     every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own
@@ -201,9 +205,9 @@ def learn(
     in_proportion = {
         field for follower, rule in study.ratio_rules.items() for field in (follower, *rule.fields)
     }
-    expressions = lines.expressions(study, values, probes)
+    expressions = fit_expressions(study, values, probes)
     moving = {field for expression in expressions.values() for field in expression.fields}
-    powers, unfitted = lines.powers(study, values, probes, expressions)
+    powers, unfitted = fit_powers(study, values, probes, expressions)
     must_equal |= non_size_followers(study, values, moving)
     with_effect = probes.keys() | must_equal.keys() | in_proportion
     return FieldMap(
@@ -227,3 +231,117 @@ def learn(
         unfitted=unfitted,
         recipe=study.recipe,
     )
+
+
+_FEW = 64
+"""Entries up to which a dictionary in a config may hold widths."""
+
+
+def candidates(
+    builder: Builder, data: dict[str, Any]
+) -> tuple[dict[FieldPath, int], list[FieldPath]]:
+    """Return the fields worth probing: the whole numbers and unset fields that the class reads.
+
+    Fields that are read but not declared are included (``getattr(config, "head_dim", None)``). The
+    first are numbers above 0, with their values. The second may hold a number, and are sorted by
+    their last key.
+    """
+    declared: dict[FieldPath, int] = {}
+    unset: list[FieldPath] = []
+    config = builder.config(data)
+    for config_class, field, value in _fields_read(data, config, lambda: builder.build(data)):
+        declared.update(_whole_numbers(value, field))
+        name = str(field[-1])
+        own = not name.startswith("_") and not _is_machinery(name)
+        if value is None and own and _takes_numbers(config_class, name):
+            unset.append(field)
+    return declared, sorted(unset, key=lambda field: str(field[-1]))  # same names side by side
+
+
+def numbers_read(
+    builder: Builder, data: dict[str, Any], run: Callable[[nn.Module], Any]
+) -> dict[FieldPath, int]:
+    """Return the whole numbers above 0 that the class reads while it runs.
+
+    ``run`` runs a model on the meta device.
+    """
+    model: Any = builder.build(data)
+    if isinstance(model, Refusal):
+        return {}
+    read = _fields_read(data, model.config, lambda: run(model))
+    return {
+        key: number
+        for _, field, value in read
+        for key, number in _whole_numbers(value, field).items()
+    }
+
+
+def _fields_read(
+    data: dict[str, Any], config: Any, act: Callable[[], Any]
+) -> Iterator[tuple[type, FieldPath, Any]]:
+    """Yield what an act reads of a config and those inside it: config class, field and value."""
+    nodes = dict(config_nodes(config))
+    with _recording_reads({type(node) for node in nodes.values()}) as reads:
+        act()
+    for nested, node in nodes.items():
+        part = value_at(data, nested)
+        for name in sorted(reads[type(node)]):
+            if (*nested, name) not in nodes:
+                value = part.get(name) if isinstance(part, dict) else None
+                yield type(node), (*nested, name), value
+
+
+def _whole_numbers(value: Any, field: FieldPath) -> dict[FieldPath, int]:
+    """Return the whole numbers above 0 in a value, each with its field."""
+    return {key: n for key, n in _entries(value, field) if type(n) is int and n > 0}
+
+
+def _takes_numbers(config_class: type, name: str) -> bool:
+    """True if a field's annotation allows whole numbers, or if it is not declared."""
+    declared = getattr(config_class, "__dataclass_fields__", {}).get(name)
+    return declared is None or any(word in str(declared.type) for word in ("int", "Any"))
+
+
+def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
+    """Yield a value, or every value inside a list or a small dictionary, each with its field."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _entries(entry, (*field, index))
+    elif isinstance(value, dict):  # a large one holds label names
+        for key, entry in value.items() if len(value) <= _FEW else ():
+            yield from _entries(entry, (*field, key))
+    else:
+        yield field, value
+
+
+def _is_machinery(name: str) -> bool:
+    """True if every config has this method or constant; ``num_labels`` is neither."""
+    from transformers import PretrainedConfig
+
+    attribute = getattr(PretrainedConfig, name, None)
+    if isinstance(attribute, property):
+        return attribute.fset is None
+    return hasattr(PretrainedConfig, name)
+
+
+@contextmanager
+def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
+    """Record which attributes this thread reads from configs of these classes, declared or not.
+
+    A config is read while it is made, too, so that no object but the class can record.
+    """
+    reads: dict[type, set[str]] = {cls: set() for cls in classes}
+
+    def recorder(cls: type, inherited: Any) -> Any:
+        def __getattribute__(self: Any, key: str) -> Any:
+            if not key.startswith("__"):
+                reads[cls].add(inherited(self, "attribute_map").get(key, key))
+            return inherited(self, key)
+
+        return __getattribute__
+
+    with ExitStack() as stack:
+        for cls in classes:
+            recording = recorder(cls, cls.__getattribute__)
+            stack.enter_context(replaced(cls, "__getattribute__", recording))
+        yield reads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -120,15 +120,9 @@ class ModelView:
         )
 
 
-class _CachedView(NamedTuple):
-    """What a view holds beside its model, and the state of the module that it was found in."""
-
-    state: tuple[Any, ...]
-    field_map: FieldMap
-    reference: nn.Module
-
-
-_cached_views: weakref.WeakKeyDictionary[nn.Module, _CachedView] = weakref.WeakKeyDictionary()
+_Cached = tuple[tuple[Any, ...], FieldMap, nn.Module]
+"""The state of a module, and the field map and reference build that belong to it."""
+_cached_views: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 
 
 def view_of(
@@ -156,9 +150,9 @@ def view_of(
     parts = tuple(map(id, module.modules()))
     state = (data, parts, tuple(shapes(model).items()), model.dtype, id(make_inputs))
     cached = _cached_views.get(module)
-    if cached is None or cached.state != state:
+    if cached is None or cached[0] != state:
         builder, reference = build_live(model, buffers=True)
         field_map = map_of(model, (builder, reference), make_inputs, by_layers)
         assert not isinstance(reference, Refusal)  # map_of raises then
-        cached = _cached_views[module] = _CachedView(state, field_map, reference)
-    return ModelView(model, cached.field_map, prefix, cached.reference)
+        cached = _cached_views[module] = (state, field_map, reference)
+    return ModelView(model, cached[1], prefix, cached[2])

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
+from math import prod
 
 from ..forward.head_splits import observe
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts
-from .batched_probes import each_of, may_matter, show_heads, without_effect
-from .candidate_fields import is_in_every_config
+from .expressions import Expression, Power, Quantity, product
 from .probe import (
     UNSET_PROBES,
     Probe,
+    Sizes,
     Study,
     breaks_off,
+    each_of,
     extrapolated,
+    may_matter,
     on_a_line,
     probe_values,
+    show_heads,
+    without_effect,
 )
 
 
@@ -83,7 +88,7 @@ def independent(
         may_follow = [
             (field, value)
             for field, value in result.items()
-            if values[other] % value == 0 and not is_in_every_config(field)
+            if values[other] % value == 0 and not _is_in_every_config(field)
         ]
         if not may_follow:
             continue
@@ -99,6 +104,13 @@ def independent(
             if steps[0] < steps[1]:
                 del result[field]
     return result
+
+
+def _is_in_every_config(field: FieldPath) -> bool:
+    """True if every config has the field, so that its default stands for no width of a class."""
+    from transformers import PretrainedConfig
+
+    return hasattr(PretrainedConfig, str(field[-1]))
 
 
 def sensitivities(
@@ -229,7 +241,6 @@ def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
 
 
 def _joint_probes(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
-    """Return probes of two fields of equal value that change to the same value."""
     probes: list[Probe] = []
     for joint_value in (2 * value, 3 * value):
         sizes = study.at({field: joint_value, other: joint_value})
@@ -276,3 +287,237 @@ def _with_partner(
             if sizes:
                 return [Probe(joint_values[field], sizes)]
     return []
+
+
+def fit_expressions(
+    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
+) -> dict[Quantity, Expression]:
+    """Return an expression for each quantity that changes along straight lines.
+
+    Quantities on no straight line (an image's number of patches) get none; only the proof looks at
+    them. ``values`` are the fields' own values.
+    """
+    slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
+    inexact: set[Quantity] = set()
+    for field, field_probes in probes.items():
+        for key in {key for probe in field_probes for key in probe.sizes}:
+            field_slopes = {
+                Fraction(probe.sizes.get(key, study.base[key]) - study.base[key])
+                / (probe.value - values[field])
+                for probe in field_probes
+                if probe.sizes.get(key) != 0
+            }
+            if len(field_slopes) == 1:
+                slope = field_slopes.pop()
+                if slope:
+                    slopes.setdefault(key, {})[field] = slope
+            elif field_slopes:
+                inexact.add(key)
+    pairs = _pairs(study, values, probes, slopes)
+    return {
+        key: _expression(study.base[key], key, by_field, values, pairs)
+        for key, by_field in slopes.items()
+        if key not in inexact
+    }
+
+
+def fit_powers(
+    study: Study,
+    values: Mapping[FieldPath, int],
+    probes: Mapping[FieldPath, list[Probe]],
+    straight: Collection[Quantity],
+) -> tuple[dict[Quantity, Power], dict[Quantity, frozenset[FieldPath]]]:
+    """Return the quantities on no straight line: those that are powers of fields, and the rest.
+
+    The rest come with the fields that change them. Those in ``straight`` have an expression
+    already.
+    """
+    sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
+    for field, field_probes in probes.items():
+        for probe in field_probes:
+            for key, size in probe.sizes.items():
+                if key not in straight and size:
+                    sizes.setdefault(key, {}).setdefault(field, []).append((probe.value, size))
+    fitted: dict[Quantity, Power] = {}
+    unfitted: dict[Quantity, frozenset[FieldPath]] = {}
+    for key, by_field in sizes.items():
+        exponents = {
+            field: _exponent(values[field], study.base[key], points)
+            for field, points in by_field.items()
+        }
+        if all(exponents.values()):
+            fitted[key] = Power(
+                study.base[key], exponents, {field: values[field] for field in exponents}
+            )
+        else:
+            unfitted[key] = frozenset(by_field)
+    return fitted, unfitted
+
+
+def _pairs(
+    study: Study,
+    values: Mapping[FieldPath, int],
+    probes: Mapping[FieldPath, list[Probe]],
+    slopes: Mapping[Quantity, Mapping[FieldPath, Fraction]],
+) -> list[tuple[dict[FieldPath, int], Sizes]]:
+    """Build with two fields changed at once, where a quantity mixes fields and is no plain product.
+
+    Return the steps of both fields and the size of every quantity, for each build.
+    """
+    wanted = {
+        frozenset(pair)
+        for key, by_field in slopes.items()
+        if len(by_field) > 1 and not _is_product(study.base[key], by_field, values)
+        for pair in combinations(by_field, 2)
+    }
+    result: list[tuple[dict[FieldPath, int], Sizes]] = []
+    for pair in wanted:
+        pair_values = {field: probes[field][0].value for field in pair}
+        sizes = study.at(pair_values)
+        if isinstance(sizes, dict):
+            steps = {field: pair_values[field] - values[field] for field in pair}
+            result.append((steps, {**study.base, **sizes}))
+    return result
+
+
+def _expression(
+    base: int,
+    key: Quantity,
+    slopes: Mapping[FieldPath, Fraction],
+    values: Mapping[FieldPath, int],
+    pairs: list[tuple[dict[FieldPath, int], Sizes]],
+) -> Expression:
+    """Return the expression of one quantity; ``pairs`` gives the products of fields in it."""
+    if len(slopes) > 1 and _is_product(base, slopes, values):
+        return product(base, {field: values[field] for field in slopes})
+    terms = {frozenset({field}): slope for field, slope in slopes.items()}
+    for steps, sizes in pairs:
+        if steps.keys() <= slopes.keys():
+            straight = base + sum((slopes[p] * step for p, step in steps.items()), Fraction(0))
+            cross = (sizes[key] - straight) / prod(steps.values())
+            if cross:
+                terms[frozenset(steps)] = cross
+    return Expression(base, terms)
+
+
+def _is_product(
+    base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
+) -> bool:
+    """True if a size is in proportion to every one of these fields."""
+    return all(slope * values[field] == base for field, slope in slopes.items())
+
+
+def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
+    """Return the power of a field that a size follows: 1, -1, 2, -2, or 0 if none of them fits.
+
+    ``points`` are other values of the field, each with the size there. A quotient that is not whole
+    everywhere is rounded down: 40 channels have 20 dimensions in each of 2 heads, 6 in each of 6.
+    """
+    for exponent in (1, -1, 2, -2):
+        powers = [base * Fraction(then, value) ** exponent for then, _ in points]
+        exact = [size == power for power, (_, size) in zip(powers, points, strict=True)]
+        rounded = exponent < 0 and [*map(int, powers)] == [size for _, size in points]
+        if all(exact) or (rounded and any(exact)):
+            return exponent
+    return 0
+
+
+RatioPartners = dict[FieldPath, tuple[FieldPath, ...]]
+"""Field -> the fields that have to change with it, by the same factor."""
+
+
+def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioPartners:
+    """Return the refused fields that the class accepts in proportion with others, and the others.
+
+    No such field can be probed alone: Mamba 2's heads times head dim is its inner width. Two fields
+    are partners if the class accepts both at twice their value, and builds other sizes then.
+    """
+    accepted: RatioPartners = {}
+    for field, other in combinations(study.refused, 2):
+        sizes = study.at({field: 2 * values[field], other: 2 * values[other]}, watch=False)
+        if isinstance(sizes, dict) and any(sizes.values()):
+            accepted[field] = (*accepted.get(field, ()), other)
+            accepted[other] = (*accepted.get(other, ()), field)
+    return accepted
+
+
+def let_follow(
+    study: Study, ratio_partners: RatioPartners, values: Mapping[FieldPath, int]
+) -> dict[FieldPath, list[Probe]]:
+    """Make one field of each proportion follow from the others in all builds from now on.
+
+    Of the fields that can follow, the one is chosen that makes the expressions simplest, and added
+    to ``study.ratio_rules``. Return the probes of the other fields of each proportion.
+    """
+    probes: dict[FieldPath, list[Probe]] = {}
+    for fields in _proportions(ratio_partners):
+        before = study.ratio_rules
+        tried: list[tuple[tuple[int, ...], Power, FieldPath, dict[FieldPath, list[Probe]]]] = []
+        for follower in fields:
+            rule = _rule(follower, fields, ratio_partners, values)
+            study.ratio_rules = {**before, follower: rule}
+            other_probes = _probe_all(study, rule, values)
+            if other_probes is not None:
+                complexity = _complexity(study, values, other_probes)
+                tried.append((complexity, rule, follower, other_probes))
+        study.ratio_rules = before
+        if tried:
+            _, rule, follower, other_probes = min(tried, key=lambda attempt: attempt[0])
+            study.ratio_rules = {**before, follower: rule}
+            probes |= other_probes
+    return probes
+
+
+def _proportions(ratio_partners: RatioPartners) -> Iterator[list[FieldPath]]:
+    """Yield the fields of each proportion: those that are partners directly or through others."""
+    remaining = sorted(ratio_partners, key=str)
+    while remaining:
+        connected = [remaining[0]]
+        for field in connected:
+            connected += [other for other in ratio_partners[field] if other not in connected]
+        remaining = [field for field in remaining if field not in connected]
+        yield sorted(connected, key=str)
+
+
+def _rule(
+    follower: FieldPath,
+    fields: Sequence[FieldPath],
+    ratio_partners: RatioPartners,
+    values: Mapping[FieldPath, int],
+) -> Power:
+    """Return how a field follows: in proportion to its partners, inversely to the other fields."""
+    others = {field: values[field] for field in fields if field != follower}
+    exponents = {field: 1 if field in ratio_partners[follower] else -1 for field in others}
+    return Power(values[follower], exponents, others)
+
+
+def _probe_all(
+    study: Study, rule: Power, values: Mapping[FieldPath, int]
+) -> dict[FieldPath, list[Probe]] | None:
+    """Probe each field that the rule's field follows from; None if one cannot be probed."""
+    probes: dict[FieldPath, list[Probe]] = {}
+    for field in rule.exponents:
+        field_probes = study.alone(field, values[field])
+        if not isinstance(field_probes, list) or not field_probes:
+            return None
+        probes[field] = field_probes
+    return probes
+
+
+def _complexity(
+    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
+) -> tuple[int, ...]:
+    """Return how complex the expressions are, as numbers to compare in this order.
+
+    They are the number of quantities without a rule, the number of times that a field is in several
+    terms of an expression, and the number of fields in all terms.
+    """
+    straight = fit_expressions(study, values, probes)
+    curved, unfitted = fit_powers(study, values, probes, straight)
+    several = parts = 0
+    for expression in straight.values():
+        products = expression.monomials(values)
+        own = [sum(field in fields for fields in products) for field in probes]
+        several += sum(number > 1 for number in own)
+        parts += sum(own)
+    return len(unfitted), several, parts + sum(len(power.fields) for power in curved.values())

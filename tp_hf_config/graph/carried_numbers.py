@@ -12,9 +12,9 @@ from ..fieldmap.field_map import FieldMap
 from ..fieldmap.unit_shares import Share
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
-from ..twin.channel_groups import counted_by, parts_counted_by
 from ..twin.group import TinyGroup
 from ..twin.layout import TensorDim, UnitLayout
+from ..twin.prove import counted_by, parts_counted_by
 from ..twin.tiny.tiny_model import TinyModel
 
 

@@ -10,9 +10,8 @@ from itertools import chain, islice
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.field_map import FieldMap, from_state, state_of
+from ..fieldmap.field_map import FieldMap, count_at_zero, from_state, state_of, ungrouped_change
 from ..fieldmap.layer_map import uniform_map
-from ..fieldmap.legal_values import count_at_zero, ungrouped_change
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal

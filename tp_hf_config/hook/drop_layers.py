@@ -13,8 +13,7 @@ from ..arguments import Count, check_arguments
 from ..calibration.importance import layer_influence
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import build_live, notes_on_options
-from ..fieldmap.fewer_layers import Change, config_without, layer_lists_in
-from ..fieldmap.kept_layers import KeptLayers
+from ..fieldmap.fewer_layers import Change, KeptLayers, config_without, layer_lists_in
 from ..fieldmap.layer_kinds import lists_of
 from ..fieldmap.learn_field_map import whole_build
 from ..graph.layer_fields import layers_listed

@@ -24,8 +24,7 @@ from ..fieldmap.solve.explain import (
     explain_unfilled,
     explain_vanished,
 )
-from ..fieldmap.solve.fit import build_with_shapes, fit
-from ..fieldmap.solve.integers import Conflict
+from ..fieldmap.solve.fit import Conflict, build_with_shapes, fit
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs, encoder_states_of
 from ..model.build import Refusal

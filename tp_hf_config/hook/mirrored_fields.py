@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..fieldmap.layer_counts import of_every_config
-from ..fieldmap.names_in_code import names_in_code
+from ..fieldmap.layer_kinds import names_in_code
+from ..fieldmap.lower_depth import of_every_config
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
     changed_values,

@@ -45,11 +45,15 @@ from ..planning.pruner_kwargs import pruner_kwargs
 from ..planning.settings import Layers
 from ..reports import Report, Rows, short
 from ..schema import versions
-from ..twin.masked_check import difference_of_pass, run_once
-from ..twin.pruned_pass import pruned_inputs_of, pruned_pass
-from ..twin.rehearse import fill, own_tensors
-from ..twin.tiny.random_weights import randomise, scale_convolutions
-from ..twin.tiny.tiny_model import TinyModel, tiny_model
+from ..twin.masked_check import (
+    difference_of_pass,
+    fill,
+    own_tensors,
+    pruned_inputs_of,
+    pruned_pass,
+    run_once,
+)
+from ..twin.tiny.tiny_model import TinyModel, randomise, scale_convolutions, tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

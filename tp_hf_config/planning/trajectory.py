@@ -8,8 +8,7 @@ from functools import cached_property
 from itertools import chain, islice, product
 from math import lcm
 
-from ..fieldmap.field_map import FieldMap
-from ..fieldmap.legal_values import STOPS, build_mismatch, count_at_zero, run_failure
+from ..fieldmap.field_map import STOPS, FieldMap, build_mismatch, count_at_zero, run_failure
 from ..graph.unit_count import UnitCount, multiple_below
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name

@@ -8,7 +8,7 @@ from math import gcd, lcm
 
 from torch import nn
 
-from ..fieldmap.legal_values import multiple_of
+from ..fieldmap.field_map import multiple_of
 from ..fieldmap.model_view import ModelView
 from ..graph.prunable import Width
 from ..graph.unit_count import UnitCount

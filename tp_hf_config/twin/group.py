@@ -172,14 +172,12 @@ def _part_of_list(model: nn.Module, name: str) -> str:
 
 
 def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
-    """Return the names of all parts of the list that a part is in, with its own."""
     above = part.rpartition(".")[0]
     children = model.get_submodule(above).named_children() if part else ()
     return [f"{above}.{key}" for key, _ in children]
 
 
 def _facts(model: nn.Module, part: str) -> dict[str, dict[str, Hashable]]:
-    """Return what is equal for parts that compute the same, by the modules inside."""
     facts = ModuleFacts()
     return {name: facts.of(module) for name, module in named_modules(model.get_submodule(part))}
 

@@ -12,20 +12,35 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..fieldmap.unit_shares import units_of
 from ..forward.observed_pass import PassResult, outputs_in_float64
-from ..forward.run_recipe import PLAIN, RunRecipe
+from ..forward.run_recipe import AXIS, PLAIN, RunRecipe, encoder_states_in, encoder_states_of
 from ..model.build import Refusal
-from ..model.tensors import is_matrix_stack, saved_buffers
-from .pruned_pass import Kept, PrunedPass, tensors_of
-from .width_scalars import AsNarrow, CutDim, DualWidth, as_written, take_scales
+from ..model.config_json import FieldPath, field_name
+from ..model.shortage import note_shortage
+from ..model.tensors import (
+    compute_unsaved,
+    is_matrix_stack,
+    parameter_names,
+    put_parameter,
+    saved_buffers,
+    select,
+)
+from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
+
+if TYPE_CHECKING:
+    from .group import Finding, TinyGroup
+    from .tiny.tiny_model import TinyModel
+
 
 EXACT = 1e-9
 """Largest relative difference at which two float64 outputs count as the same."""
@@ -91,7 +106,6 @@ def difference_of_pass(
 def _first_difference(
     expected: Sequence[Tensor], actual: Sequence[Tensor], kept: Kept
 ) -> Refusal | None:
-    """Return where an output first differs from the masked original, or None if nowhere."""
     if len(expected) != len(actual):
         return Refusal(f"{len(actual)} outputs, the original has {len(expected)}")
     for number, (full, value) in enumerate(zip(expected, actual, strict=True)):
@@ -288,3 +302,259 @@ def _cut_alike(full: Tensor, value: Tensor, axis: int, kept: Kept) -> list[tuple
         for rows in (output.movedim(axis, 0).reshape(output.shape[axis], -1),)
     ]
     return [*cut, (dense[0], dense[1])]
+
+
+Kept = dict[str, tuple[CutDim, ...]]
+"""The name of every tensor -> one ``CutDim`` for each dimension."""
+
+
+@dataclass(frozen=True)
+class PrunedPass:
+    """One forward pass of a pruned model.
+
+    Attributes:
+        kept: the kept positions of every tensor.
+        inputs: keyword arguments of the pass: those of the original, without removed channels.
+        outputs: the floating point outputs, watched results last.
+        sizes: the sizes that the model read (:class:`SizesRead`).
+    """
+
+    kept: Kept
+    inputs: dict[str, Any]
+    outputs: list[Tensor]
+    sizes: list[tuple[int, ...]]
+
+
+def pruned_pass(
+    original: nn.Module,
+    pruned: nn.Module,
+    inputs: Mapping[str, Any],
+    watched: Sequence[PassResult] = (),
+    recipe: RunRecipe = PLAIN,
+) -> PrunedPass | Refusal:
+    """Run a pruned model; the refusal says which tensor is no cut of the original's.
+
+    Encoder states among the inputs lose the channels that the layer which reads them lost.
+
+    Args:
+        original: the model before pruning, every weight random, in float64 and eval mode.
+        pruned: the model after pruning.
+        inputs: keyword arguments of one forward pass of the original.
+        watched: intermediate results that are compared like outputs.
+        recipe: how the class is run.
+    """
+    kept = kept_positions(original, pruned)
+    if isinstance(kept, Refusal):
+        return kept
+    pruned_inputs = _cut_inputs(inputs, original, kept, recipe)
+    with torch.no_grad(), as_written(pruned), SizesRead() as sizes_read:
+        outputs = outputs_in_float64(pruned, pruned_inputs, watched, recipe)
+    return PrunedPass(kept, pruned_inputs, outputs, sizes_read.sizes)
+
+
+def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
+    """Return the kept positions of every tensor, or a ``Refusal`` if one holds anything else."""
+    before, after = tensors_of(original), tensors_of(pruned)
+    if before.keys() != after.keys():
+        return Refusal(f"other tensors: {', '.join(sorted(before.keys() ^ after.keys())[:3])}")
+    kept: Kept = {}
+    for name, value in before.items():
+        cut_dims = cut_dims_of(value, after[name])
+        if isinstance(cut_dims, Refusal):
+            return Refusal(f"{name} holds {cut_dims.reason}")
+        kept[name] = cut_dims
+    return kept
+
+
+def pruned_inputs_of(
+    original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe
+) -> dict[str, Any] | Refusal:
+    """Return the inputs of a pruned model: those of the original, without removed channels.
+
+    Only encoder states lose channels. A ``Refusal`` says why the kept positions cannot be told.
+    """
+    if encoder_states_of(original, recipe.encoder_states) is None:
+        return dict(inputs)
+    kept = kept_positions(original, pruned)
+    return kept if isinstance(kept, Refusal) else _cut_inputs(inputs, original, kept, recipe)
+
+
+def _cut_inputs(
+    inputs: Mapping[str, Any], original: nn.Module, kept: Kept, recipe: RunRecipe
+) -> dict[str, Any]:
+    states_input = encoder_states_of(original, recipe.encoder_states)
+    states = encoder_states_in(original, inputs, recipe.encoder_states)
+    if states_input is None:
+        return dict(inputs)
+    index = kept[states_input.reader][states_input.dim].kept
+    return {**inputs, **{name: value.index_select(AXIS, index) for name, value in states.items()}}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and saved buffer by its name, detached."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | saved_buffers(model)
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
+    """Return which positions along each dimension pruning kept of a tensor of random values.
+
+    They are told by the values. The refusal says that ``after`` is not a selection from ``before``
+    along each dimension, in the same order.
+    """
+    if before.shape == after.shape:
+        if not torch.equal(before, after):
+            return Refusal("other values than before")
+        return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
+    if before.ndim != after.ndim:
+        return Refusal("other dimensions than before")
+    if not before.numel():  # an empty tensor (no such tokens): nothing tells which are kept
+        sizes = zip(before.shape, after.shape, strict=True)
+        return tuple(CutDim(size, torch.arange(new_size)) for size, new_size in sizes)
+    values, order = before.flatten().sort()
+    differs = F.pad(values[1:] != values[:-1], (1, 1), value=True)  # from the value before
+    unique = differs[1:] & differs[:-1]
+    where = torch.searchsorted(values, after.flatten()).clamp(max=len(values) - 1)
+    if not torch.equal(values[where], after.flatten()):
+        return Refusal("values that the original has not")
+    positions = torch.unravel_index(order[where], before.shape)
+    certain = unique[where].view(after.shape)
+    cut_dims: list[CutDim] = []
+    expected = before
+    for dim, (size, new_size) in enumerate(zip(before.shape, after.shape, strict=True)):
+        if size == new_size:
+            cut_dims.append(CutDim(size, torch.arange(size)))
+            continue
+        origins = positions[dim].view(after.shape).masked_fill(~certain, size)
+        kept = origins.movedim(dim, 0).reshape(new_size, -1).amin(1)  # they agree, or it differs
+        if not bool((kept.diff() > 0).all()) or bool((kept == size).any()):
+            return Refusal("channels in another order")
+        expected = expected.index_select(dim, kept)
+        cut_dims.append(CutDim(size, kept))
+    return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
+
+
+_BLIND_CUTS = 4
+"""After this many cuts that change no output, no more are tried."""
+
+
+def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
+    """Cut about half of a tiny width and compare; return why the width cannot be cut, or None.
+
+    A permutation shows that units are interchangeable, but not that the class counts them so: with
+    as many heads as dimensions in a head, one dimension of every head looks like one head. So a
+    smaller build has to equal the original with the removed units at zero.
+    """
+    name = " and ".join(map(field_name, finding.fields))
+    original = own_tensors(tiny.model)
+    blind_cuts, unbuilt = 0, ""
+    for values, staying in _cuts(tiny, finding):
+        smaller = tiny.field_map.builder.build_unfilled(tiny.field_map.config_at(values))
+        if isinstance(smaller, Refusal):
+            unbuilt = f": {smaller.reason}"
+            continue
+        smaller.tie_weights()  # type: ignore[operator]
+        added = min(own_tensors(smaller).keys() - original.keys(), default=None)
+        if added is not None:  # Jamba's layers with a single expert have no experts
+            unbuilt = f": it builds {added} then"
+            continue
+        outputs = fill(smaller, original, staying) or _outputs(tiny, smaller)
+        if isinstance(outputs, Refusal):
+            return Refusal(
+                f"with less of {name} the class computes something else than is left: "
+                f"{outputs.reason}"
+            )
+        if _is_change(tiny.outputs, outputs):
+            return None
+        blind_cuts += 1  # only padding of a sound may be left: other cuts may show more
+        if blind_cuts == _BLIND_CUTS:
+            break
+    if blind_cuts:
+        return Refusal(f"less of {name} changes no output, so that nothing shows what is left")
+    return Refusal(
+        f"less of {name} cannot be built in the tiny model, so that nothing shows it{unbuilt}"
+    )
+
+
+def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
+    """Return the outputs of a smaller build, or why it fails the masked check or does not run."""
+    given = (tiny.inputs, tiny.watched, tiny.recipe)
+    try:
+        run = pruned_pass(tiny.model, smaller, *given)
+        if isinstance(run, Refusal):
+            return run
+        return difference_of_pass(run, tiny.model, smaller, *given) or run.outputs
+    except Exception as error:  # a class may stop with any exception
+        note_shortage(error)
+        text = " ".join(str(error).split())
+        return Refusal(f"it does not run then: {type(error).__name__}: {text}")
+
+
+def _is_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """True if a cut changes any output. If it changes none, equal outputs prove nothing."""
+    return any(
+        old.shape != new.shape or bool((old - new).norm() > EXACT * old.norm())
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+_Staying = list[tuple["TinyGroup", Tensor]]
+"""Groups, each with the units that stay."""
+
+
+def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Staying]]:
+    """Yield smaller values of a width's fields, nearest to half first, with the units that stay."""
+    values, units = tiny.field_map.values, units_of(tiny.field_map, finding.fields)
+    for count in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
+        counts = [(group, count * group.per_field_unit) for group in finding.groups]
+        if all(number % group.channel_groups == 0 for group, number in counts):
+            smaller = {field: values[field] // units * count for field in finding.fields}
+            yield smaller, [(group, _random_units(group, number)) for group, number in counts]
+
+
+def _random_units(group: TinyGroup, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    size, per_channel_group = group.units // group.channel_groups, count // group.channel_groups
+    chosen = [
+        start + torch.randperm(size, generator=generator)[:per_channel_group]
+        for start in range(0, group.units, size)
+    ]
+    return torch.cat(chosen).sort().values
+
+
+def fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> Refusal | None:
+    """Give a smaller build the units that stay; return why that fails, or None.
+
+    Parameters of which all stays are those of the original (:func:`own_tensors`); with no groups,
+    that is every one.
+    """
+    masks: dict[str, dict[int, Tensor]] = {}
+    for group, staying in groups:
+        removed = CutDim(group.units, staying).removed
+        for dim in (dim for dim in group.dims if dim.name in original):  # not encoder states
+            size = original[dim.name].shape[dim.dim]
+            mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
+            mask[dim.layout.table(group.units)[removed].flatten()] = False
+    computed = compute_unsaved(smaller)
+    names = {names[0]: names for names in parameter_names(smaller).values()}
+    for name, value in own_tensors(smaller).items():
+        kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
+        cut = select(original[name].detach(), kept) if kept else original[name]
+        if cut.shape != value.shape:
+            return Refusal(f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}")
+        if name in computed and not torch.equal(cut, value):
+            return Refusal(
+                f"{name} is not saved, and computed anew from the config it holds other values"
+            )
+        if name not in names:  # a buffer
+            value.copy_(cut.detach())
+            continue
+        put_parameter(
+            smaller, names[name], cut if isinstance(cut, nn.Parameter) else nn.Parameter(cut)
+        )
+    return None
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and saved buffer by its name, tied ones by their first."""
+    return {**dict(model.named_parameters()), **saved_buffers(model)}

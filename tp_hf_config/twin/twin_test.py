@@ -9,7 +9,9 @@ way is a group. It is right if permuting its units leaves the outputs of the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +21,7 @@ from ..forward.observed_pass import PassResult, following, outputs_in_float64
 from ..forward.output_tensors import largest_by_name, largest_in
 from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe, encoder_states_in
-from .edits import Edits
 from .layout import TensorDim, UnitLayout, positions_of
-from .links import Links, merged
 
 _EQUAL = 1e-9
 """Largest relative difference at which two float64 results count as the same."""
@@ -158,7 +158,6 @@ class TwinTest:
             return not self._observed(dims, grads, first, second)[1]
 
     def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
-        """Give one unit the weights of another in every tensor dim, in place."""
         for dim in dims:
             source, target = self._positions(dim, first, second)
             values = self.parameters[dim.name].data.index_select(dim.dim, source)
@@ -391,6 +390,62 @@ class TwinTest:
         return result
 
     def _positions(self, dim: TensorDim, *units: int) -> list[Tensor]:
-        """Return the positions of each of these units along a tensor dim."""
         device = self.parameters[dim.name].device
         return [positions_of(dim.layout, unit, self.units, device) for unit in units]
+
+
+class Edits:
+    """The changes that an experiment makes to some tensors, until it ends.
+
+    Only the positions that change are kept: a copy of every tensor takes longer than a pass.
+
+    Args:
+        tensors: the tensors by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+        self._before: list[tuple[TensorDim, Tensor, Tensor]] = []
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the tensors that are changed now."""
+        return {dim.name for dim, _, _ in self._before}
+
+    def write(self, dim: TensorDim, positions: Tensor, values: Tensor) -> None:
+        """Give different positions along a tensor dim these values, in place."""
+        data = self._tensors[dim.name].data
+        self._before.append((dim, positions, data.index_select(dim.dim, positions)))
+        data.index_copy_(dim.dim, positions, values)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """At the end of the context, put back what was written in it."""
+        start = len(self._before)
+        try:
+            yield
+        finally:
+            for dim, positions, values in reversed(self._before[start:]):
+                self._tensors[dim.name].data.index_copy_(dim.dim, positions, values)
+            del self._before[start:]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a twin test shows.
+
+    Attributes:
+        groups: tensor dims that belong together.
+        unequal: tensor dims in which the two units are told apart.
+        unobserved: tensor dims without a gradient, so that where they belong cannot be seen.
+    """
+
+    groups: tuple[tuple[TensorDim, ...], ...]
+    unequal: tuple[TensorDim, ...]
+    unobserved: tuple[TensorDim, ...]
+
+
+def merged(groups: Sequence[set[TensorDim]], added: set[TensorDim]) -> list[set[TensorDim]]:
+    """Return the groups with one more, which takes in all that share a tensor dim with it."""
+    overlapping = [group for group in groups if group & added]
+    return [*(group for group in groups if not group & added), added.union(*overlapping)]

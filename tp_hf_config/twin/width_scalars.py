@@ -203,7 +203,6 @@ class AsNarrow(TorchFunctionMode):
 
 
 def _with_scaled_queries(args: Sequence[Any], factor: float) -> Sequence[Any]:
-    """Return the arguments of ``F.multi_head_attention_forward`` with scaled query weights."""
     width = args[3]
     scaled = list(args)
     for place in (5, 6):  # weight and bias of queries, keys and values
@@ -213,7 +212,6 @@ def _with_scaled_queries(args: Sequence[Any], factor: float) -> Sequence[Any]:
 
 
 def _reads_sizes(func: Any) -> bool:
-    """True if a function of torch reads one or all sizes of a tensor."""
     return func is Tensor.size or func == _SHAPE
 
 
@@ -242,5 +240,4 @@ class _Sizes(tuple[int, ...]):
     """The sizes of a tensor, some of them a ``DualWidth``."""
 
     def numel(self) -> int:
-        """Return the number of elements, as before pruning."""
         return math.prod(map(int, self))

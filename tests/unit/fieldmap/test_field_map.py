@@ -15,24 +15,22 @@ from transformers.utils import logging as hf_logging
 
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.fieldmap import (
-    depth,
-    fit_expressions,
     learn_field_map,
     lower_depth,
     probe,
     sensitivity,
 )
-from tp_hf_config.fieldmap.batched_probes import may_matter
-from tp_hf_config.fieldmap.field_map import FieldMap
+from tp_hf_config.fieldmap.field_map import Depth, FieldMap
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
+from tp_hf_config.fieldmap.probe import may_matter
+from tp_hf_config.fieldmap.solve.fit import Conflict, Problem, solve
 from tp_hf_config.forward.head_splits import heads_of, observe
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json, with_values
 from tp_hf_config.model.shapes import named_modules, shapes
 
 Values = dict[tuple[str | int, ...], int]
-SEEDS = range(10)
+SEEDS = range(5)
 
 
 def sizes(rng: random.Random, **choices: Any) -> Values:
@@ -242,7 +240,7 @@ def test_learn_from_one_config_and_find_another(name: str):
         rebuilt = field_map.builder.build(with_values(base, {**start, **result}))
         assert not isinstance(rebuilt, Refusal)
         assert shapes(rebuilt) == shapes(target)
-    assert moved > 5
+    assert moved > 2
 
 
 def test_fields_that_are_read_and_not_declared():
@@ -446,7 +444,7 @@ def test_a_study_of_what_cannot_be_built_says_so():
     data = with_values(config_json(model.config), {("hidden_size",): 33})
     said = r"the class does not build its own config: .*\(33\) is not a multiple of"
     with pytest.raises(UnsupportedModelError, match=said):
-        probe.Study(Builder(model), depth.Depth(data), {})
+        probe.Study(Builder(model), Depth(data), {})
 
 
 def test_an_entry_of_a_list_that_counts_layers_is_lowered():
@@ -715,7 +713,7 @@ def test_what_every_config_has_follows_no_width(monkeypatch: pytest.MonkeyPatch)
     """Two labels where none are named are asked for no width of the class."""
     model = small.llama()
     builder, data = Builder(model), config_json(model.config, use_diff=False)
-    asked = probe.Study(builder, depth.Depth(data), {})
+    asked = probe.Study(builder, Depth(data), {})
     monkeypatch.setattr(asked, "build", lambda values: pytest.fail(f"built at {values}"))
     values = {("hidden_size",): model.config.hidden_size}
     assert sensitivity.independent(asked, {("num_labels",): 2}, values) == {("num_labels",): 2}
@@ -739,4 +737,4 @@ def test_a_quotient_is_found_though_other_numbers_of_heads_round_it() -> None:
     model = hf.SamVisionModel(config)
     power = map_of(model).powers["vision_encoder.layers.0.attn.rel_pos_h", 1]
     assert (power.base, power.exponents) == (20, {hidden: 1, heads: -1})
-    assert [fit_expressions._exponent(2, 20, [(4, at), (6, 6)]) for at in (10, 9)] == [-1, 0]
+    assert [sensitivity._exponent(2, 20, [(4, at), (6, 6)]) for at in (10, 9)] == [-1, 0]

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tp_hf_config.fieldmap.expressions import Expression, Power, followed, product
-from tp_hf_config.fieldmap.solve.integers import Conflict, Problem, solve
+from tp_hf_config.fieldmap.solve.fit import Conflict, Problem, solve
 from tp_hf_config.model.config_json import FieldPath
 
 HEADS: FieldPath = ("num_attention_heads",)

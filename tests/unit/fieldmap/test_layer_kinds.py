@@ -15,15 +15,14 @@ from torch import nn
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.fieldmap import layer_kinds
-from tp_hf_config.fieldmap.depth import Depth
+from tp_hf_config.fieldmap.field_map import Depth
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.lower_depth import shallow
 from tp_hf_config.forward.inputs import example_inputs, second_sample
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal, without_data
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.twin.tiny.random_weights import randomise
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 _TEXT = {
     "vocab_size": 64,

@@ -16,7 +16,7 @@ from tp_hf_config.forward.coverage import forward_error, unreached_by, working_i
 from tp_hf_config.forward.head_splits import splits_with
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.twin.layout import TensorDim
-from tp_hf_config.twin.tiny.random_weights import randomise
+from tp_hf_config.twin.tiny.tiny_model import randomise
 from tp_hf_config.twin.twin_test import TwinTest
 
 _LAYER: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch import nn
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
 from tp_hf_config.forward.coverage import WorkingInputs, unreached_by, working_inputs
 from tp_hf_config.forward.output_tensors import methods_beside, outputs_of
-from tp_hf_config.twin.tiny.random_weights import randomise
+from tp_hf_config.twin.tiny.tiny_model import randomise
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 

@@ -12,13 +12,11 @@ from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by, working_inputs
 from tp_hf_config.forward.inputs import example_inputs
 from tp_hf_config.model.build import Refusal, without_data
-from tp_hf_config.twin.find_groups import _find
-from tp_hf_config.twin.joint_fields import equal_together
+from tp_hf_config.twin.find_groups import _find, equal_together
+from tp_hf_config.twin.masked_check import rehearse
 from tp_hf_config.twin.prove import is_unread
-from tp_hf_config.twin.rehearse import rehearse
-from tp_hf_config.twin.tiny.random_weights import randomise
 from tp_hf_config.twin.tiny.shrink import small_tokens
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _AUDIO, _IMAGE, _VIDEO = 5, 6, 7

@@ -27,9 +27,8 @@ from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.support import subject
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
-from tp_hf_config.twin.links import Links
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
-from tp_hf_config.twin.twin_test import TwinTest
+from tp_hf_config.twin.twin_test import Links, TwinTest
 
 HIDDEN, HEADS, RUN, TOKENS = 12, 4, 3, 5
 

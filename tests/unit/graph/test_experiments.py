@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 
 from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, plan, prunable, pruner_kwargs
 from tp_hf_config.fieldmap import learn_field_map
-from tp_hf_config.fieldmap.depth import Depth
+from tp_hf_config.fieldmap.field_map import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
 from tp_hf_config.graph import experiments
 from tp_hf_config.graph.prunable import widths_of

@@ -16,7 +16,7 @@ from masked_original import assert_same_as_masked, outputs
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
-from tp_hf_config.twin import channel_groups
+from tp_hf_config.twin import prove
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -301,13 +301,13 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
 
 def test_an_experiment_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    own = channel_groups._scales_parts
+    own = prove._scales_parts
 
     def scales(*args: Any) -> Any:
         asked.append(args[:2])
         return own(*args)
 
-    monkeypatch.setattr(channel_groups, "_scales_parts", scales)
+    monkeypatch.setattr(prove, "_scales_parts", scales)
     model = mamba_2(num_hidden_layers=5)
     assert {width.name: width.reason for width in prunable(model).widths}[
         "expand + head_dim"

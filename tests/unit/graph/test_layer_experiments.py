@@ -8,7 +8,7 @@ import pytest
 import transformers as hf
 
 from tp_hf_config.fieldmap.completeness import build_live
-from tp_hf_config.fieldmap.depth import Depth
+from tp_hf_config.fieldmap.field_map import Depth
 from tp_hf_config.fieldmap.layer_map import uniform_map
 from tp_hf_config.graph.experiments import experiments_of
 from tp_hf_config.graph.layer_experiments import LayerFindings

@@ -15,8 +15,7 @@ from tp_hf_config.fieldmap.expressions import Expression, Power
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import module_of
-from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter
-from tp_hf_config.twin.tiny.image_sizes import smaller_images
+from tp_hf_config.twin.tiny.compute_budget import in_proportion, lighter, smaller_images
 from tp_hf_config.twin.tiny.requirements import (
     Requirements,
     _keeps_order_alone,

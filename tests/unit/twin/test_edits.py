@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tp_hf_config.twin.edits import Edits
 from tp_hf_config.twin.layout import TensorDim
+from tp_hf_config.twin.twin_test import Edits
 
 
 def test_what_was_written_is_put_back_in_the_opposite_order() -> None:

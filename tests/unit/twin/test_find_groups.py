@@ -22,8 +22,7 @@ from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Builder, Refusal, module_of
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
-from tp_hf_config.twin.tiny.random_weights import randomise
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 from tp_hf_config.twin.twin_test import TwinTest
 
 _SIZES: dict[str, Any] = {

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from tp_hf_config.fieldmap.expressions import Expression
-from tp_hf_config.twin.joint_fields import equal_by_chance, equal_fields, grouped_heads
+from tp_hf_config.twin.find_groups import equal_fields, grouped_heads
+from tp_hf_config.twin.tiny.tiny_model import equal_by_chance
 
 QUERIES, GROUPS, POINTS = ("num_heads",), ("num_groups",), ("cross_num_points",)
 PLACES = {

@@ -16,9 +16,8 @@ from tp_hf_config.twin.find_groups import find_groups
 from tp_hf_config.twin.group import Finding
 from tp_hf_config.twin.layout import TensorDim, UnitLayout, places_of
 from tp_hf_config.twin.layout_search import Style, searched
-from tp_hf_config.twin.links import Links
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
-from tp_hf_config.twin.twin_test import TwinTest
+from tp_hf_config.twin.twin_test import Links, TwinTest
 
 STYLES = 12
 LAYOUTS = [(number, UnitLayout(run=1 + number)) for number in range(10)]

@@ -11,10 +11,9 @@ import torch
 from tp_hf_config.fieldmap.unit_shares import Share
 from tp_hf_config.twin.find_groups import _without_twins
 from tp_hf_config.twin.layout import TensorDim
-from tp_hf_config.twin.layout_guesses import layouts_of
-from tp_hf_config.twin.links import Links
+from tp_hf_config.twin.layout_search import layouts_of
 from tp_hf_config.twin.prove import second_look
-from tp_hf_config.twin.twin_test import TwinTest
+from tp_hf_config.twin.twin_test import Links, TwinTest
 
 ROWS, COLUMNS, OTHER = TensorDim("0.weight", 0), TensorDim("1.weight", 1), TensorDim("2.weight", 0)
 FIELD = ("hidden_size",)

@@ -14,8 +14,7 @@ from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.observed_pass import outputs_in_float64
 from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.build import without_data
-from tp_hf_config.twin.tiny.random_weights import randomise, scale_convolutions
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, scale_convolutions, tiny_model
 
 
 @pytest.fixture(autouse=True)

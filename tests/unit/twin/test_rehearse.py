@@ -17,15 +17,14 @@ from tp_hf_config import (
     pruner_kwargs,
     supports,
 )
+from tp_hf_config.fieldmap.field_map import ungrouped_change
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.fieldmap.legal_values import ungrouped_change
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import FieldPath, config_json
 from tp_hf_config.pipeline.support import subject
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.masked_check import _channel_axis
-from tp_hf_config.twin.rehearse import rehearse
+from tp_hf_config.twin.masked_check import _channel_axis, rehearse
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.width_scalars import CutDim, DualWidth
 

@@ -8,14 +8,13 @@ import transformers as hf
 from tiny_costs import costs, known_of
 from torch import nn
 
-from tp_hf_config.fieldmap.candidate_fields import numbers_read
-from tp_hf_config.fieldmap.learn_field_map import map_of
+from tp_hf_config.fieldmap.learn_field_map import map_of, numbers_read
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import Builder
-from tp_hf_config.twin.tiny import compute_budget, run_numbers
-from tp_hf_config.twin.tiny.image_sizes import images_in_proportion
-from tp_hf_config.twin.tiny.run_numbers import (
+from tp_hf_config.twin.tiny import compute_budget
+from tp_hf_config.twin.tiny.compute_budget import (
     cheaper,
+    images_in_proportion,
     with_equal_values,
     with_smaller_inputs,
 )
@@ -71,7 +70,7 @@ def test_numbers_that_only_the_forward_pass_reads_are_found() -> None:
 def test_a_slow_detector_looks_for_fewer_objects_in_a_smaller_image(monkeypatch: Any) -> None:
     field_map = map_of(QueriesModel(QueriesConfig()))
     assert field_map.recipe.form == 1  # 64 pixels a side have 64 places, of 300
-    monkeypatch.setattr(run_numbers, "_SLOW", 20_000)
+    monkeypatch.setattr(compute_budget, "_SLOW", 20_000)
     monkeypatch.setattr(compute_budget, "_HEAVY", 10_000)
     tiny = tiny_model(field_map)
     assert isinstance(tiny, TinyModel)
@@ -91,7 +90,7 @@ def test_only_a_form_of_inputs_with_which_a_slow_model_goes_as_far_replaces_anot
     monkeypatch: Any,
 ) -> None:
     field_map = map_of(QueriesModel(QueriesConfig()))
-    monkeypatch.setattr(run_numbers, "_SLOW", 20_000)
+    monkeypatch.setattr(compute_budget, "_SLOW", 20_000)
     model = field_map.build_at({})
     assert isinstance(model, nn.Module)
     assert with_smaller_inputs(model, field_map.recipe) == field_map.recipe  # 300 of 64 places
@@ -103,7 +102,7 @@ def test_only_a_form_of_inputs_with_which_a_slow_model_goes_as_far_replaces_anot
 
 def slow(read: Any, monkeypatch: Any) -> None:
     """Let a forward pass read these numbers."""
-    monkeypatch.setattr(run_numbers, "numbers_read", lambda *_: read)
+    monkeypatch.setattr(compute_budget, "numbers_read", lambda *_: read)
 
 
 def test_a_number_goes_down_to_its_smallest_divisor_that_the_class_takes(monkeypatch: Any) -> None:

@@ -12,8 +12,8 @@ from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import without_data
 from tp_hf_config.model.config_json import value_at
+from tp_hf_config.twin.tiny.compute_budget import with_smaller_inputs
 from tp_hf_config.twin.tiny.requirements import Requirements
-from tp_hf_config.twin.tiny.run_numbers import with_smaller_inputs
 from tp_hf_config.twin.tiny.shrink import shrunken, small_tokens
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 

@@ -14,7 +14,7 @@ from masked import masked_difference
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook, pruner_kwargs
-from tp_hf_config.fieldmap.layer_counts import may_name_layers
+from tp_hf_config.fieldmap.layer_kinds import may_name_layers
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by
 from tp_hf_config.forward.inputs import example_inputs, second_sample
@@ -23,8 +23,7 @@ from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.tiny.random_weights import randomise
-from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
+from tp_hf_config.twin.tiny.tiny_model import TinyModel, randomise, tiny_model
 
 pytestmark = pytest.mark.skipif(
     small.TRANSFORMERS < (5,), reason="Transformers 4 has other configs of Qwen3-VL"

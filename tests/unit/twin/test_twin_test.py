@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
-from tp_hf_config.twin.links import Links
-from tp_hf_config.twin.twin_test import TwinTest
+from tp_hf_config.twin.twin_test import Links, TwinTest
 
 HIDDEN, INNER, TOKENS = 12, 10, 5
 RUN, HEADS = 4, 6

@@ -9,9 +9,8 @@ from ...errors import ConfigSyncError, listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, field_name
 from ...model.shapes import Mismatch
-from ..field_map import FieldMap
-from ..legal_values import nearest_accepted
-from .integers import Conflict
+from ..field_map import FieldMap, nearest_accepted
+from .fit import Conflict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +107,6 @@ def explain_unfilled(model: PreTrainedModel, names: Sequence[str]) -> ConfigSync
 
 
 def _needs(by_value: dict[int | float, list[str]], base: int | None) -> str:
-    """Return as text which layers need which value of a field, and the value that it had."""
     parts = []
     for value, names in sorted(by_value.items()):
         if names:

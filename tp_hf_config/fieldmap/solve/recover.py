@@ -6,36 +6,25 @@ stays as it is where it can. A config is only accepted if the class builds these
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
+from math import gcd, prod
 from typing import Any
 
 from torch import nn
 
 from ...errors import listed
 from ...model.build import Refusal
-from ...model.config_json import FieldPath
-from ...model.shapes import Mismatch, Shapes, shapes
+from ...model.config_json import FieldPath, with_values
+from ...model.shapes import Mismatch, Shapes, compare, shapes
 from ...model.tensors import ties_of
 from ..expressions import Quantity
 from ..field_map import FieldMap
-from .candidates import (
-    SMALL,
-    Goal,
-    hidden_counts,
-    others,
-    solutions,
-    with_heads,
-    with_other_size,
-)
-from .fit import Values, build_with_shapes, fit
-from .integers import Conflict
+from .fit import Conflict, Values, build_with_shapes, fit, open_together, problem_of
 
 _MOST_GUESSES = 64
 """Values of joint fields that are tried."""
-_FARTHEST = 64
-"""Distance from a value up to which others are tried that may build the same shapes."""
 _LISTED = 8
 """Solutions that are tried, and that a conflict lists."""
 
@@ -82,34 +71,8 @@ def recover(
     (values,) = fitting
     proof = build_with_shapes(field_map, field_map.data, target, values)
     if isinstance(proof, tuple):
-        recovery = Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
-        return _several(field_map, recovery, given) or recovery
+        return Recovery(values, proof[0], frozenset(hidden_counts(field_map)) - given.keys())
     return proof if isinstance(proof, Refusal) else _mismatched(field_map, proof)
-
-
-def _several(
-    field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
-) -> Conflict | None:
-    """Return a conflict if several values of a changed field build the same, or None."""
-    values = recovery.values
-    for field in values.keys() - given.keys() - field_map.must_equal.keys() - recovery.undecided:
-        if values[field] != field_map.sizes.get(field):
-            equal_values = _equal_values(field_map, values, field)
-            if len(equal_values) > 1:
-                return Conflict(ambiguous=[{field: value} for value in equal_values])
-    return None
-
-
-def _equal_values(field_map: FieldMap, values: Values, field: FieldPath) -> list[int]:
-    """Return the values of a field next to its own, and its own, that build the same shapes."""
-    built, own_value = field_map.shapes_at(values), values[field]
-    equal_values = [own_value]
-    for step in (-1, 1) if not isinstance(built, Refusal) else ():
-        for other in range(own_value + step, own_value + step * (_FARTHEST + 1), step):
-            if other < 1 or field_map.shapes_at({**values, field: other}) != built:
-                break
-            equal_values.append(other)
-    return sorted(equal_values)
 
 
 def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
@@ -134,7 +97,6 @@ def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
 
 
 def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
-    """Return, for every parameter with several names, the set of its names."""
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -173,14 +135,12 @@ def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> V
         if not outcome:
             return values
         if not isinstance(outcome, Refusal):
-            other = with_other_size(goal, values, given, outcome)
-            return other or _mismatched(goal.field_map, outcome)
+            return _mismatched(goal.field_map, outcome)
         reason = outcome
     return reason
 
 
 def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
-    """Return the reason why no width gives these tensors."""
     name = field_map.builder.config_class.__name__
     return Refusal(f"no width of {name} gives {listed(mismatches, '; ')}")
 
@@ -191,3 +151,125 @@ def _differences(solutions: Sequence[Values]) -> list[Values]:
         field for field in solutions[0] if len({solution[field] for solution in solutions}) > 1
     ]
     return [{field: solution[field] for field in differing} for solution in solutions]
+
+
+SMALL = 128
+"""How many combinations of head counts are tried; of a joint field, four times as many values."""
+
+
+class Goal:
+    """Shapes that a class has to build.
+
+    Attributes:
+        field_map: the class.
+        target: the shapes, in the full model's names.
+        shallow_target: the target's shapes of the shallow model's tensors, by their names there
+            and with the pieces of all layers.
+        sizes: the tensor dims of the target with their sizes; layers of one kind and size count
+            once.
+    """
+
+    def __init__(self, field_map: FieldMap, target: Shapes):
+        self.field_map = field_map
+        self.target = target
+        origins = {name: field_map.depth.origin(name) for name in field_map.shapes}
+        self.shallow_target = {
+            name: target[full] for name, full in origins.items() if full in target
+        }
+        self.sizes: dict[Quantity, int] = {}
+        counted = set()
+        for name, shape in target.items():
+            for dim, size in enumerate(shape):
+                kind_and_size = (field_map.depth.canonical(name), dim, size)
+                if kind_and_size not in counted:
+                    counted.add(kind_and_size)
+                    self.sizes[name, dim] = size
+
+    def compare_at(self, values: Values) -> Sequence[Mismatch] | Refusal:
+        """Return how the shallow build at these values differs from the target, or the refusal."""
+        field_map = self.field_map
+        built = field_map.shapes_at(values)
+        # the class may accept a default only where it is left unset
+        if isinstance(built, Refusal) and field_map.unset:
+            set_values = {p: value for p, value in values.items() if p not in field_map.unset}
+            built = field_map.builder.shapes_at(with_values(field_map.depth.data, set_values))
+        if isinstance(built, Refusal):
+            return built
+        return compare(self.shallow_target, field_map.depth.with_all_pieces(built))
+
+
+def solutions(
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
+) -> Iterator[Values | Conflict]:
+    """Yield the values that fit the field map, or the conflict if none do.
+
+    If joint fields allow several solutions, all are yielded; each keeps another field as it is.
+    """
+    result = fit(field_map, sizes, given, powers=True)
+    if isinstance(result, Conflict) and result.ambiguous:
+        for solution in result.ambiguous:
+            yield from solutions(field_map, sizes, {**given, **solution})
+    else:
+        yield result
+
+
+def others(
+    field_map: FieldMap,
+    sizes: Mapping[Quantity, int],
+    given: Mapping[FieldPath, int],
+    recurse: bool = True,
+) -> Iterator[Values]:
+    """Yield the values that fit the field map for every value of a joint field.
+
+    With ``recurse``, those of a second one are tried where the first does not settle the rest.
+    """
+    joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
+    if not joint_fields:
+        return
+    name = min(joint_fields, key=lambda field: field_map.sizes[field])
+    for value in range(min(field_map.sizes[name], 4 * SMALL), 0, -1):
+        fixed = {**given, name: value}
+        for solution in solutions(field_map, sizes, fixed):
+            if not isinstance(solution, Conflict):
+                yield solution
+            elif recurse:
+                yield from others(field_map, sizes, fixed, recurse=False)
+
+
+def with_heads(goal: Goal, values: Values, given: Mapping[FieldPath, int]) -> Iterator[Values]:
+    """Yield the values as they are, then with other head counts that divide the widths.
+
+    Only head counts that no shape shows get other values.
+    """
+    yield values
+    choices: dict[FieldPath, list[int]] = {}
+    for field in hidden_counts(goal.field_map):
+        width = _split_width(goal, field)
+        if field not in given and width % values[field]:
+            choices[field] = [n for n in range(min(values[field], width), 0, -1) if width % n == 0]
+    for numbers in product(*choices.values()):
+        yield {**values, **dict(zip(choices, numbers, strict=True))}
+
+
+def _split_width(goal: Goal, field: FieldPath) -> int:
+    """Return the greatest common divisor of the widths that a field splits; 0: it splits none."""
+    field_map = goal.field_map
+    widths = [0]
+    for (name, which), expression in field_map.expressions.items():
+        if not isinstance(which, str) or expression.fields != {field}:
+            continue
+        pieces = field_map.splits.heads[name]
+        weight = f"{name}.weight"
+        rows = sum(prod(piece) for piece in pieces)
+        for size, then in zip(
+            field_map.shapes.get(weight, ()), goal.shallow_target.get(weight, ()), strict=False
+        ):
+            if size == rows:
+                widths.append(then // len(pieces))
+                break
+    return gcd(*widths)
+
+
+def hidden_counts(field_map: FieldMap) -> list[FieldPath]:
+    """Return the fields of head counts that no shape shows."""
+    return sorted((p for p in field_map.count_fields() if not field_map.moves_shapes(p)), key=str)

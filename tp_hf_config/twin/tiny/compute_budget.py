@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...fieldmap.batched_probes import may_matter
+from torch import nn
+
 from ...fieldmap.field_map import FieldMap, nonlinear_fields
-from ...forward.head_splits import HeadSplits
-from ...model.config_json import FieldPath, value_at, with_values
-from .image_sizes import smaller_images
+from ...fieldmap.learn_field_map import numbers_read
+from ...fieldmap.probe import may_matter
+from ...forward.head_splits import HeadSplits, observe
+from ...forward.input_shapes import IMAGE_SIZES
+from ...forward.run_recipe import RunRecipe
+from ...model.build import Refusal
+from ...model.config_json import FieldPath, config_json, value_at, with_values
+from .requirements import Requirements, goes_as_far
 
 Observe = Callable[[dict[str, Any]], HeadSplits | None]
 """Runs a config and returns its head splits; ``None``: it lacks something that is required."""
@@ -33,7 +41,6 @@ def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -
     """
 
     def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
-        """True if these fields are still larger than all that they were larger than."""
         return all(
             value_at(trial, field) > value_at(trial, other)
             for field in paths
@@ -166,3 +173,296 @@ def _lower(data: dict[str, Any], fields: list[FieldPath], least: int) -> Iterato
     for part in (16, 4, 2):
         if type(value) is int and not value % part and value // part >= least:
             yield with_values(data, dict.fromkeys(fields, value // part))
+
+
+_SLOW = 6_000_000
+"""A pass that computes more numbers than this is slow: one takes 0.1 s, and hundreds are run."""
+_VERY_SLOW = 40_000_000
+"""A pass of so many numbers takes a tenth of a second."""
+_MOST_TRIALS = 12
+"""How many lower values of one number are tried, the smallest first."""
+
+
+def cheaper(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    most: int,
+    observed: Observe,
+    rows: Collection[FieldPath] = (),
+) -> dict[str, Any]:
+    """Return the config with lower numbers that set no width, if its model is slow to run.
+
+    First images shrink together with all numbers in proportion to them. Then every number that the
+    class reads when it is built, or when it runs (how many objects a detector looks for), goes down
+    to a divisor of it. That has to be above ``most``, the largest number of experts. ``rows`` are
+    fields that only count positions.
+    """
+    before = observed(data)
+    if before is None or before.numbers <= _SLOW:
+        return data
+    read = field_map.non_size_fields | numbers_read(
+        field_map.builder, data, lambda model: observe(model, field_map.recipe)
+    )
+    idle = {field: n for field, n in read.items() if field not in field_map.sizes}
+    for trial in images_in_proportion(field_map, data, idle):
+        candidate = observed(trial)
+        if candidate is not None and candidate.numbers < WORTH * before.numbers:
+            data = trial
+            break
+    counts = [field for field in idle if not is_side(field)]
+    numbers = _equal_values(data, [*rows, *counts])
+    return lowered(data, numbers, partial(_divisors, least=max(most + 1, SHORTEST)), observed)
+
+
+def with_few_objects(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    most: int,
+    required: Requirements,
+    rows: Collection[FieldPath],
+) -> dict[str, Any]:
+    """Return the config with fewer objects to look for, if a smaller image is enough for these.
+
+    A detector takes the best of all places as its objects, so an image needs as many places. Where
+    an earlier form of inputs has enough of them now, ``required`` runs that from here on. For
+    ``most`` and ``rows`` see :func:`cheaper`.
+    """
+
+    def in_small_image(config: dict[str, Any]) -> float:
+        images = map(required.observed, smaller_images(field_map, config))
+        return next((observed.numbers for observed in images if observed is not None), math.inf)
+
+    before = required.observed(data)
+    slow = before is not None and before.numbers > _SLOW
+    for fields in _equal_values(data, rows) if slow else ():
+        trials = _divisors(data, fields, max(most + 1, SHORTEST))
+        trial = next(filter(required.observed, trials), None)
+        model = None if trial is None else field_map.builder.build(trial)
+        if trial is None or model is None or isinstance(model, Refusal):
+            continue
+        recipe = with_smaller_inputs(model, required.recipe)
+        if recipe != required.recipe:
+            required.run_with(recipe)
+            data = trial
+        elif in_small_image(trial) < WORTH * in_small_image(data):
+            data = trial
+    return data
+
+
+def with_equal_values(
+    data: dict[str, Any],
+    widths: Collection[FieldPath],
+    lower: Callable[[dict[str, Any], FieldPath], Iterator[dict[FieldPath, int]]],
+    required: Requirements,
+) -> dict[str, Any]:
+    """Return the config with widths that are as large as others, if it is very slow to run.
+
+    Widths differ in a tiny model while there are values, but where each stage is twice as wide as
+    the one before (VibeVoice's seven), the first one decides over millions of parameters.
+    ``lower`` yields changes of a width to lower values, the lowest first.
+    """
+    best = required.cost(data)
+    if not _VERY_SLOW < best < math.inf:
+        return data
+    narrowest = data
+    for field in widths:
+        narrowest = with_values(narrowest, next(lower(narrowest, field), {}))
+    if WORTH * best <= required.cost(narrowest) < math.inf:
+        return data  # what no field sets decides
+    for field in widths:
+        for change in lower(data, field) if best > _VERY_SLOW else ():
+            trial = with_values(data, change)
+            cost = required.cost(trial)
+            if cost < WORTH * best:
+                data, best = trial, cost
+                break
+    return data
+
+
+def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
+    """Return how to run a model on the meta device, with an earlier form of inputs if it is slow.
+
+    A class may need a large image at its own sizes, where a tiny model does with a small one: it
+    looks for fewer objects than a small image has places.
+    """
+    if recipe.form == 0 or recipe.make_inputs is not None:
+        return recipe
+    before = observe(model, recipe)
+    for form in range(recipe.form) if before.numbers > _SLOW else ():
+        trial = replace(recipe, form=form)
+        after = observe(model, trial)
+        if after.numbers < WORTH * before.numbers and goes_as_far(before, after):
+            return trial
+    return recipe
+
+
+def _equal_values(data: dict[str, Any], fields: Collection[FieldPath]) -> list[list[FieldPath]]:
+    """Return the fields in lists, the largest values first; those of equal value change together.
+
+    Fields that hold no whole number now are left out.
+    """
+    groups: dict[int, list[FieldPath]] = {}
+    for field in dict.fromkeys(fields):
+        value = value_at(data, field)
+        if type(value) is int:
+            groups.setdefault(value, []).append(field)
+    return [groups[value] for value in sorted(groups, reverse=True)]
+
+
+def _divisors(
+    data: dict[str, Any], fields: list[FieldPath], least: int
+) -> Iterator[dict[str, Any]]:
+    """Yield configs with a number at its divisors from ``least`` on, the smallest first.
+
+    Fields of equal value change together, or else each alone.
+    """
+    value = value_at(data, fields[0])
+    smaller = [part for part in range(least, value // 2 + 1) if value % part == 0]
+    for part in smaller[:_MOST_TRIALS]:
+        yield with_values(data, dict.fromkeys(fields, part))
+    for field in fields if len(fields) > 1 else ():
+        for part in smaller[: _MOST_TRIALS // 4]:
+            yield with_values(data, {field: part})
+
+
+_IMAGES = (64, 96, 128)
+"""Sides of an image to try, in pixels."""
+_SHORTEST = 48
+"""The shortest side of several in proportion."""
+_WINDOW = "window_size"
+_PATCH = "patch_size"
+_CROPS = "image_grid_pinpoints"
+_STRIDE = 32
+"""The largest stride, in pixels, of a map of features."""
+_PARTS = 4
+"""A stride may be a number of these parts of a pixel: SAM 3 makes maps larger than its patches."""
+_FACTORS = (16, 12, 8, 6, 4, 3, 2)
+"""What an image and its maps of features are divided by together, the largest first."""
+
+
+def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield configs for smaller images, with windows in proportion (Swin).
+
+    First come configs in which all image sizes shrink together, with the numbers of patches that
+    follow: where one of them sets a width and others, or such numbers, do not (SAM). Then come the
+    sides of an image that is longer than wide, in proportion, where they set widths (SegGPT). Then
+    only image sizes that set no width shrink.
+    """
+    whole = config_json(field_map.builder.config(data), use_diff=False)
+    images: dict[FieldPath, int] = {}
+    windows: dict[FieldPath, int] = {}
+
+    def visit(node: Any, field: FieldPath) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            sides = value if isinstance(value, list) else [value]
+            if key in (*IMAGE_SIZES, _WINDOW) and all(type(side) is int for side in sides):
+                numbered = isinstance(value, list)
+                into = windows if key == _WINDOW else images
+                into.update({(*field, key, *([n] * numbered)): s for n, s in enumerate(sides)})
+            visit(value, (*field, key))
+
+    visit(whole, ())
+    images = {p: side for p, side in images.items() if side > _IMAGES[0]}
+    grids = _grids(field_map, max(images.values(), default=0))
+    setting = {field: side for field, side in images.items() if field in field_map.sizes}
+    if setting and (grids or len(images) > len(setting)):
+        for size in _IMAGES:
+            sides: dict[FieldPath, int] = {field: min(size, side) for field, side in images.items()}
+            fewer = {field: size // patch for field, patch in grids.items()}
+            yield with_values(data, {**sides, **fewer})
+    shortest = min(setting.values(), default=1)
+    for size in _shorter(setting.values()) if len(set(setting.values())) > 1 else ():
+        yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
+    images = {field: side for field, side in images.items() if field not in setting}
+    lists = {field[:-1] for field in (*images, *windows) if isinstance(field[-1], int)}
+    data = with_values(data, {field: value_at(whole, field) for field in lists})
+    largest = max(images.values(), default=0)
+    for size in _IMAGES if images else ():
+        small = with_values(data, {field: min(size, side) for field, side in images.items()})
+        yield small
+        narrow: dict[FieldPath, int | None] = {
+            field: max(2, side * size // largest) for field, side in windows.items() if side
+        }
+        if narrow:
+            yield with_values(small, narrow)
+
+
+def _shorter(sides: Collection[int]) -> list[int]:
+    """Return what the shortest of several sides may become, the shortest first.
+
+    Where it divides all of them, there are as many patches of each as before, in proportion: one
+    tower's map of features fits the positions of the next (Unlimited-OCR).
+    """
+    shortest = min(sides)
+    whole = {shortest // n for n in _FACTORS if not any(side % n for side in sides)}
+    return sorted({*_IMAGES, *(side for side in whole if _SHORTEST <= side <= _IMAGES[-1])})
+
+
+def images_in_proportion(
+    field_map: FieldMap, data: dict[str, Any], numbers: Mapping[FieldPath, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps).
+
+    Such a number is the length of a map of features: the side of an image divided by some stride.
+
+    Args:
+        field_map: the field map of the class.
+        data: the config.
+        numbers: fields that set no width, with their values at full size.
+    """
+    whole = config_json(field_map.builder.config(data), use_diff=False)
+    fields = [field for field in {**numbers, **field_map.sizes} if is_side(field)]
+    sides = {field: side for field in fields if type(side := value_at(whole, field)) is int}
+    largest = max(sides.values(), default=0)
+    maps = {
+        field: value
+        for field in numbers
+        if field not in sides
+        and not _is_patch(field)
+        and type(value := value_at(whole, field)) is int
+        and _PARTS * largest % value == 0
+        and largest <= _STRIDE * value
+    }
+    following = {field: side for field, side in {**sides, **maps}.items() if side > 1}
+    lists = {field[:-1] for field in following if isinstance(field[-1], int)}
+    data = with_values(data, {field: value_at(whole, field) for field in _outermost(lists)})
+    for factor in _FACTORS if sides else ():
+        if largest // factor >= _IMAGES[0] and not any(n % factor for n in following.values()):
+            yield with_values(data, {field: n // factor for field, n in following.items()})
+
+
+def is_side(field: FieldPath) -> bool:
+    """True if a field is the side of an image, by its name."""
+    return any(key in IMAGE_SIZES for key in field[-2:])
+
+
+def _is_patch(field: FieldPath) -> bool:
+    return any(key == _PATCH for key in field[-2:])
+
+
+def _outermost(lists: Collection[FieldPath]) -> set[FieldPath]:
+    return {field for field in lists if not any(field[:n] in lists for n in range(1, len(field)))}
+
+
+def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
+    """Return the fields that count patches along an image and set no width, with a patch's side."""
+    patches = {side for field, side in field_map.sizes.items() if field[-1] == _PATCH}
+    patches = {side for side in patches if 1 < side < image and image % side == 0}
+    sides = {image // patch: patch for patch in patches}
+    return {
+        field: sides[value] for field, value in field_map.non_size_fields.items() if value in sides
+    }
+
+
+def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
+    """Return the image sizes that crops are cut from, for a change of the size of a crop.
+
+    They change in proportion, so that there are as many crops as before.
+    """
+    sizes = [field for field in change if field[-1] == "image_size"]
+    return {
+        (_CROPS, row, side): length * change[field] // value_at(data, field)
+        for field in sizes[:1]
+        for row, lengths in enumerate(data.get(_CROPS) or ())
+        for side, length in enumerate(lengths)
+    }

@@ -12,10 +12,18 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
 from ...model.shapes import shapes
 from ...model.tensors import is_matrix_stack
-from .compute_budget import PARTS, in_proportion, lighter
-from .image_sizes import crops, is_side, smaller_images
+from .compute_budget import (
+    PARTS,
+    cheaper,
+    crops,
+    in_proportion,
+    is_side,
+    lighter,
+    smaller_images,
+    with_equal_values,
+    with_few_objects,
+)
 from .requirements import HEAD_DIM, Requirements
-from .run_numbers import cheaper, with_equal_values, with_few_objects
 
 _FEW = 8
 """Values up to this are small: they count something."""
@@ -58,7 +66,6 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
         return required.observed(trial) is not None
 
     def router_can_choose(trial: dict[str, Any], field: FieldPath) -> bool:
-        """True if the model also runs with half of the experts."""
         return runs(with_values(trial, {field: value_at(trial, field) // 2}))
 
     data = next(filter(runs, smaller_images(field_map, data)), data)
@@ -183,37 +190,59 @@ def _smaller(
         if not heads and len(equals) > 1:
             yield with_equals
     if not heads and not stacked:
-        yield from _with_heads(data, [field, *followers, *equals], value, splitting)
-        yield from _with_multiples(field_map, data, [field, *followers, *equals], value)
-        yield from _with_non_size_field(field_map, data, [field, *followers, *equals], value)
-        if value > _SPLIT:
-            yield dict.fromkeys([field, *followers], _SPLIT)
-        yield from _with_equal_numbers(field_map, data, [field, *followers, *equals], value)
+        widths = [field, *followers, *equals]
+        yield from _with_heads(data, widths, value, splitting)
+        yield from _divided(field_map, data, widths, value, alone=[field, *followers])
 
 
-def _with_multiples(
-    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
+def _divided(
+    field_map: FieldMap,
+    data: dict[str, Any],
+    widths: list[FieldPath],
+    value: int,
+    alone: list[FieldPath],
 ) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a width and all its multiples by one number.
+    """Yield changes that divide a width and numbers beside it by one number.
 
-    It is a large one or that of a stage. A forward pass may need the proportion, though the class
-    builds without it: Zamba's attention reads two hidden states side by side, each stage of FastViT
-    is twice as wide as the one before.
+    A forward pass may need the proportion, though the class builds without it. Beside a large width
+    or that of a stage, these are all its multiples: Zamba's attention reads two hidden states side
+    by side, each stage of FastViT is twice as wide as the one before. Beside a large width, it is a
+    number that no shape shows (the size of Mamba's heads, for Zamba 2), or all numbers as large as
+    it (D-FINE's ``d_model``), and the number of heads or how wide they are. Without other numbers,
+    the widths ``alone`` become ``_SPLIT``.
     """
+    large = value > _SPLIT
     stage = isinstance(widths[0][-1], int) and not is_side(widths[0])
-    wider = _multiples(field_map, data, widths, value) if stage or value > _SPLIT else {}
-    for part in PARTS if wider else ():
-        if value % part == 0 and value // part >= HEAD_DIM:
-            narrower = {field: size // part for field, size in wider.items()}
-            yield {**dict.fromkeys(widths, value // part), **narrower}
-
-
-def _multiples(
-    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
-) -> dict[FieldPath, int]:
-    """Return the other fields that are a multiple of a value, with their values."""
     others = {field: value_at(data, field) for field in field_map.sizes if field not in widths}
-    return {field: size for field, size in others.items() if size % value == 0}
+    multiples = {field: size for field, size in others.items() if size % value == 0}
+    beside = {f: n for f, n in field_map.non_size_fields.items() if _part(f) == _part(widths[0])}
+    if multiples and (stage or large):
+        yield from _by_parts(widths, value, [multiples])
+    for field, number in beside.items() if large else ():
+        if value % number == 0:
+            both = [{field: number}, {field: number, **multiples}]
+            yield from _by_parts(widths, value, both if multiples else both[:1])
+    if large:
+        yield dict.fromkeys(alone, _SPLIT)
+    numbers = {f: n for f in beside if type(n := value_at(data, f)) is int}
+    equals = {field: n for field, n in numbers.items() if n == value}
+    divisors = {f: n for f, n in numbers.items() if 1 < n < value and value % n == 0}
+    if equals and value >= _SPLIT:
+        with_divisor = [{**equals, field: n} for field, n in divisors.items()]
+        yield from _by_parts(widths, value, [equals, *with_divisor])
+
+
+def _by_parts(
+    widths: Sequence[FieldPath], value: int, beside: Sequence[dict[FieldPath, int]]
+) -> Iterator[dict[FieldPath, int]]:
+    """Yield changes that divide a width and one choice of numbers beside it by each part."""
+    for part in PARTS:
+        if value % part or value // part < HEAD_DIM:
+            continue
+        for numbers in beside:
+            if all(n % part == 0 and n // part > 1 for n in numbers.values()):
+                narrower = {field: n // part for field, n in numbers.items()}
+                yield {**dict.fromkeys(widths, value // part), **narrower}
 
 
 def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
@@ -223,7 +252,6 @@ def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
 
 
 def _part(field: FieldPath) -> FieldPath:
-    """Return the path of the nested config that a field is in."""
     return field[:-2] if isinstance(field[-1], int) else field[:-1]
 
 
@@ -262,51 +290,6 @@ def _with_heads(
                     yield {**fewer, **dict.fromkeys(equals, step)}
 
 
-def _with_non_size_field(
-    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
-) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a large width and a number that no shape shows by one number.
-
-    For Zamba 2 this is the size of Mamba's heads, of which there are as many as before. Widths that
-    are a multiple of this one shrink with it where that is needed.
-    """
-    if value <= _SPLIT:
-        return
-    wider = _multiples(field_map, data, widths, value)
-    for other, number in field_map.non_size_fields.items():
-        for part in PARTS if _part(other) == _part(widths[0]) and not value % number else ():
-            if not number % part and number // part > 1 and value // part >= HEAD_DIM:
-                change = {**dict.fromkeys(widths, value // part), other: number // part}
-                yield change
-                if wider:
-                    yield {**change, **{field: size // part for field, size in wider.items()}}
-
-
-def _with_equal_numbers(
-    field_map: FieldMap, data: dict[str, Any], widths: list[FieldPath], value: int
-) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a large width and all numbers as large as it by one number.
-
-    No shape may show these, as the class takes none of them alone (D-FINE's ``d_model``). The
-    number of heads, or how wide they are, may have to be divided too.
-    """
-    if value < _SPLIT:
-        return
-    beside = {
-        f: value_at(data, f) for f in field_map.non_size_fields if _part(f) == _part(widths[0])
-    }
-    numbers = {f: number for f, number in beside.items() if type(number) is int}
-    equals = [field for field, number in numbers.items() if number == value]
-    divisors = [f for f, number in numbers.items() if 1 < number < value and value % number == 0]
-    for share in PARTS if equals else ():
-        if value % share == 0 and value // share >= HEAD_DIM:
-            narrower = dict.fromkeys([*widths, *equals], value // share)
-            yield narrower
-            for other in divisors:
-                if numbers[other] % share == 0 and numbers[other] // share > 1:
-                    yield {**narrower, other: numbers[other] // share}
-
-
 def _is_position_count(field_map: FieldMap, data: dict[str, Any], field: FieldPath) -> bool:
     """True if a field only counts the positions that embeddings have rows for."""
     model = field_map.unpruned
@@ -330,7 +313,6 @@ def _has_experts(field_map: FieldMap, field: FieldPath) -> bool:
 
 
 def _is_stacked(field_map: FieldMap, name: str) -> bool:
-    """True if a parameter of the shallow model is a stack of matrices."""
     model = field_map.unpruned
     return not isinstance(model, Refusal) and is_matrix_stack(model, name)
 
@@ -364,5 +346,4 @@ def small_tokens(field_map: FieldMap) -> dict[str, Any]:
 
 
 def _is_large(value: Any) -> bool:
-    """True if a token id is not among the first three."""
     return isinstance(value, int) and value > 2

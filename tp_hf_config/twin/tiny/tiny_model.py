@@ -7,15 +7,17 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial, wraps
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ...fieldmap.field_map import FieldMap
-from ...fieldmap.layer_counts import is_whole_number_list, may_name_layers
+from ...fieldmap.layer_kinds import is_whole_number_list, may_name_layers
 from ...fieldmap.learn_field_map import learn
 from ...forward.coverage import WorkingInputs, forward_error, unreached_by, working_inputs
 from ...forward.observed_pass import (
@@ -32,10 +34,9 @@ from ...model.build import Refusal
 from ...model.config_json import OF_NO_EFFECT, FieldPath, with_values, without_names
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
-from ..joint_fields import equal_by_chance
+from ...model.tensors import compute_unsaved, saved_buffers
 from ..twin_test import Proof, TwinTest
-from .random_weights import randomise, redraw_matrices, scale_convolutions
-from .run_numbers import with_smaller_inputs
+from .compute_budget import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
 _LAYERS = 2
@@ -104,7 +105,6 @@ class TinyModel:
 
     @cached_property
     def _followed(self) -> frozenset[str]:
-        """The saved buffers that gradients reach."""
         return followed_buffers(self.model, self.inputs, self.watched, self.recipe)
 
     @cached_property
@@ -163,6 +163,17 @@ class TinyModel:
             return TwinTest(model, self.inputs, *given)
         remembered = (self._replay, self._proofs, self.outputs, self._followed)
         return TwinTest(self.model, self.inputs, *given, *remembered)
+
+
+def equal_by_chance(field_map: FieldMap, full: FieldMap) -> frozenset[frozenset[FieldPath]]:
+    """Return the pairs of fields that are equal in the tiny model alone: there are few numbers."""
+    widths = [field for field in field_map.values if field in full.values]
+    return frozenset(
+        frozenset(pair)
+        for pair in combinations(widths, 2)
+        if field_map.values[pair[0]] == field_map.values[pair[1]]
+        and full.values[pair[0]] != full.values[pair[1]]
+    )
 
 
 _Item = TypeVar("_Item")
@@ -306,7 +317,6 @@ def _unreached_shares(model: nn.Module, working: WorkingInputs) -> dict[str, flo
 
 
 def _numbered(name: str) -> str:
-    """Return a name with ``*`` for the last number in it."""
     return re.sub(r"\d+(?=\D*$)", "*", name)
 
 
@@ -329,7 +339,6 @@ def _with_numbers(
 
 
 def _computes_numbers(model: nn.Module, working: WorkingInputs) -> bool:
-    """True if no output holds a NaN."""
     with torch.no_grad(), AllFloat64():
         outputs = tensors_in(outputs_of(model, working.inputs, working.recipe))
         return not any(output.isnan().any() for output in outputs)
@@ -396,3 +405,110 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
     for paths in numbers.values():
         if len(paths) > 1:
             yield dict.fromkeys(paths, 0)
+
+
+_LARGEST = 4.0
+"""The values of a convolution have at most this root mean square."""
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every parameter and saved buffer random values, none of them trivial, in place.
+
+    Parameters that are not saved (Marian's positions) get what the class computes for this config:
+    loading computes them again, with other values for another width.
+    """
+    unsaved = compute_unsaved(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(True)  # also fixed position tables: they have dimensions too
+            if name in unsaved:
+                continue
+            if parameter.ndim > 1:
+                parameter.copy_(_matrix(model, name, parameter))
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+        for buffer in saved_buffers(model).values():
+            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
+            buffer.add_(0.3 * torch.rand_like(buffer))
+
+
+def redraw_matrices(model: nn.Module) -> None:
+    """Give every saved matrix other random values, in place."""
+    unsaved = compute_unsaved(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and name not in unsaved:
+                parameter.copy_(_matrix(model, name, parameter))
+
+
+def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return random values for a matrix, divided by the square root of its fan-in.
+
+    Of other tensors than weights of convolutions that is their last dimension. Convolutions are
+    scaled later, but the model runs before (VITS took 100 s for that with larger weights).
+    """
+    layer, fan_in = model.get_submodule(name.rpartition(".")[0]), parameter.shape[-1]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        fan_in = math.prod(parameter.shape[2:]) * parameter.shape[0 if layer.transposed else 1]
+    spread: float = fan_in**0.5
+    return torch.randn_like(parameter) / spread
+
+
+def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe) -> None:
+    """Scale convolutions so that values neither grow nor fade from one to the next, in place.
+
+    Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
+    they are given here: values behind them would reach 1e17 (DETR) and hide what attention adds.
+    Each weight is divided by the :func:`_level` of what it computes from these inputs, in the order
+    in which a pass calls them, as in layer-sequential unit-variance initialisation (Mishkin and
+    Matas, https://arxiv.org/abs/1511.06422).
+    """
+    scaled: set[int] = set()
+
+    def scale(layer: nn.modules.conv._ConvNd, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if "weight" not in layer._parameters or id(layer.weight) in scaled:
+            return output  # computed from others, as by a weight norm; or shared, and scaled before
+        scaled.add(id(layer.weight))
+        bias = torch.zeros(()) if layer.bias is None else layer.bias
+        bias = bias.reshape(-1, *[1] * (output.ndim - 2))
+        level = _level(output - bias)
+        layer.weight.div_(level)
+        return (output - bias) / level + bias
+
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    if not layers:
+        return
+    with _attributes_kept(model):
+        for layer in layers:
+            layer.register_forward_hook(scale)
+        forward_error(model, inputs, recipe)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give all modules the attributes back that they have now, and dictionaries what is in them.
+
+    Classes install hooks as they run, and note that they have; the hooks that scale go too.
+    """
+    before = [
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _level(output: torch.Tensor) -> float:
+    """Return how much the output of a convolution differs from sample to sample.
+
+    Never less than a part of the values themselves: where samples hardly differ, as in the means
+    over an image, large values would saturate the gates that follow. Returns 1 for zeros.
+    """
+    differing = (output - output.mean(dim=0, keepdim=True)).square().mean().sqrt()
+    level = float(torch.maximum(differing, output.square().mean().sqrt() / _LARGEST))
+    return level if 0 < level < math.inf else 1.0
