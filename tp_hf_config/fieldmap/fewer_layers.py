@@ -7,6 +7,7 @@ layer that stays is built as it was, and everything around the layers too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations, islice, product
 from typing import Any
@@ -224,12 +225,7 @@ class _Search:
         something else if it is as long for fewer layers, and the class builds these with it
         (Mamba 2's two limits of time steps, beside two layers).
         """
-        default = None
-        try:
-            unset = without_field(with_values(self._data, counted), field)
-            default = value_at(config_json(self._builder.config(unset), use_diff=False), field)
-        except Exception as error:  # a config class may refuse with any exception
-            note_shortage(error)
+        default = self._default(field, counted)
         if isinstance(default, list) and len(default) == len(self._keep):
             return True
         if isinstance(default, list) and len(default) == len(value):
@@ -240,6 +236,26 @@ class _Search:
             return field[-1] in names_in_code(self._model)
         shorter = self._builder.build(with_values(self._data, {field: value[:-1]}))
         return isinstance(shorter, Refusal) or facts_of(shorter) != facts_of(self._model)
+
+    def _default(self, field: FieldPath, counted: Change) -> Any:
+        """Return what the config class sets for a field that is not given, with fewer layers.
+
+        The other lists beside it are not given either: the config class may refuse them, as they
+        are as long as there were layers. ``None``: it needs the field, or sets nothing.
+        """
+        data = with_values(self._data, counted)
+        beside = [
+            (*field[:-1], key)
+            for key, value in value_at(data, field[:-1]).items()
+            if isinstance(value, list) and len(value) == self._kept.length
+        ]
+        for unset in ([field], [field, *beside]):
+            fewer = functools.reduce(without_field, dict.fromkeys(unset), data)
+            try:
+                return value_at(config_json(self._builder.config(fewer), use_diff=False), field)
+            except Exception as error:  # a config class may refuse with any exception
+                note_shortage(error)
+        return None
 
     def _stages(self, node: FieldPath, values: Any) -> Change:
         """Return the stages that a backbone returns, by their new numbers, and their names.

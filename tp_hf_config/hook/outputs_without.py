@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calibration.passes import undisturbed
 from ..errors import ConfigSyncError, in_one_line
 from ..forward.find_recipe import find_recipe
-from ..forward.inputs import example_inputs
+from ..forward.inputs import example_inputs, text_inputs
 from ..forward.layer_passes import Argument, handed_on, without_layers
 from ..forward.observed_pass import AllFloat64
 from ..forward.output_tensors import unmasked
@@ -54,6 +54,10 @@ class OutputsWithout:
         self._inputs = _small_inputs(model, full)
         with handed_on(layers) as handed:
             self._whole = self._run()
+            text = text_inputs(model) if isinstance(self._whole, Refusal) else None
+            if text is not None:  # a config may say sizes with which no image fits the text
+                self._inputs = text
+                self._whole = self._run()
         self._expected = self._run([layers[number] for number in dropped], handed)
         self._generated = self._cannot_generate() is None
         self._ran = self._cannot_run() is None

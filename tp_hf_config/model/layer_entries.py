@@ -185,6 +185,8 @@ class ListedLayers:
         self.model, self.keys = model, keys
         self.lists = [found for found in layer_lists_of(model) if found.config_path in keys]
         self.stock = stock_class(type(model))
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # attributes of each config
+        self._opened: tuple[type, dict[str, Any]]
 
     def open(self) -> None:
         """Give every layer its entries, and the model the class that builds them so, or raise.
@@ -196,7 +198,7 @@ class ListedLayers:
             lists = {found.name: found.classes for found in self.lists}
             listed_class = layerwise_class(model, lists)  # it writes a file, which may fail
         nodes = dict(config_nodes(model.config))
-        before = [(vars(node), dict(vars(node))) for node in nodes.values()]
+        self._before = [(vars(node), dict(vars(node))) for node in nodes.values()]
         try:
             for path, defaults in self.keys.items():
                 config: Any = nodes[path]
@@ -205,22 +207,35 @@ class ListedLayers:
                 numbers = range(config.num_hidden_layers)
                 set_entries(config, {n: {**defaults, **entries.get(n, {})} for n in numbers})
         except BaseException:
-            for values, own in before:
-                values.clear()
-                values.update(own)
+            self._restore()
             raise
+        own_class = type(model)
         if listed_class is not type(model):
             model.__class__ = listed_class
             model.config.auto_map = auto_map(listed_class)
         with_own_configs(model, self.lists)
+        self._opened = own_class, config_json(model.config)
+
+    def _restore(self) -> None:
+        """Give every config the attributes that it had."""
+        for values, own in self._before:
+            values.clear()
+            values.update(own)
 
     def close(self) -> None:
         """Keep the entries of settings that differ; if none do, the class is the stock one.
 
-        Where the class does not build that (six heads that all layers agree on, which do not divide
-        the hidden size), all entries stay.
+        If nothing was changed meanwhile, config and class are as they were. Where the class does
+        not build what would be left (six heads that all layers agree on, which do not divide the
+        hidden size), all entries stay.
         """
         model = self.model
+        own_class, opened = self._opened
+        if config_json(model.config) == opened:
+            model.__class__ = own_class
+            self._restore()
+            with_own_configs(model, self.lists)
+            return
         listed = type(model), model.config.auto_map
         nodes: dict[FieldPath, Any] = dict(config_nodes(model.config))
         states = [(nodes[p], entries_of(nodes[p]), dict(vars(nodes[p]))) for p in self.keys]

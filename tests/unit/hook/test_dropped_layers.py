@@ -217,6 +217,27 @@ class TestConfig:
         assert drop_layers(model, [0]).fields == {"num_hidden_layers": (2, 1)}
         assert list(model.config.time_step_limit) == [0.0, float("inf")]
 
+    @pytest.mark.skipif(not hasattr(hf, "MuseSparkConfig"), reason="Transformers has no MuseSpark")
+    def test_a_list_that_only_a_forward_pass_reads(self) -> None:
+        """Its images do not fit its text, so that it runs on text alone."""
+        text = {"hidden_size": 32, "num_hidden_layers": 5, "head_dim": 8, "vocab_size": 32}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_hidden_size": 16}
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        thetas = {"layer_rope_theta": [5e5, 0, 5e5, 0, 0], "bos_token_id": 1, "eos_token_id": 1}
+        vision = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sound = {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [16, 3]}
+        config = hf.MuseSparkConfig(
+            text_config={**text, **heads, **experts, **thetas},
+            vision_config={**vision, "intermediate_size": 16},
+            audio_config={**sound, "num_hidden_layers": 2, "out_hidden_size": 32},
+            out_hidden_size=100,
+            **{f"{kind}_token_id": 3 + n for n, kind in enumerate(("audio", "image", "video"))},
+        )
+        model = hf.MuseSparkModel(config).eval()
+        report = drop_layers(model, [0, 1], which="language_model.layers")
+        assert model.config.text_config.layer_rope_theta == [5e5, 0, 0]
+        assert report.proof.endswith("with the dropped layers passing on what they are given")
+
     def test_a_class_that_fails_on_initial_weights_is_refused(self) -> None:
         model = hf.RwkvModel(hf.RwkvConfig(vocab_size=99, hidden_size=16, num_hidden_layers=3))
         assert drop_layers(model, [1]).kept == (0, 2)

@@ -88,6 +88,20 @@ def test_an_error_inside_leaves_a_model_as_it_was() -> None:
     assert model.config.to_json_string(use_diff=False) == text
 
 
+def test_a_config_with_entries_of_its_own_is_as_it_was() -> None:
+    """Gemma 4 sets the wider heads of its full attention by entries."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size_per_layer_input": 0}
+    config = hf.Gemma4TextConfig(**sizes, **heads, num_hidden_layers=2, global_head_dim=16)
+    model = hf.Gemma4ForCausalLM(config)
+    assert entries_of(model.config)
+    text = model.config.to_json_string(use_diff=False)
+    with layers_listed(model):
+        assert model.config.to_json_string(use_diff=False) != text
+    assert type(model) is hf.Gemma4ForCausalLM
+    assert model.config.to_json_string(use_diff=False) == text
+
+
 def _disk_full(path: Path, text: str, encoding: str) -> None:
     path.write_bytes(text[:1000].encode())
     raise OSError(errno.ENOSPC, "No space left on device")
