@@ -17,12 +17,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch_pruning as tp
 import transformers
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError
+from tp_hf_config.fieldmap.model_view import view_of
+from tp_hf_config.planning.settings import Gqa
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
@@ -82,22 +84,28 @@ class Tried(NamedTuple):
     reason: str = ""
 
 
-def tried(model: Any, **wanted: Any) -> Tried:
+def tried(
+    model: Any, prune: tuple[str, ...] = (), gqa: Gqa | None = None, head_dims: bool = False
+) -> Tried:
     """Prune a copy one way, half of everything."""
     model = copy.deepcopy(model)
-    hook = HFConfigSyncHook(strict=True)
+    hook = HFConfigSyncHook(prune=prune, gqa=gqa, strict=True)
+    # As in Torch-Pruning, head dims are pruned where the pruner knows the layers of the heads.
+    split = {module: count for _, module, count in view_of(model).head_layers()}
+    if head_dims and not split:
+        return Tried()
     try:
-        kwargs = pruner_kwargs(model, **{"prune": (), **wanted})
+        pruner = tp.pruner.MetaPruner(
+            model,
+            example_inputs=None,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5 if gqa is None else 0.0,
+            head_pruning_ratio=0.0 if gqa is None else 0.5,
+            num_heads=split if head_dims else None,
+            hooks=[hook],
+        )
     except UnsupportedModelError as error:
         return Tried(reason=_short(str(error)))
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **kwargs,
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.0 if wanted.get("prune_num_heads") else 0.5,
-        head_pruning_ratio=0.5,
-        hooks=[hook],
-    )
     pruner.step()
     (report,) = hook.reports
     moved = tuple(name for name, (old, new) in report.fields.items() if old is not None)
@@ -114,7 +122,7 @@ def _short(message: str) -> str:
 
 def head_dims(model: Any) -> str:
     """The fields that say how wide a head is; two in one dimension go one after the other."""
-    together = tried(model, prune_head_dims=True)
+    together = tried(model, head_dims=True)
     rivals = re.match(r"\w+: (\w+) and (\w+) both set dimension", together.reason)
     fields = rivals.groups() if rivals else ()
     alone = [tried(model, prune=(field,)).fields for field in fields]
@@ -124,7 +132,7 @@ def head_dims(model: Any) -> str:
 def cells(row: Row) -> list[str]:
     """One line of the table."""
     model = row.build()
-    query, group = (tried(model, prune_num_heads=True, gqa=gqa) for gqa in ("query", "group"))
+    query, group = (tried(model, gqa=gqa) for gqa in get_args(Gqa))
     found = {"alone": "", "groups": "", "hidden": ""}
     for one in (query, group):
         if not one.fields:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.fieldmap.learn_field_map import learn
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
@@ -86,12 +86,12 @@ def measure(model: PreTrainedModel) -> dict[str, float]:
     started = time.perf_counter()
     learn(builder, model.config, full)
     learned = time.perf_counter() - started
-    kwargs = pruner_kwargs(model)
-    hook, by_hand = HFConfigSyncHook(), ByHand()
+    prunable(model)  # proved here, so that the constructor's time is its own
+    hook, by_hand = HFConfigSyncHook(prune="inner"), ByHand()
     started = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
         model,
-        **kwargs,
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.2,
         iterative_steps=STEPS,

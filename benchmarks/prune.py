@@ -4,10 +4,10 @@
 
 Seconds on the real SmolLM2-135M, the best of some rounds in turn: FFN alone, FFN with the hidden
 size, and these with key/value groups.  OptiPFair (``pip install optipfair``) cuts FFNs only.
-Learning and proving is done once per model and printed by itself; ``pruner_kwargs`` for the FFN in
-a fresh process, with an empty cache on disk and with that of the run before.  Then, without
-weights, the same for 70 billion parameters, and a random Llama of 1.5 billion: the step as a
-multiple of the time to read and write its weights once, and the peak of memory.
+Learning and proving is done once per model and printed by itself; the first pruner of the FFN in a
+fresh process, with an empty cache on disk and with that of the run before.  Then, without weights,
+the same for 70 billion parameters, and a random Llama of 1.5 billion: the step as a multiple of the
+time to read and write its weights once, and the peak of memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.schema import dated, versions
 
@@ -48,14 +48,13 @@ HIDDEN_RATIO = 3 / 16  # 576 -> 468, which six heads divide: Llama asks for that
 def prune(model: PreTrainedModel, fields: tuple[str, ...]) -> tuple[float, float]:
     """Seconds to construct a pruner and to take one step."""
     ratios = {"hidden_size": HIDDEN_RATIO} if fields == ALL else None
-    kwargs = pruner_kwargs(model, prune=fields, ratios=ratios)
     started = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
         model,
-        **kwargs,
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=RATIO,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=fields, ratios=ratios)],
     )
     constructed = time.perf_counter()
     pruner.step()
@@ -111,18 +110,21 @@ sys.path.insert(0, {folder!r})
 from overhead import smollm2
 import os
 os.environ["TP_HF_CONFIG_CACHE"] = {cache!r}
-import torch_pruning
-import tp_hf_config.hook.hook, tp_hf_config.planning.pruner_kwargs
-from tp_hf_config import pruner_kwargs
+import torch_pruning as tp
+import tp_hf_config.planning.pruner_graph
+from tp_hf_config import HFConfigSyncHook
 model = smollm2()
 started = time.perf_counter()
-pruner_kwargs(model, prune=("intermediate_size",))
+tp.pruner.MetaPruner(
+    model, None, tp.importance.MagnitudeImportance(),
+    hooks=[HFConfigSyncHook(prune="intermediate_size")],
+)
 print(time.perf_counter() - started)
 """
 
 
 def in_fresh_processes(rounds: int) -> dict[str, float]:
-    """Seconds of the first ``pruner_kwargs`` for the FFN alone in a process; modules are loaded."""
+    """Seconds to construct the first pruner of the FFN in a process; modules are loaded."""
     seconds: dict[str, list[float]] = {"empty cache": [], "cache of an earlier process": []}
     for _ in range(rounds):
         with TemporaryDirectory() as cache:
@@ -203,7 +205,7 @@ def main() -> None:
     console.print(table)
     figures["fresh process"] = in_fresh_processes(arguments.rounds)
     for name, seconds in figures["fresh process"].items():
-        console.print(f"pruner_kwargs for the FFN in a fresh process, {name}: {seconds:.3f} s")
+        console.print(f"first pruner of the FFN in a fresh process, {name}: {seconds:.3f} s")
     if not arguments.no_large:
         figures["learn and prove, 70 billion"] = seconds = on_meta_70b()
         console.print(f"learn and prove a Llama of 70 billion parameters: {seconds:.2f} s")

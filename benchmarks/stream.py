@@ -193,10 +193,10 @@ def make_cut_list(name: str, out: Path) -> dict[str, Any]:
 
     model = MODELS[name]()
     planned = plan(model, pruning_ratio=RATIO)
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(plan=planned)
     pruner = tp.pruner.MetaPruner(
         model,
-        **planned.pruner_kwargs(model),
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
         hooks=[hook],
     )

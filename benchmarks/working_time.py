@@ -18,8 +18,8 @@ import torch
 import torch_pruning as tp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tp_hf_config import HFConfigSyncHook, calibrate, plan, pruner_kwargs
-from tp_hf_config.planning.working_time import RATE
+from tp_hf_config import HFConfigSyncHook, calibrate, plan
+from tp_hf_config.planning.plan import RATE
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def measure(size: Size, tokens: int) -> str:
     calibrated = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune="intermediate_size"),
+        example_inputs=None,
         importance=calibration.importance(),
         pruning_ratio=0.2,
-        hooks=[HFConfigSyncHook(compensate=calibration)],
+        hooks=[HFConfigSyncHook(prune="intermediate_size", compensate=calibration)],
     )
     began = time.perf_counter()
     pruner.step()

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tp_hf_config import HFConfigSyncHook, optimizer_follows, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, optimizer_follows
 
 BATCH, LENGTH = 4, 16
 TINY = LlamaConfig(
@@ -59,10 +59,10 @@ def worker(args: argparse.Namespace) -> None:
     model = load(args.model)
     number = (args.steps + 1) * args.every * BATCH * accelerator.num_processes
     batches = DataLoader(torch.randint(model.config.vocab_size, (number, LENGTH)), BATCH)
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("hidden_size", "intermediate_size"))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("hidden_size", "intermediate_size")),
+        example_inputs=None,
         importance=tp.importance.GroupTaylorImportance(),
         pruning_ratio=args.ratio,
         iterative_steps=args.steps,

@@ -38,7 +38,6 @@ from tp_hf_config import (
     HFConfigSyncHook,
     apply_cuts,
     optimizer_follows,
-    pruner_kwargs,
     save_sharded,
 )
 
@@ -56,10 +55,11 @@ def main() -> None:
     model, teacher = shard(copy.deepcopy(whole)), shard(copy.deepcopy(whole))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    hook = HFConfigSyncHook(rebuild=shard)  # the pruned model is wrapped as this one was
+    # The pruned model is wrapped as this one was.
+    hook = HFConfigSyncHook(prune="intermediate_size", rebuild=shard)
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune="intermediate_size"),
+        example_inputs=None,
         importance=tp.importance.GroupTaylorImportance(),
         pruning_ratio=args.ffn,
         iterative_steps=2,

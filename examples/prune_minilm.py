@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from tp_hf_config import Calibration, HFConfigSyncHook, calibrate, pruner_kwargs
+from tp_hf_config import Calibration, HFConfigSyncHook, calibrate
 
 BATCH = 32
 CALIBRATION = 1024  # sentences that are measured, a few of them held out to judge the refits
@@ -76,15 +76,14 @@ def main() -> None:
     data = [tokens_of(tokenizer, [sentence]) for sentence in train[:CALIBRATION]]
     calibration = calibrate(model, data)
     console.print(str(calibration))
-    pruner = make_pruner(model, args, calibration, hook := HFConfigSyncHook(compensate=calibration))
+    pruner, hook = make_pruner(model, args, calibration)
     pruner.step()  # refits and prunes the weights; the config follows by itself
     console.print(f"{hook.last_report}\n  {hook.last_report.graph}", soft_wrap=True)
 
     plain = copy.deepcopy(original)
-    make_pruner(plain, args, None, hook := HFConfigSyncHook()).load_pruning_history(
-        pruner.pruning_history()
-    )
-    hook.sync()  # a replay is no step, so the hook is called by hand
+    other, replayed = make_pruner(plain, args, None)
+    other.load_pruning_history(pruner.pruning_history())
+    replayed.sync()  # a replay is no step, so the hook is called by hand
     refitted = [copy.deepcopy(model)] if args.recovery_steps else []
     if args.recovery_steps:
         recover(model, original, tokenizer, train, args)
@@ -102,19 +101,19 @@ def main() -> None:
 
 
 def make_pruner(
-    model: PreTrainedModel,
-    args: argparse.Namespace,
-    calibration: Calibration | None,
-    hook: HFConfigSyncHook,
-) -> tp.pruner.MetaPruner:
+    model: PreTrainedModel, args: argparse.Namespace, calibration: Calibration | None
+) -> tuple[tp.pruner.MetaPruner, HFConfigSyncHook]:
     """Whole heads, and the hidden size with them; the FFN by a share of its own."""
-    return tp.pruner.MetaPruner(
+    hook = HFConfigSyncHook(ratios={"intermediate_size": args.ffn}, compensate=calibration)
+    pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True, ratios={"intermediate_size": args.ffn}),
-        head_pruning_ratio=args.heads / model.config.num_attention_heads,
+        example_inputs=None,
         importance=calibration.importance() if calibration else tp.importance.RandomImportance(),
+        prune_num_heads=True,
+        head_pruning_ratio=args.heads / model.config.num_attention_heads,
         hooks=[hook],
     )
+    return pruner, hook
 
 
 def recover(

@@ -50,7 +50,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from tp_hf_config import Calibration, HFConfigSyncHook, calibrate, prunable, pruner_kwargs
+from tp_hf_config import Calibration, HFConfigSyncHook, calibrate, prunable
 
 QUESTION = "What is the capital of France?"
 WINDOW = 256  # tokens in one training or evaluation sequence
@@ -84,7 +84,7 @@ def main() -> None:
         args.heads,
         None if args.gqa == "none" else args.gqa,
     )
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = cut.hook(calibration)
     pruner = make_pruner(model, cut, calibration.importance(), hook, args.steps)
     for step in range(1, args.steps + 1):
         name = f"step {step}/{args.steps}"
@@ -172,19 +172,23 @@ class Cut:
     heads: float = 0.0
     gqa: Literal["query", "group"] | None = None
 
+    def hook(self, calibration: Calibration | None = None) -> HFConfigSyncHook:
+        """Return a hook that prunes this and no other width, with refits by a calibration."""
+        return HFConfigSyncHook(
+            prune=tuple(self.widths), ratios=self.widths, gqa=self.gqa, compensate=calibration
+        )
+
 
 def make_pruner(
     model: Model, cut: Cut, importance: Importance, hook: HFConfigSyncHook, steps: int = 1
 ) -> tp.pruner.MetaPruner:
-    """An ordinary Torch-Pruning pruner; what it has to know about the model comes from us."""
-    heads = {"prune_num_heads": True, "gqa": cut.gqa, "head_pruning_ratio": cut.heads}
+    """An ordinary Torch-Pruning pruner; what it has to know about the model comes from the hook."""
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(
-            model, prune=tuple(cut.widths), ratios=cut.widths, **(heads if cut.gqa else {})
-        ),
+        example_inputs=None,
         importance=importance,
         iterative_steps=steps,
+        head_pruning_ratio=cut.heads if cut.gqa else 0.0,
         hooks=[hook],
     )
 
@@ -219,7 +223,7 @@ def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name
 def replay_pruning(unpruned: Model, history: list, cut: Cut) -> Model:
     """Cut the very same units out of the original weights: neither refitted nor recovered."""
     model = copy.deepcopy(unpruned)
-    hook = HFConfigSyncHook()
+    hook = cut.hook()
     pruner = make_pruner(model, cut, tp.importance.RandomImportance(), hook)
     pruner.load_pruning_history(history)
     hook.sync()  # a replay is no step, so the hook is called by hand
@@ -247,9 +251,8 @@ def print_choices_of_heads(
     for gqa in ("query", "group"):
         model = copy.deepcopy(unpruned)
         measured = calibration.on_copy(model)
-        hook = HFConfigSyncHook(compensate=measured)
         cut = Cut(heads=args.heads, gqa=gqa)
-        make_pruner(model, cut, measured.importance(), hook).step()
+        make_pruner(model, cut, measured.importance(), cut.hook(measured)).step()
         before = perplexity(model, held_out)
         recover(model, unpruned, sample, args.lr, f"heads, gqa {gqa} recover")
         models.append(model)

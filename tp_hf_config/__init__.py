@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
     from .graph.cut_list import CutList
     from .graph.prunable import Prunable, Width, prunable
-    from .hook.drop_layers import drop_layers
-    from .hook.dropped_layers import DroppedLayers
+    from .hook.drop_layers import DroppedLayers, drop_layers
     from .hook.hook import HFConfigSyncHook
     from .hook.registration import Handle, PrunerHook
     from .hook.report import SyncReport
@@ -43,11 +42,9 @@ if TYPE_CHECKING:
     from .pipeline.job import Exported
     from .pipeline.sharded import save_sharded
     from .pipeline.support import Support, supports
-    from .planning.allocate import Allocation, allocate
-    from .planning.layer_curve import LayerCurve
+    from .planning.allocate import Allocation, LayerCurve, allocate
     from .planning.make_plan import plan
     from .planning.plan import Plan
-    from .planning.pruner_kwargs import pruner_kwargs
 
 __all__ = [
     "Allocation",
@@ -86,7 +83,6 @@ __all__ = [
     "optimizer_follows",
     "plan",
     "prunable",
-    "pruner_kwargs",
     "repair_checkpoint",
     "save_sharded",
     "supports",
@@ -101,17 +97,14 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "checkpoint.repair": ("repair_checkpoint",),
     "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),
     "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
-    "hook.drop_layers": ("drop_layers",),
-    "hook.dropped_layers": ("DroppedLayers",),
+    "hook.drop_layers": ("DroppedLayers", "drop_layers"),
     "hook.hook": ("HFConfigSyncHook",),
     "graph.cut_list": ("CutList",),
     "graph.prunable": ("Prunable", "Width", "prunable"),
     "hook.trainer.optimizer": ("optimizer_follows",),
-    "planning.allocate": ("Allocation", "allocate"),
-    "planning.layer_curve": ("LayerCurve",),
+    "planning.allocate": ("Allocation", "LayerCurve", "allocate"),
     "planning.make_plan": ("plan",),
     "planning.plan": ("Plan",),
-    "planning.pruner_kwargs": ("pruner_kwargs",),
     "hook.registration": ("Handle", "PrunerHook"),
     "hook.report": ("SyncReport",),
     "pipeline.apply_cuts": ("apply_cuts",),

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tp_hf_config import HFConfigSyncHook, export, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, export
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -172,9 +172,9 @@ def prune(model: Model, tokenizer: Tokenizer, widths: dict[str, int]) -> None:
     }
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ratios=ratios),
+        example_inputs=None,
         importance=importance_of(model, tokenizer),
-        hooks=[HFConfigSyncHook(strict=True)],
+        hooks=[HFConfigSyncHook(ratios=ratios, strict=True)],
     )
     pruner.step()
     got = {field: getattr(model.config, field) for field in widths}
@@ -190,9 +190,10 @@ def prune_by_layer(model: Model, tokenizer: Tokenizer, field: str) -> None:
         settings = {"pruning_ratio": 0.0, "pruning_ratio_dict": dict.fromkeys(layers[::3], 1 / 3)}
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=field, layers="differ", **settings),
+        example_inputs=None,
         importance=importance_of(model, tokenizer),
-        hooks=[HFConfigSyncHook(layers="differ")],
+        hooks=[HFConfigSyncHook(prune=field, layers="differ")],
+        **settings,
     )
     pruner.step()
 

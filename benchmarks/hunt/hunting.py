@@ -33,7 +33,7 @@ PRELOADED = [
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "tp_hf_config.pipeline.support",
-    "tp_hf_config.planning.pruner_kwargs",
+    "tp_hf_config.planning.pruner_graph",
 ]
 
 

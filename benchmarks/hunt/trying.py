@@ -42,25 +42,25 @@ class Mode:
 
     Attributes:
         name: what is asked for.
-        kwargs: of ``pruner_kwargs``.
+        asked: settings of the hook; by default it prunes inner widths.
         settings: of the pruner; none: it is not pruned.
         dropped: the layers that are dropped before, by the name of their list.
     """
 
     name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, list[int]] = field(default_factory=dict)
 
     def said(self) -> dict[str, Any]:
         """What is asked for, as text where it is no data."""
-        asked = {
-            **self.kwargs,
+        said = {
+            **self.asked,
             **self.settings,
             **({"dropped": self.dropped} if self.dropped else {}),
         }
-        ignored = asked.pop("ignored_layers", None)
-        return asked if ignored is None else {**asked, "ignored_layers": len(ignored)}
+        ignored = said.pop("ignored_layers", None)
+        return said if ignored is None else {**said, "ignored_layers": len(ignored)}
 
 
 class Row:
@@ -194,10 +194,10 @@ def modes_of(rng: Random, model: nn.Module) -> Iterator[Mode]:
 
     yield Mode("defaults", {}, _settings(rng))
     gqa = rng.choice((None, "query", "group"))
-    heads = {"prune_num_heads": True, **({"gqa": gqa} if gqa else {})}
-    both = {**_settings(rng), "head_pruning_ratio": _ratio(rng)}
-    yield Mode("heads", heads, both)
-    yield Mode("round_to", {"round_to": rng.choice(_ROUND)}, _settings(rng))
+    heads = {"prune_num_heads": True}
+    both = {**heads, **_settings(rng), "head_pruning_ratio": _ratio(rng)}
+    yield Mode("heads", {"gqa": gqa} if gqa else {}, both)
+    yield Mode("round_to", {}, {"round_to": rng.choice(_ROUND), **_settings(rng)})
     widths = [width for width in prunable(model).widths if width.reason is None]
     if len(widths) > 1:
         chosen = rng.sample(widths, 2)
@@ -213,7 +213,7 @@ def layered_modes(rng: Random, model: nn.Module) -> Iterator[Mode]:
     steps = rng.choice(_STEPS)
     yield Mode("differ", differ, {**differing_settings(rng, model), "iterative_steps": steps})
     heads = {**_settings(rng), "head_pruning_ratio": _ratio(rng), "global_pruning": True}
-    yield Mode("differ, heads", {**differ, "prune_num_heads": True}, heads)
+    yield Mode("differ, heads", differ, {"prune_num_heads": True, **heads})
     lists = list(lists_of_layers(model).items())
     chosen = {name: some_layers(rng, len(layers)) for name, layers in lists}
     for name in rng.sample(list(chosen), min(_LISTS, len(chosen))):
@@ -246,7 +246,7 @@ def tried(subject: Subject, mode: Mode, folder: Path) -> dict[str, Any]:
         base = copy.deepcopy(model) if mode.dropped else subject.model
         if settings:
             before = _state(model)
-            for report in _pruned(model, mode.kwargs, settings):
+            for report in _pruned(model, mode.asked, settings):
                 fields |= report.fields
                 notes = report.notes
     except WrongError as error:
@@ -270,18 +270,20 @@ def tried(subject: Subject, mode: Mode, folder: Path) -> dict[str, Any]:
     return {"outcome": "works", "why": "", "fields": fields, "folder": folder.name}
 
 
-def _pruned(model: Any, kwargs: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
+def _pruned(model: Any, asked: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
     """Prune a model in all its steps; the reports of the steps."""
     import torch_pruning as tp
 
-    from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+    from tp_hf_config import HFConfigSyncHook
 
-    hook = HFConfigSyncHook(layers=kwargs.get("layers", "uniform"))
+    default = {} if "ratios" in asked else {"prune": "inner"}
+    hook = HFConfigSyncHook(**{**default, **asked})
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **kwargs, **settings),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[hook],
+        **settings,
     )
     for _ in range(settings["iterative_steps"]):
         pruner.step()

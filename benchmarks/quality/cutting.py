@@ -10,11 +10,13 @@ import torch
 import torch_pruning as tp
 from transformers import PreTrainedModel as Model
 
-from tp_hf_config import Calibration, HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import Calibration, HFConfigSyncHook
 from tp_hf_config.calibration.readings import Readings
 
 MakeImportance = Callable[[Model, Calibration], Any]
 """Gets the copy that is about to be pruned, and what its weights read."""
+_OF_HOOK = ("prune", "ratios", "gqa")
+"""Those of a cut's settings that are the hook's; the others are the pruner's."""
 
 
 class _OfACopy(Calibration):
@@ -43,12 +45,14 @@ def pruned(
     torch.manual_seed(seed)  # importance may be random
     cut = copy.deepcopy(model)
     calibration = _OfACopy(measured, cut)
-    hook = HFConfigSyncHook(compensate=calibration if refit else None)
+    of_hook = {name: value for name, value in settings.items() if name in _OF_HOOK}
+    hook = HFConfigSyncHook(**of_hook, compensate=calibration if refit else None)
     pruner = tp.pruner.MetaPruner(
         cut,
-        **pruner_kwargs(cut, **settings),
+        example_inputs=None,
         importance=importance(cut, calibration),
         hooks=[hook],
+        **{name: value for name, value in settings.items() if name not in _OF_HOOK},
     )
     pruner.step()
     cut.zero_grad()

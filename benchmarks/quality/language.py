@@ -217,10 +217,10 @@ class Language:
             allocation = replace(allocation, widths=dict.fromkeys(allocation.widths, mean))
         model = copy.deepcopy(self.loaded[0])
         calibration = self.calibration.on_copy(model)
-        hook = HFConfigSyncHook(layers="differ", compensate=calibration)
+        hook = HFConfigSyncHook(plan=allocation, compensate=calibration)
         pruner = tp.pruner.MetaPruner(
             model,
-            **allocation.pruner_kwargs(model),
+            example_inputs=None,
             importance=calibration.importance(),
             hooks=[hook],
         )

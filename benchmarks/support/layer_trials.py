@@ -22,8 +22,7 @@ from tp_hf_config.forward.layer_passes import handed_on, without_layers
 from tp_hf_config.forward.observed_pass import AllFloat64
 from tp_hf_config.forward.output_tensors import outputs_of, unmasked
 from tp_hf_config.graph.experiments import experiments_of
-from tp_hf_config.hook.drop_layers import drop_layers
-from tp_hf_config.hook.outputs_without import tensors_by_name
+from tp_hf_config.hook.drop_layers import drop_layers, tensors_by_name
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json, config_nodes
 from tp_hf_config.model.layer_class import layer_lists

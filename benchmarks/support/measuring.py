@@ -120,7 +120,7 @@ def _widths(case: Any, folder: Path, note: Note) -> None:
     for width, saved in trials(case, folder):
         widths.append(_tried(width, saved, folder))
         note(widths=widths)
-    place = folder / "defaults"  # pruner_kwargs(model), one ratio, one step
+    place = folder / "defaults"  # prune="inner", one ratio, one step
     outcome, why = attempt(case, copy.deepcopy(case.model), place)
     why = why or ("nothing was pruned" if outcome == "refused" else "")
     folders = (place,) if outcome == "works" else ()

@@ -17,7 +17,7 @@ from rich.table import Table
 from tp_hf_config.schema import SCHEMA_VERSION, versions
 
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
-DEFAULTS = "`pruner_kwargs(model)` with no other argument, in one step: pruned, saved, loaded"
+DEFAULTS = '`HFConfigSyncHook(prune="inner")`, in one step: pruned, saved, loaded'
 DIFFER = "layers differ: pruned, saved, loaded, of the pairs that run and have layers"
 DROPPED = "a layer dropped: saved, loaded, of the same pairs"
 FAILED = "layers that differ or went, and failed (silently wrong)"
@@ -281,8 +281,8 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "in one step and in two, at tiny size with random weights. *yes*: the pruned model",
             "computes what the original does with the removed units masked, and a fresh process",
             "loads it with the same bits. *refused*: an error before anything is pruned or",
-            "written. *some*: some of several fields go. *defaults*: `pruner_kwargs(model)` with",
-            "no other argument, by half in one step. *layers differ*: the same comparison after",
+            "written. *some*: some of several fields go. *defaults*: by half in one step with",
+            '`HFConfigSyncHook(prune="inner")`. *layers differ*: the same comparison after',
             "ranking all layers together, or after keeping the first of them whole, with",
             '`layers="differ"`. *a layer dropped*: one layer of every list gone by `drop_layers`;',
             "the model computes what it did with that layer passing on what it is given. Classes",

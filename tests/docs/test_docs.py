@@ -117,7 +117,7 @@ class TestErrors:
             "no inputs were found that it runs with",
             "is nested too deeply",  # a reason that another module says
             "and one config field cannot say that. Ignore a layer of every group, or of none "
-            "(prune= of pruner_kwargs leaves a field out",  # a reason that a helper returns
+            "(prune= of HFConfigSyncHook leaves a field out",  # a reason that a helper returns
         } <= found
 
 

@@ -103,18 +103,18 @@ def test_modules_are_short() -> None:
 
 
 LINES = {
-    "model": (3_473, 1_800),
-    "forward": (2_789, 2_200),
-    "fieldmap": (4_899, 3_400),
-    "twin": (4_666, 3_400),
-    "graph": (3_660, 2_200),
-    "planning": (3_361, 2_200),
-    "hook": (4_142, 2_300),
-    "calibration": (3_485, 2_300),
-    "checkpoint": (3_714, 2_000),
-    "pipeline": (5_298, 2_300),
-    "cli": (700, 700),
-    "": (999, 400),
+    "model": (3_372, 1_800),
+    "forward": (2_537, 2_200),
+    "fieldmap": (4_710, 3_400),
+    "twin": (4_433, 3_400),
+    "graph": (3_570, 2_200),
+    "planning": (3_175, 2_200),
+    "hook": (4_086, 2_300),
+    "calibration": (3_328, 2_300),
+    "checkpoint": (3_013, 2_000),
+    "pipeline": (4_612, 2_300),
+    "cli": (698, 700),
+    "": (992, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
@@ -130,4 +130,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 248  # the budget is 115
+    assert len(FILES) <= 156  # the budget is 115

@@ -25,7 +25,6 @@ from tp_hf_config import (
     PrunerSettingsWarning,
     SyncReport,
     UnsupportedModelError,
-    pruner_kwargs,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph
 
@@ -420,10 +419,11 @@ class TestArguments:
             warnings.simplefilter("always", PrunerSettingsWarning)
             tp.pruner.BasePruner(
                 model,
-                **pruner_kwargs(model, prune_num_heads=True),
+                example_inputs=None,
+                prune_num_heads=True,
                 importance=tp.importance.MagnitudeImportance(),
                 pruning_ratio=0.5,
-                hooks=[HFConfigSyncHook()],
+                hooks=[HFConfigSyncHook(prune="inner")],
             ).step()
         assert [str(each.message) for each in told if each.category is PrunerSettingsWarning] == [
             "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "

@@ -33,10 +33,11 @@ from torch import nn
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
+    PrunerSettingsWarning,
     UnsupportedModelError,
     plan,
-    pruner_kwargs,
 )
+from tp_hf_config.fieldmap.model_view import view_of
 
 # Model -> shape -> mode -> the fields that changed after each step when half of the heads go in one
 # step ("1") and in three ("3"), or the words in which it is refused.
@@ -123,16 +124,15 @@ def heads_pruner(
     gqa: Any = None,
     steps: int = 1,
     ratio: float = 0.5,
-    kwargs: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Any, HFConfigSyncHook]:
-    """A pruner of heads and nothing else, unless ``kwargs`` of ``pruner_kwargs`` say otherwise."""
-    hook = HFConfigSyncHook()
-    wanted = {"prune_num_heads": True, "gqa": gqa, **(kwargs or {})}
+    """A pruner of heads and nothing else, unless ``changes``, the hook's too, say otherwise."""
+    hook, changes = small.split(**{"prune": "inner", "gqa": gqa, **changes})
     arguments = {
-        **pruner_kwargs(model, **wanted),
+        "example_inputs": None,
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.0,
+        "prune_num_heads": True,
         "head_pruning_ratio": ratio,
         "iterative_steps": steps,
         **changes,
@@ -195,7 +195,7 @@ def test_refused_in_these_words_and_nothing_is_touched(case: Case) -> None:
     model = copy.deepcopy(original_of(case.model, case.shape))
     before = small.state_of(model)
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(model, prune_num_heads=True)
+        heads_pruner(model)
     assert str(raised.value) == case.expected
     small.assert_same(before, small.state_of(model))
 
@@ -438,10 +438,11 @@ def test_heads_at_another_ratio_than_all_else(build: Callable[[], Any]) -> None:
     model = build()
     settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.25}
     planned = plan(model, **settings)
-    hook = HFConfigSyncHook(strict=True)
+    hook = HFConfigSyncHook(strict=True, prune="inner")
     pruner = tp.pruner.BasePruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True),
+        example_inputs=None,
+        prune_num_heads=True,
         importance=tp.importance.MagnitudeImportance(),
         hooks=[hook],
         **settings,
@@ -480,8 +481,11 @@ def test_ignored_projections_keep_their_heads(gqa: str, leaf: str) -> None:
 
 def test_one_ignored_projection_is_told_before_pruning() -> None:
     model = head_zoo.build("llama", Shape(8, 2))
-    words = "1 of 2 groups of num_attention_heads stay at 8"
-    with pytest.raises(ConfigSyncError, match=words):
+    words = (
+        "^num_attention_heads stays at 8: ignored_layers= keeps the outputs of "
+        r"model\.layers\.0\.self_attn\.q_proj, and one config field sets them all"
+    )
+    with pytest.warns(PrunerSettingsWarning, match=words):
         heads_pruner(model, ignored_layers=projections(model)[:1])
 
 
@@ -492,7 +496,7 @@ def test_one_ignored_projection_is_told_before_pruning() -> None:
 def test_channels_of_heads_are_rounded(ratio: float, round_to: int, left: int) -> None:
     """Eight channels a head: two heads are a multiple of 16, three of 24 (and so of 6)."""
     model = head_zoo.build("vit", Shape(8))
-    pruner, hook = heads_pruner(model, ratio=ratio, kwargs={"round_to": round_to})
+    pruner, hook = heads_pruner(model, ratio=ratio, round_to=round_to)
     pruner.step()
     assert hook.reports[0].fields["num_attention_heads"] == (8, left)
     assert HEAD_DIM * left % round_to == 0
@@ -510,7 +514,7 @@ def test_every_number_of_steps_ends_alike(gqa: str, steps: int) -> None:
 
 def test_heads_and_other_widths_in_the_same_steps() -> None:
     original = head_zoo.build("llama", Shape(8, 2))
-    run = pruned(original, "group", 3, pruning_ratio=0.25, kwargs={"prune": ("intermediate_size",)})
+    run = pruned(original, "group", 3, pruning_ratio=0.25, prune=("intermediate_size",))
     assert run.model.config.num_key_value_heads == 1
     assert run.model.config.intermediate_size == 36
     assert_same_as_masked(run.original, run.model, zoo.inputs(run.original))
@@ -542,12 +546,23 @@ def test_what_was_done_instead_is_noted() -> None:
 # --- head dims ----------------------------------------------------------------------------------
 
 
+def heads_of(model: Any) -> dict[nn.Module, int]:
+    """How many heads each projection has: only with ``num_heads=`` are head dims pruned."""
+    return {layer: count for _, layer, count in view_of(model).head_layers()}
+
+
 @pytest.mark.parametrize(("name", "field"), [("t5", "d_kv"), ("vit", "head_dim")])
 def test_dims_of_every_head(name: str, field: str) -> None:
     original = head_zoo.build(name, Shape(8))
     model = copy.deepcopy(original)
-    kwargs = {"prune_num_heads": False, "prune_head_dims": True, "prune": ()}
-    pruner, hook = heads_pruner(model, steps=3, pruning_ratio=0.5, kwargs=kwargs)
+    pruner, hook = heads_pruner(
+        model,
+        steps=3,
+        pruning_ratio=0.5,
+        num_heads=heads_of(model),
+        prune=(),
+        prune_num_heads=False,
+    )
     for _ in range(3):
         pruner.step()
         assert set(pruner.num_heads.values()) == {8}
@@ -558,23 +573,24 @@ def test_dims_of_every_head(name: str, field: str) -> None:
 
 def test_value_dims_of_latent_attention() -> None:
     """Value dims stand behind key dims in every head: one at a time."""
-    with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(zoo.build("deepseek_v3"), prune=(), prune_head_dims=True)
-    assert str(raised.value) == (
-        "DeepseekV3ForCausalLM: qk_nope_head_dim and v_head_dim both set dimension 0 of "
-        "model.layers.0.self_attn.kv_b_proj.weight. Prune them one after the other, each with a "
-        "pruner of its own."
+    model = zoo.build("deepseek_v3")
+    with pytest.warns(PrunerSettingsWarning) as told:
+        heads_pruner(model, num_heads=heads_of(model), prune_num_heads=False)
+    assert str(told[0].message) == (
+        "prune_head_dims=True, but head dims stay: DeepseekV3ForCausalLM: qk_nope_head_dim and "
+        "v_head_dim both set dimension 0 of model.layers.0.self_attn.kv_b_proj.weight. Prune them "
+        "one after the other, each with a pruner of its own."
     )
-    kwargs = {"prune_num_heads": False, "prune": ("v_head_dim",)}
-    run = pruned_of_zoo("deepseek_v3", None, pruning_ratio=0.5, kwargs=kwargs)
+    alone = {"prune_num_heads": False, "prune": ("v_head_dim",)}
+    run = pruned_of_zoo("deepseek_v3", None, pruning_ratio=0.5, **alone)
     assert run.steps == [{"v_head_dim": 5}]
     assert_same_as_masked(run.original, run.model, zoo.inputs(run.original))
 
 
-def test_dims_that_rotate_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="encodes positions in its head dims") as raised:
-        pruner_kwargs(head_zoo.build("llama", Shape(8, 2)), prune_head_dims=True)
-    assert "Leave prune_head_dims out" in str(raised.value)
+def test_dims_that_rotate_stay() -> None:
+    model = head_zoo.build("llama", Shape(8, 2))
+    with pytest.warns(PrunerSettingsWarning, match="encodes positions in its head dims"):
+        heads_pruner(model, num_heads=heads_of(model), prune_num_heads=False)
 
 
 # --- graphs and modes that cannot be had --------------------------------------------------------
@@ -582,7 +598,7 @@ def test_dims_that_rotate_are_refused() -> None:
 
 def test_a_class_without_heads() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(zoo.build("mamba2"), prune_num_heads=True)
+        heads_pruner(zoo.build("mamba2"))
     assert str(raised.value).startswith(
         "Mamba2ForCausalLM cannot prune attention heads: no heads were seen. Widths that can: "
     )
@@ -592,10 +608,11 @@ def test_heads_of_every_stage_go_with_the_width() -> None:
     """Swin's stages have other numbers of heads, and its width doubles from one to the next."""
     original = zoo.build("swin")
     model = copy.deepcopy(original)
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune="inner")
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True),
+        example_inputs=None,
+        prune_num_heads=True,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5,
@@ -609,10 +626,8 @@ def test_heads_of_every_stage_go_with_the_width() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_without_groups_every_mode_is_the_same(name: str) -> None:
     model = head_zoo.build(name, Shape(8))
-    ways = [
-        pruner_kwargs(model, prune_num_heads=True, gqa=gqa)["example_inputs"].why
-        for gqa in ("query", "group", None)
-    ]
+    hooks = [heads_pruner(copy.deepcopy(model), gqa)[1] for gqa in ("query", "group", None)]
+    ways = [hook.sync().graph for hook in hooks]
     assert len(set(ways)) == 1
     assert "heads: whole heads" in ways[0]
 

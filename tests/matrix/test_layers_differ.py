@@ -20,7 +20,7 @@ from cases import some_in_make_test
 from masked_original import WITHOUT_HEAD, assert_same_as_masked
 from reloading import assert_reloaded
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, UnsupportedModelError, pruner_kwargs
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, UnsupportedModelError
 from tp_hf_config.model.layer_entries import layer_lists_of
 
 pytestmark = [
@@ -75,17 +75,13 @@ def run_of(case: Case) -> Run:
     """Prune a case's model; once, for all tests that ask about it."""
     model = layer_zoo.build(case.model)
     original = copy.deepcopy(model)
-    hook = HFConfigSyncHook(layers="differ")
+    hook = HFConfigSyncHook(prune=layer_zoo.FIELDS[case.model], layers="differ")
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(
-            model,
-            prune=layer_zoo.FIELDS[case.model],
-            layers="differ",
-            **arguments(model, case),
-        ),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[hook],
+        **arguments(model, case),
     )
     for _ in range(case.steps):
         pruner.step()
@@ -171,7 +167,12 @@ def test_a_class_without_such_layers_is_refused(name: str) -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"layers='differ': .* no width that is its single layers' own"
     ):
-        pruner_kwargs(model, layers="differ")
+        tp.pruner.MetaPruner(
+            model,
+            example_inputs=None,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[HFConfigSyncHook(layers="differ")],
+        )
     assert type(model) is stock
     assert model.config.to_json_string() == before
 
@@ -180,12 +181,14 @@ def test_a_class_without_such_layers_is_refused(name: str) -> None:
 def test_uniform_layers_refuse_it_before_the_cut_and_say_what_allows_it(name: str) -> None:
     model = zoo.build(name)
     shapes = [parameter.shape for parameter in model.parameters()]
-    with pytest.raises(ConfigSyncError, match=r"Or let every layer .*: layers='differ', in pruner"):
+    with pytest.raises(
+        ConfigSyncError, match=r"Or let every layer .*: layers='differ' of HFConfigSyncHook"
+    ):
         tp.pruner.MetaPruner(
             model,
-            **pruner_kwargs(model, prune="intermediate_size"),
+            example_inputs=None,
             importance=tp.importance.GroupMagnitudeImportance(),
             global_pruning=True,
-            hooks=[HFConfigSyncHook()],
+            hooks=[HFConfigSyncHook(prune="intermediate_size")],
         )
     assert [parameter.shape for parameter in model.parameters()] == shapes

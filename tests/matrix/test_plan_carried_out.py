@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch_pruning as tp
 import transformers as hf
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from planned import numbers_of, pruned, steps
 
-from tp_hf_config import UnsupportedModelError, Width, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, Width, plan, prunable
 
 CLASSES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig),
@@ -98,19 +99,26 @@ def test_what_is_planned_is_what_pruning_gives(
         offered = {name for name in offered if "head" not in name}
     fields = sorted(chosen & offered)
     own = {fields[i]: value for i, value in ratios.items() if i < len(fields)}
-    chosen_by = {"prune": fields, "ratios": own, "round_to": round_to}
-    chosen_by |= {name: heads[name] for name in ("prune_num_heads", "gqa")}
-    asked: dict[str, Any] = {
-        "pruning_ratio": ratio,
+    of_hook = {"prune": fields, "ratios": own, "gqa": heads["gqa"]}
+    of_pruner: dict[str, Any] = {
+        "prune_num_heads": heads["prune_num_heads"],
         "head_pruning_ratio": heads["head_pruning_ratio"],
+        "pruning_ratio": ratio,
+        "round_to": round_to,
         "iterative_steps": number,
         "max_pruning_ratio": max_ratio,
     }
-    kwargs_or_error = _result_of(pruner_kwargs, model, **chosen_by)
-    result = _result_of(plan, model, **chosen_by, **asked)
+    result = _result_of(plan, model, **of_hook, **of_pruner)
     if isinstance(result, str):
         event("cannot be pruned")
-        assert result == kwargs_or_error
+        assert result == _result_of(
+            tp.pruner.BasePruner,
+            model,
+            example_inputs=None,
+            importance=tp.importance.MagnitudeImportance(),
+            hooks=[HFConfigSyncHook(**of_hook)],
+            **of_pruner,
+        )
         return
     event(f"heads {heads['prune_num_heads']}, adjusted {bool(result.adjusted)}")
     assert result.refusal is None  # something near is found for these classes

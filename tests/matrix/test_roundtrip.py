@@ -21,7 +21,7 @@ from cases import some_in_make_test
 from masked_original import assert_same_as_masked
 from reloading import assert_reloaded
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 FFN = dict.fromkeys(tiny.NAMES, "intermediate_size") | {"opt": "ffn_dim", "t5": "d_ff"}
 HIDDEN = dict.fromkeys(tiny.NAMES, "hidden_size") | {"t5": "d_model"}
@@ -95,13 +95,13 @@ class Run:
     """After each step: the fields that differ from before, with their values."""
 
 
-def arguments(case: Case, model: Any) -> dict[str, Any]:
-    """What a case's pruner is told."""
+def fields(case: Case, model: Any) -> tuple[str, ...]:
+    """What a case prunes."""
     if case.mode == "ffn":
-        return {**pruner_kwargs(model, prune=(FFN[case.model],)), "pruning_ratio": 0.25}
+        return (FFN[case.model],)
     if case.mode == "hidden":
-        return {**pruner_kwargs(model, prune=(HIDDEN[case.model],)), "pruning_ratio": 0.25}
-    return {**pruner_kwargs(model, prune=small.inside(model)), "pruning_ratio": 0.25}
+        return (HIDDEN[case.model],)
+    return small.inside(model)
 
 
 @functools.cache
@@ -111,11 +111,12 @@ def run_of(case: Case) -> Run:
     original = copy.deepcopy(model)
     configs = {name: m.config for name, m in model.named_modules() if "config" in vars(m)}
     before = {name: config.to_diff_dict() for name, config in configs.items()}
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=fields(case, model))
     pruner = tp.pruner.MetaPruner(
         model,
-        **arguments(case, model),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.25,
         iterative_steps=case.steps,
         hooks=[hook],
     )

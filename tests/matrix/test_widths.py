@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ from tp_hf_config import (
     HFConfigSyncHook,
     UnsupportedModelError,
     prunable,
-    pruner_kwargs,
 )
 
 
@@ -86,20 +86,28 @@ def table_of(name: str) -> dict[str, str | None]:
     return {width.name: width.reason for width in prunable(zoo.build(name)).widths}
 
 
+def pruner_of(
+    model: Any, prune: Sequence[str], steps: int = 1
+) -> tuple[tp.pruner.MetaPruner, HFConfigSyncHook]:
+    """A pruner of half of these widths, and its hook."""
+    hook = HFConfigSyncHook(prune=prune)
+    pruner = tp.pruner.MetaPruner(
+        model,
+        example_inputs=None,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        iterative_steps=steps,
+        hooks=[hook],
+    )
+    return pruner, hook
+
+
 @functools.cache
 def run_of(case: Case) -> Run:
     """Prune a case's model; once, for all tests that ask about it."""
     model = zoo.build(case.model)
     original = copy.deepcopy(model)
-    hook = HFConfigSyncHook()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, prune=case.field.split(" + ")),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.5,
-        iterative_steps=case.steps,
-        hooks=[hook],
-    )
+    pruner, hook = pruner_of(model, case.field.split(" + "), case.steps)
     for _ in range(case.steps):
         pruner.step()
     assert all(report.proof and report.error is None for report in hook.reports)
@@ -138,7 +146,7 @@ def test_a_refused_width_raises_before_pruning(name: str) -> None:
         names = field.split(" + ")
         if not any(one in width.split(" + ") for width in offered for one in names):
             with pytest.raises(UnsupportedModelError) as caught:
-                pruner_kwargs(model, prune=names[:1])
+                pruner_of(model, prune=names[:1])
             assert fragment in str(caught.value)
 
 
@@ -183,14 +191,7 @@ def test_a_width_pruned_alone(case: Case, collector: Any) -> None:
 def test_several_widths_at_once(name: str, fields: tuple[str, ...]) -> None:
     model = zoo.build(name)
     original = copy.deepcopy(model)
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, prune=fields),
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.5,
-        iterative_steps=2,
-        hooks=[HFConfigSyncHook()],
-    )
+    pruner, _ = pruner_of(model, fields, steps=2)
     pruner.step()
     pruner.step()
     assert_same_as_masked(original, model, zoo.inputs(original))
@@ -208,11 +209,12 @@ def test_a_part_that_the_model_was_built_without_is_no_group() -> None:
     assert len(heads.groups) == 1 + config.num_hidden_layers
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune_num_heads=True, prune=("intermediate_size",)),
+        example_inputs=None,
+        prune_num_heads=True,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.25,
-        hooks=[hook := HFConfigSyncHook()],
+        hooks=[hook := HFConfigSyncHook(prune=("intermediate_size",))],
     )
     pruner.step()
     assert hook.last_report.fields == {
@@ -249,4 +251,4 @@ def test_the_masked_comparison_can_fail() -> None:
 )
 def test_two_widths_of_one_dimension_are_refused(name: str, fields: tuple[str, ...]) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{fields[0]} and {fields[1]} both set"):
-        pruner_kwargs(zoo.build(name), prune=fields)
+        pruner_of(zoo.build(name), prune=fields)

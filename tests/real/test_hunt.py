@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, drop_layers, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, drop_layers
 from tp_hf_config.model.build import Builder
 
 pytestmark = pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="it hunts in the newest alone")
@@ -95,10 +95,10 @@ def test_attention_in_one_function_is_scaled_by_the_new_head_dim(hunt: Any, tmp_
 def test_what_is_wrong_is_seen(hunt: Any, tmp_path: Path) -> None:
     one = subject(hunt, tmp_path, BASE)
     model = copy.deepcopy(one.model)
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("intermediate_size",))
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("intermediate_size",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],

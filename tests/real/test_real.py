@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import Collector
 from reloading import assert_reloaded
 from smollm2_file import gguf_file
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 Importance = tp.importance.GroupMagnitudeImportance
 
@@ -27,18 +28,19 @@ def smollm2() -> Any:
 
 
 def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: Collector) -> None:
-    if small.TRANSFORMERS >= (5,):  # 4 does not call a model quantised that it read from GGUF
-        with pytest.warns(UserWarning, match="its quantization_config was removed"):
-            pruner_kwargs(smollm2)
-    assert not hasattr(smollm2.config, "quantization_config")
-    hook = HFConfigSyncHook()
     ratios = {"hidden_size": 1 / 16, "intermediate_size": 0.25, "num_key_value_heads": 1 / 3}
-    pruner = tp.pruner.MetaPruner(
-        smollm2,
-        **pruner_kwargs(smollm2, ratios=ratios),
-        importance=Importance(),
-        hooks=[hook],
-    )
+    hook = HFConfigSyncHook(ratios=ratios)
+    said = pytest.warns(UserWarning, match="its quantization_config was removed")
+    if small.TRANSFORMERS < (5,):  # it does not call a model quantised that it read from GGUF
+        said = nullcontext()
+    with said:
+        pruner = tp.pruner.MetaPruner(
+            smollm2,
+            example_inputs=None,
+            importance=Importance(),
+            hooks=[hook],
+        )
+    assert not hasattr(smollm2.config, "quantization_config")
     pruner.step()
     assert hook.last_report is not None
     assert hook.last_report.graph == "config graph: 61 groups, each proved by permutation"
@@ -59,10 +61,10 @@ def test_a_sentence_transformer_keeps_its_embeddings(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(get_model_path()), device="cpu")
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(ratios={"hidden_size": 0.125, "intermediate_size": 0.25})
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, ratios={"hidden_size": 0.125, "intermediate_size": 0.25}),
+        example_inputs=None,
         importance=Importance(),
         hooks=[hook],
     )

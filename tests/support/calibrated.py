@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 import zoo
 
-from tp_hf_config import HFConfigSyncHook, calibrate, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, calibrate
 from tp_hf_config.model.tensors import tensor
 
 BATCHES = 60
@@ -38,12 +38,14 @@ def batches(model: Any, count: int = BATCHES) -> list[dict[str, torch.Tensor]]:
 
 
 def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **settings: Any) -> Any:
-    """A pruner that takes the last half of every width, unless the settings say otherwise."""
+    """A pruner that takes the last half of every width, unless the settings say otherwise.
+
+    ``settings``: the pruner's, and without a ``hook`` the hook's too.
+    """
+    if hook is None:
+        hook, settings = small.split(**settings)
     given = {"pruning_ratio": 0.5, "importance": Last(), **settings}
-    if not {"prune", "ratios"} & given.keys():
-        given["prune"] = small.inside(model)
-    hooks = [HFConfigSyncHook() if hook is None else hook]
-    return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **given), hooks=hooks)
+    return tp.pruner.MetaPruner(model, example_inputs=None, hooks=[hook], **given)
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import layer_zoo
+import small
 import torch_pruning as tp
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
 from tp_hf_config.model.layer_entries import layer_lists_of
 
 
@@ -23,25 +23,22 @@ def pruned(
         fields: the fields.
         first: the share that the first layers lose.
         others: the share that the other layers lose.
-        settings: more arguments of ``pruner_kwargs``.
+        settings: more settings of the pruner or the hook.
     """
     model = layer_zoo.build(name)
     lists = layer_lists_of(model)
     firsts = [model.base_model.get_submodule(found.name)[0] for found in lists]
+    hook, of_pruner = small.split(prune=tuple(fields), layers="differ", **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = tp.pruner.MetaPruner(
             model,
-            **pruner_kwargs(
-                model,
-                prune=tuple(fields),
-                layers="differ",
-                pruning_ratio=others,
-                pruning_ratio_dict=dict.fromkeys(firsts, first),
-                **settings,
-            ),
+            example_inputs=None,
             importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[HFConfigSyncHook(layers="differ")],
+            pruning_ratio=others,
+            pruning_ratio_dict=dict.fromkeys(firsts, first),
+            hooks=[hook],
+            **of_pruner,
         )
         pruner.step()
     assert type(model).__name__.startswith("Layerwise")

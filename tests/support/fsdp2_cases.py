@@ -15,7 +15,6 @@ from tp_hf_config import (
     HFConfigSyncHook,
     calibrate,
     optimizer_follows,
-    pruner_kwargs,
 )
 
 Shard = Callable[[Any], Any]
@@ -30,7 +29,7 @@ class Case:
         importance: makes the importance; ``None``: what ``calibrate`` measured, with refits.
         steps: how often is pruned, with training around each step.
         ignored: the name of a layer whose outputs stay.
-        settings: arguments of ``pruner_kwargs``.
+        settings: more settings of the pruner or the hook.
         layers: whether every layer has widths of its own, ranked together.
         own_data: whether every rank trains on data of its own.
     """
@@ -106,23 +105,25 @@ def run(
     calibration = None
     if case.importance is None:
         calibration = calibrate(model, [batch(seed) for seed in range(24)])
-    hook = HFConfigSyncHook(
+    hook, of_pruner = small.split(
         rebuild=shard,
         compensate=calibration,
         layers=case.layers,
         distributed=shard is None and rank is not None,
+        **case.settings,
     )
     ignored = [model.get_submodule(case.ignored)] if case.ignored else []
-    wanted = {"prune": small.inside(model), "ignored_layers": ignored, **case.settings}
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, layers=case.layers, **wanted),
+        example_inputs=None,
+        ignored_layers=ignored,
         global_pruning=case.layers == "differ",
         importance=case.importance() if case.importance else calibration.importance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5 if "gqa" in case.settings else 0.0,
         iterative_steps=case.steps,
         hooks=[hook],
+        **of_pruner,
     )
     seeds = [0] if not case.own_data else [0, 100] if rank is None else [100 * rank]
     for step in range(case.steps):
@@ -159,9 +160,12 @@ def of_measurement(calibration: Any) -> dict[Any, Any]:
 
 def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, Any]:
     """Prune by what was measured, and return what it comes to."""
-    settings = {"importance": calibration.importance("obs"), "pruning_ratio": 0.5, "hooks": [hook]}
     tp.pruner.MetaPruner(
-        model, **pruner_kwargs(model, prune=small.inside(model)), **settings
+        model,
+        example_inputs=None,
+        importance=calibration.importance("obs"),
+        pruning_ratio=0.5,
+        hooks=[hook],
     ).step()
     report = hook.last_report
     return {

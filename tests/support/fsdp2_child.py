@@ -55,7 +55,6 @@ from tp_hf_config import (
     drop_layers,
     plan,
     prunable,
-    pruner_kwargs,
     save_sharded,
 )
 from tp_hf_config.graph import standin, taking_turns
@@ -87,7 +86,7 @@ def pruner_of(model: Any, hook: HFConfigSyncHook, importance: Any = None) -> Any
     importance = importance or tp.importance.GroupMagnitudeImportance()
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=small.inside(model)),
+        example_inputs=None,
         importance=importance,
         pruning_ratio=0.5,
         hooks=[hook],
@@ -151,7 +150,7 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     results["no rebuild"] = refusal(lambda: pruner_of(model, HFConfigSyncHook()))
     results["drop_layers"] = refusal(lambda: drop_layers(model, [0]))
     inside = nn.ModuleDict({"inner": model})
-    results["inside"] = refusal(lambda: pruner_kwargs(inside))
+    results["inside"] = refusal(lambda: pruner_of(inside, HFConfigSyncHook()))
     (folder / "taken").mkdir(exist_ok=True)
     (folder / "taken" / "notes.txt").touch()
     results["taken"] = refusal(lambda: save_sharded(model, folder / "taken"))
@@ -163,9 +162,9 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     parallel = zoo.build("llama")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(parallel, mesh, {"model.layers.0.mlp.up_proj": ColwiseParallel()})
-    results["tensor parallelism"] = refusal(lambda: pruner_kwargs(parallel))
+    results["tensor parallelism"] = refusal(lambda: pruner_of(parallel, HFConfigSyncHook()))
     fully_shard(parallel.model.layers[1], mesh=mesh)
-    results["both"] = refusal(lambda: pruner_kwargs(parallel))
+    results["both"] = refusal(lambda: pruner_of(parallel, HFConfigSyncHook()))
     return results
 
 
@@ -196,7 +195,6 @@ def copies(rank: int) -> dict[str, Any]:
     model = zoo.build("llama")
     wrapped, before = DistributedDataParallel(model), snapshot(model)
     for name, act in {
-        "pruner_kwargs": lambda: pruner_kwargs(wrapped),
         "calibrate": lambda: calibrate(wrapped, data_of(rank), distributed=True),
         "pruner": lambda: pruner_of(wrapped, HFConfigSyncHook()),
     }.items():

@@ -14,10 +14,7 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import (
-    HFConfigSyncHook,
-    pruner_kwargs,
-)
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.graph.config_graph import ParameterView, Units
 from tp_hf_config.graph.cut_list import CutList, edits_of
 from tp_hf_config.graph.recorded_prunes import kept_positions
@@ -120,14 +117,15 @@ def pruner_of(
     ratios: dict[str, float] | None = None,
     **changes: Any,
 ) -> tuple[Any, HFConfigSyncHook]:
-    hook = HFConfigSyncHook()
-    arguments = {
-        "importance": Importance(),
-        "pruning_ratio": 0.5,
-        **pruner_kwargs(model, prune=fields, ratios=ratios),
-        **changes,
-    }
-    return cls(model, hooks=[hook], **arguments), hook
+    """A pruner of these fields, of the inner widths by default, and its hook.
+
+    ``changes``: other settings of either.
+    """
+    if fields is None and ratios is None:
+        fields = "inner"
+    hook, changes = small.split(prune=fields, ratios=ratios, **changes)
+    arguments = {"importance": Importance(), "pruning_ratio": 0.5, **changes}
+    return cls(model, example_inputs=None, hooks=[hook], **arguments), hook
 
 
 def tokens() -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import CutList, HFConfigSyncHook, Plan, pruner_kwargs
+from tp_hf_config import CutList, HFConfigSyncHook, Plan
 
 SMOLLM2 = hf.LlamaConfig(
     vocab_size=49152,
@@ -25,10 +25,10 @@ SMOLLM2 = hf.LlamaConfig(
 
 def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
     """Prune as planned, adjusted as planned; the config's fields after every step."""
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(plan=plan)
     pruner = tp.pruner.BasePruner(
         model,
-        **plan.pruner_kwargs(model),
+        example_inputs=None,
         importance=tp.importance.MagnitudeImportance(),
         hooks=[hook],
     )
@@ -44,12 +44,13 @@ def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
 
 def cuts_of(model: Any, **settings: Any) -> CutList:
     """Prune a quarter of a model's widths, or what the settings say, at random; what was cut."""
-    hook = HFConfigSyncHook()
+    hook, of_pruner = small.split(**{"pruning_ratio": 0.25, **settings})
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **{"pruning_ratio": 0.25, "prune": small.inside(model), **settings}),
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
         hooks=[hook],
+        **of_pruner,
     ).step()
     assert hook.cuts is not None
     return hook.cuts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.fieldmap.model_view import view_of
 from tp_hf_config.graph.standin import standin_of
 from tp_hf_config.planning.selection import Wanted, _inside, _sharing_nothing
@@ -40,6 +42,13 @@ def inside(model: nn.Module) -> tuple[str, ...]:
     view = view_of(standin_of(model), weights=False)
     proved = [width for width in _inside(view, Wanted()) if width.reason is None]
     return tuple(name for width in _sharing_nothing(proved, ())[0] for name in width.names)
+
+
+def split(**settings: Any) -> tuple[HFConfigSyncHook, dict[str, Any]]:
+    """A hook with those of these settings that are a hook's, and the others: the pruner's."""
+    names = inspect.signature(HFConfigSyncHook).parameters
+    of_hook = {name: settings.pop(name) for name in list(settings) if name in names}
+    return HFConfigSyncHook(**of_hook), settings
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 TOKENS = torch.randint(3, 40, (12, 6), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row} for row in TOKENS]
@@ -38,7 +38,7 @@ def pruner_of(model: Any, **settings: Any) -> Any:
     defaults = {"importance": tp.importance.GroupMagnitudeImportance(), "pruning_ratio": 0.25}
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=small.inside(model)),
-        hooks=[HFConfigSyncHook()],
+        example_inputs=None,
+        hooks=[HFConfigSyncHook(prune=small.inside(model))],
         **{**defaults, **settings},
     )

@@ -32,7 +32,6 @@ from tp_hf_config import (
     optimizer_follows,
     plan,
     prunable,
-    pruner_kwargs,
     repair_checkpoint,
     save_sharded,
     supports,
@@ -53,6 +52,12 @@ SWITCH = ": expected True or False"
 MEASURED = ": expected what calibrate(model) returns"
 TOKENIZER = hf.AutoTokenizer
 
+
+def pruner(**arguments: Any) -> Any:
+    arguments = {"importance": tp.importance.MagnitudeImportance(), **arguments}
+    return tp.pruner.MetaPruner(M, None, **arguments, hooks=[HFConfigSyncHook(prune="inner")])
+
+
 WRONG: list[tuple[Callable[[], Any], str]] = [
     # what a hook is told
     (lambda: HFConfigSyncHook(compensate=True), f"compensate=True{MEASURED} or None"),
@@ -65,7 +70,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
     (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
     # widths and ratios
-    (lambda: pruner_kwargs(M, ratios=[0.2]), "ratios=[0.2]: expected a dict such as {'name': 0"),
+    (lambda: HFConfigSyncHook(ratios=[0.2]), "ratios=[0.2]: expected a dict such as {'name': 0"),
     (lambda: plan(M, ratios=[("hidden_size", 0.2)]), "ratios=[('hidden_size', 0.2)]: expected a"),
     (lambda: plan(M, ratios={"hidden_size": "0.2"}), f"ratios['hidden_size']='0.2'{SHARE}. Writ"),
     (lambda: plan(M, ratios={"hidden_size": 20}), f"ratios['hidden_size']=20{SHARE} (20 % is 0.2"),
@@ -84,12 +89,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: plan(M, round_to="8"), f"round_to='8'{NUMBER}, 1 or more or None. Write 8, without"),
     (lambda: plan(M, prune_num_heads=0.25), f"prune_num_heads=0.25{SWITCH} or None"),
     (lambda: plan(M, iterative_pruning_ratio_scheduler=[0.1]), "iterative_pruning_ratio_schedul"),
-    (lambda: pruner_kwargs(M, pruning_ratio="0.5"), f"pruning_ratio='0.5'{SHARE}"),
-    (lambda: pruner_kwargs(M, ignored_layers=M.lm_head), "ignored_layers=a Linear: expected"),
-    (lambda: pruner_kwargs(M, num_heads=4), "num_heads=4: expected a dict"),
-    (lambda: pruner_kwargs(M, pruning_ratio_dict={M.lm_head: 5}), "pruning_ratio_dict[a Line"),
-    (lambda: pruner_kwargs(M, iterative_steps="2"), "iterative_steps='2': expected a whole num"),
-    (lambda: pruner_kwargs(M, importance=True), "importance=True: expected a function"),
+    (lambda: pruner(pruning_ratio="0.5"), f"pruning_ratio='0.5'{SHARE}"),
+    (lambda: pruner(ignored_layers=M.lm_head), "ignored_layers=a Linear: expected"),
+    (lambda: pruner(num_heads=4), "num_heads=4: expected a dict"),
+    (lambda: pruner(pruning_ratio_dict={M.lm_head: 5}), "pruning_ratio_dict[a Line"),
+    (lambda: pruner(iterative_steps="2"), "iterative_steps='2': expected a whole num"),
+    (lambda: pruner(importance=True), "importance=True: expected a function"),
     # a model
     (lambda: plan(hf.LlamaForCausalLM), f"model_or_config=the class LlamaForCausalLM{A_MODEL} or "),
     (lambda: plan(FOLDER), f"model_or_config='no/such/folder'{A_MODEL} or a config{LOAD}"),
@@ -99,8 +104,6 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: prunable(M.config, model_class=M), "model_class=a LlamaForCausalLM: expected a "),
     (lambda: supports({}), f"source={{}}{A_MODEL} or a config"),
     (lambda: supports(M, seed="a"), f"seed='a'{NUMBER}"),
-    (lambda: pruner_kwargs(hf.LlamaForCausalLM), f"model=the class LlamaForCausalLM{A_MODEL}. Loa"),
-    (lambda: pruner_kwargs(M.config), f"model=a LlamaConfig{A_MODEL}"),
     (lambda: calibrate(FOLDER), f"model='no/such/folder'{A_MODEL}{LOAD}"),
     (lambda: calibrate(M, 3), "data=3: expected batches (a list, a DataLoader) or texts"),
     (lambda: calibrate(M, M), "data=a LlamaForCausalLM: expected batches"),
@@ -145,7 +148,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: PruningCallback(M, every=1), "build=a LlamaForCausalLM: expected a function or None"),
     (lambda: PruningCallback(every=1, pruning_ratio="a"), f"pruning_ratio='a'{SHARE}"),
     (lambda: PruningCallback(every=1, ratios=[0.2]), "ratios=[0.2]: expected a dict such as"),
-    (lambda: PruningCallback(every=1, prunning_ratio=0.2), "pruner_kwargs: no pruner takes prunni"),
+    (lambda: PruningCallback(every=1, prunning_ratio=0.2), "no pruner takes prunning_ratio= (did "),
 ]  # fmt: skip
 
 

@@ -19,18 +19,17 @@ import tp_hf_config.hook.apply
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
+    PrunerSettingsWarning,
     TPHFConfigError,
     UnsupportedModelError,
     calibrate,
     drop_layers,
     plan,
     prunable,
-    pruner_kwargs,
     supports,
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("every_width"),
     pytest.mark.filterwarnings("ignore:pruned groups are recorded"),
 ]
 SYNC_LATER = "Nothing was written; go on pruning and sync again."
@@ -39,7 +38,7 @@ SYNC_LATER = "Nothing was written; go on pruning and sync again."
 def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     arguments = {
-        **pruner_kwargs(model),
+        "example_inputs": None,
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
@@ -47,21 +46,23 @@ def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
     return hook, tp.pruner.MetaPruner(model, **arguments, hooks=[hook])
 
 
+def attached_to(model: nn.Module, hook: HFConfigSyncHook, **kwargs: Any) -> Any:
+    importance = tp.importance.GroupMagnitudeImportance()
+    return tp.pruner.MetaPruner(model, None, importance, **kwargs, hooks=[hook])
+
+
 def cut(pruner: Any, layer: nn.Linear, idxs: list[int]) -> None:
     pruner.DG.get_pruning_group(layer, tp.prune_linear_out_channels, idxs).prune()
 
 
 def refused(model: nn.Module) -> str:
-    """What is said at construction and by ``pruner_kwargs``; nothing is pruned or changed."""
+    """What is said at construction, whatever is named; nothing is pruned or changed."""
     before = {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()}
     messages = []
-    with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(model)
-    messages.append(str(raised.value))
-    importance = tp.importance.GroupMagnitudeImportance()
-    with pytest.raises(UnsupportedModelError) as raised:
-        tp.pruner.MetaPruner(model, torch.rand(1, 8), importance, hooks=[HFConfigSyncHook()])
-    messages.append(str(raised.value))
+    for hook in (HFConfigSyncHook(prune="inner"), HFConfigSyncHook()):
+        with pytest.raises(UnsupportedModelError) as raised:
+            attached_to(model, hook)
+        messages.append(str(raised.value))
     assert messages[0] == messages[1]
     assert {name: (id(p), tuple(p.shape)) for name, p in model.named_parameters()} == before
     return messages[0]
@@ -161,12 +162,12 @@ def read_from_gguf() -> Any:
     [
         prunable,
         lambda model: plan(model, pruning_ratio=0.25),
-        pruner_kwargs,
+        lambda model: attached_to(model, HFConfigSyncHook()),
         lambda model: calibrate(model, [{"input_ids": torch.arange(8)[None]}] * 2),
         lambda model: drop_layers(model, [0]),
         supports,
     ],
-    ids=["prunable", "plan", "pruner_kwargs", "calibrate", "drop_layers", "supports"],
+    ids=["prunable", "plan", "hook", "calibrate", "drop_layers", "supports"],
 )
 @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 def test_weights_that_were_quantised_in_their_file(use: Any, tmp_path: Path):
@@ -242,20 +243,10 @@ def test_weights_of_one_byte(dtype: torch.dtype):
     )
 
 
-def construction_refused(model: nn.Module, good: nn.Module) -> str:
-    """What is said when the map is made; ``good`` gives the arguments that this needs."""
-    arguments = pruner_kwargs(good)
-    importance = tp.importance.GroupMagnitudeImportance()
+def construction_refused(model: nn.Module) -> str:
+    """What is said when the map is made."""
     with pytest.raises(UnsupportedModelError) as raised:
-        tp.pruner.MetaPruner(
-            model,
-            example_inputs=arguments["example_inputs"],
-            importance=importance,
-            hooks=[HFConfigSyncHook()],
-        )
-    with pytest.raises(UnsupportedModelError) as again:
-        pruner_kwargs(model)
-    assert str(raised.value) == str(again.value)
+        attached_to(model, HFConfigSyncHook())
     return str(raised.value)
 
 
@@ -267,7 +258,7 @@ def with_adapters(model: hf.PreTrainedModel) -> Any:
 
 def test_adapters():
     query = "encoder.layer.0.attention.self.query"
-    assert construction_refused(with_adapters(small.bert()), small.bert()) == (
+    assert construction_refused(with_adapters(small.bert())) == (
         f"BertModel and its config disagree before any pruning: {query}.base_layer.weight: found "
         f"[32, 32], but the config builds no such tensor; {query}.base_layer.bias: found [32], but "
         f"the config builds no such tensor; {query}.lora_A.default.weight: found [2, 32], but the "
@@ -282,10 +273,10 @@ def test_merged_adapters(tmp_path):
     before = adapted(**inputs).last_hidden_state
     model = adapted.merge_and_unload()
     torch.testing.assert_close(model(**inputs).last_hidden_state, before)
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("intermediate_size",))
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("intermediate_size",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],
@@ -303,7 +294,7 @@ def test_merged_adapters(tmp_path):
 def test_config_and_weights_disagree():
     model = small.bert()
     model.config.intermediate_size = 60
-    assert construction_refused(model, small.bert()) == (
+    assert construction_refused(model) == (
         "BertModel and its config disagree before any pruning: "
         "encoder.layer.0.intermediate.dense.weight: found [64, 32], the config builds [60, 32]; "
         "encoder.layer.0.intermediate.dense.bias: found [64], the config builds [60]; "
@@ -333,7 +324,7 @@ def test_a_model_pruned_before_the_hook_comes():
 def test_a_config_that_its_class_refuses():
     model = small.llama()
     model.config.hidden_size = 33
-    message = construction_refused(model, small.llama())
+    message = construction_refused(model)
     assert message == (
         "LlamaForCausalLM cannot be built from its own config: 'validate_architecture': "
         "ValueError: The hidden size (33) is not a multiple of the number of attention heads (4). "
@@ -341,12 +332,13 @@ def test_a_config_that_its_class_refuses():
     )
 
 
-# pruner_kwargs
+# What the hook is asked to prune
 
 
 def test_prune_a_field_that_is_none():
+    hook = HFConfigSyncHook(prune=("nonsense", "hidden_size", "vocab_size"))
     with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(small.bert(), prune=("nonsense", "hidden_size", "vocab_size"))
+        attached_to(small.bert(), hook)
     assert str(raised.value) == (
         "BertModel cannot prune nonsense: no such width. Widths that can: hidden_size, "
         "intermediate_size, num_attention_heads + hidden_size."
@@ -354,9 +346,12 @@ def test_prune_a_field_that_is_none():
 
 
 def test_head_dims_of_a_rotary_model():
-    with pytest.raises(UnsupportedModelError) as raised:
-        pruner_kwargs(small.llama(), prune_head_dims=True)
-    assert str(raised.value) == (
+    model = small.llama()
+    heads = {layer.self_attn.q_proj: 4 for layer in model.model.layers}
+    with pytest.warns(PrunerSettingsWarning, match="head dims stay") as warned:
+        attached_to(model, HFConfigSyncHook(prune="inner"), num_heads=heads)
+    assert str(warned[0].message) == (
+        "prune_head_dims=True, but head dims stay: "
         "LlamaForCausalLM cannot prune head dims: it encodes positions in its head dims (its "
         "position tables are as wide as a head), so they are not interchangeable (head_dim: units "
         "are not interchangeable in model.layers.*.self_attn.k_proj.weight, "
@@ -403,7 +398,7 @@ def test_layers_of_different_widths():
         "local ranking (global_pruning=False), or keep them all (ignored_layers=). " + SYNC_LATER
     )
     assert [group.root.name for group in hook.last_report.groups] == ["model.layers.0.mlp.up_proj"]
-    model(**pruner_kwargs(small.llama())["example_inputs"])  # the model itself runs on
+    model(torch.arange(8)[None])  # the model itself runs on
 
     cut(pruner, layers[1].mlp.up_proj, list(range(8, 24)))
     report = hook.last_report
@@ -459,7 +454,7 @@ def test_heads_pruned_unequally(projection: str):
     assert str(fails_to_sync(hook, model)) == (
         f"encoder.layer.0.attention.self.{projection}: its heads lost different numbers of "
         "dimensions, so what is left cannot be told apart into equal heads. Tell the pruner about "
-        "the heads (num_heads=, as pruner_kwargs(model) does), or keep the layer (ignored_layers=)."
+        "the heads (num_heads=), or keep the layer (ignored_layers=)."
     )
 
 
@@ -600,7 +595,6 @@ def test_a_wrapper_of_torch_is_refused_at_once(wrap: Any, name: str):
     importance = tp.importance.MagnitudeImportance()
     for refused in (
         lambda: tp.pruner.MetaPruner(model, None, importance, hooks=[HFConfigSyncHook()]),
-        lambda: pruner_kwargs(model),
         lambda: prunable(model),
         lambda: plan(model, pruning_ratio=0.5),
         lambda: calibrate(model, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]),
@@ -623,11 +617,11 @@ def test_a_container_of_torch_is_no_wrapper(wrap: Any):
 def test_a_wrapper_works_end_to_end(tmp_path: Any):
     model = Classifier().eval()
     backbone, config = model.backbone, model.backbone.config
-    kwargs = pruner_kwargs(model)
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
         model,
-        **{**kwargs, "ignored_layers": [*kwargs["ignored_layers"], model.head]},
+        None,
+        ignored_layers=[model.head],
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         iterative_steps=2,
@@ -650,7 +644,7 @@ def test_a_wrapper_works_end_to_end(tmp_path: Any):
 def test_the_head_of_a_wrapper_may_lose_its_outputs():
     """What is outside the Hugging Face model is none of the config's business."""
     model = Classifier().eval()
-    hook, _ = attached(model, ignored_layers=pruner_kwargs(model)["ignored_layers"])
+    hook, _ = attached(model)
     tp.prune_linear_out_channels(model.head, [0])
     assert hook.sync().fields == {}
 
@@ -750,7 +744,6 @@ def test_no_field_sets_a_width():
         "of it. Prune a class whose config holds its widths."
     )
     for attempt in (
-        lambda: pruner_kwargs(model),
         lambda: tp_hf_config.prunable(model),
         lambda: tp_hf_config.plan(model, pruning_ratio=0.5),
         lambda: tp_hf_config.supports(model),

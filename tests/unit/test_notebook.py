@@ -13,7 +13,7 @@ import torch_pruning as tp
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, plan, prunable
 from tp_hf_config.checkpoint.reports import (
     Cause,
     CheckReport,
@@ -21,8 +21,7 @@ from tp_hf_config.checkpoint.reports import (
     RoundtripReport,
 )
 from tp_hf_config.graph.prunable import Width
-from tp_hf_config.hook.history import PrunedGroup, PrunedLayer
-from tp_hf_config.hook.report import SyncReport
+from tp_hf_config.hook.report import PrunedGroup, PrunedLayer, SyncReport
 from tp_hf_config.pipeline.support import Support, WidthSupport
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -31,15 +30,15 @@ CELLS = (
     """
     import torch_pruning as tp
     from transformers import AutoModelForCausalLM
-    from tp_hf_config import HFConfigSyncHook, check_checkpoint, plan, prunable, pruner_kwargs
+    from tp_hf_config import HFConfigSyncHook, check_checkpoint, plan, prunable
     model = AutoModelForCausalLM.from_pretrained("my-llm")
     prunable(model)
     """,
     "plan(model, pruning_ratio=0.25)",
     """
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune="inner")
     pruner = tp.pruner.MetaPruner(
-        model, **pruner_kwargs(model), importance=tp.importance.GroupMagnitudeImportance(),
+        model, example_inputs=None, importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25, hooks=[hook],
     )
     pruner.step()
@@ -110,10 +109,10 @@ def test_a_notebook_shows_tables(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def step() -> Any:
     model = model_folders.tiny.build("llama-gqa")
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("hidden_size", "intermediate_size"))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("hidden_size", "intermediate_size")),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],

@@ -16,8 +16,7 @@ from tp_hf_config import CheckReport, Prunable, RepairReport, RoundtripReport, S
 from tp_hf_config.pipeline.companions import Copied
 from tp_hf_config.pipeline.job import Pruned
 from tp_hf_config.pipeline.proofs import Proof
-from tp_hf_config.planning.model_size import Size
-from tp_hf_config.planning.plan import Plan
+from tp_hf_config.planning.plan import Plan, Size
 from tp_hf_config.planning.settings import PruneSettings
 
 PACKAGES = ("tp-hf-config", "torch", "transformers", "torch-pruning")

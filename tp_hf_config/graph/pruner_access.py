@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
 from .config_group import ConfigGroup
@@ -34,45 +32,6 @@ _SCHEDULE = (
 )
 _SCOPE = "_User_Defined_Scope_"
 _LIBRARY = "torch_pruning"
-
-
-class GraphInputs(dict[str, Any]):
-    """Example inputs that carry the graph to prune by; ``pruner_kwargs`` makes them.
-
-    Torch-Pruning hands ``example_inputs`` to the graph untouched, and the graph made from the
-    config does not read them.
-
-    Attributes:
-        graph: the graph made from the config.
-        why: text for reports: how many groups the graph has, and how they were proved.
-        needed: other arguments that a pruner needs, by name, as ``pruner_kwargs`` returned them.
-    """
-
-    def __init__(self, inputs: dict[str, Any], graph: ConfigGraph, why: str):
-        super().__init__(inputs)
-        self.graph, self.why = graph, why
-        self.needed: dict[str, Any] = {}
-
-
-class GraphCarrier(nn.Module):
-    """A key of ``in_channel_groups`` that carries :class:`GraphInputs`.
-
-    Nobody writes that argument by hand, while ``example_inputs`` may be given anew: the choice of
-    what to prune must not depend on it.
-    """
-
-    def __init__(self, inputs: GraphInputs):
-        super().__init__()
-        self.inputs = inputs
-
-
-def carried_inputs(arguments: Mapping[str, Any]) -> GraphInputs | None:
-    """Return what ``pruner_kwargs`` made for these arguments of a pruner; None if it made none."""
-    given = arguments.get("example_inputs")
-    if isinstance(given, GraphInputs):
-        return given
-    keys = arguments.get("in_channel_groups") or ()
-    return next((key.inputs for key in keys if isinstance(key, GraphCarrier)), None)
 
 
 def scope_of(pruner: Any, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:

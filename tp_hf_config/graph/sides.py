@@ -14,8 +14,7 @@ from torch_pruning.pruner import function
 
 from ..model.tensors import tensor
 from ..twin.layout import TensorDim, UnitLayout
-from .full_size import Group
-from .unit_count import UnitCount
+from .full_size import Group, UnitCount
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
 

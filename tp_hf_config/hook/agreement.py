@@ -13,7 +13,7 @@ from ..model.ranks import Decision, differing
 
 if TYPE_CHECKING:
     from ..calibration.compensation import Compensation
-    from .history import GroupCut
+    from .report import GroupCut
 
 _Parts = Iterable[tuple[str, str]]
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..arguments import Count, check_arguments
 from ..calibration.importance import layer_influence
-from ..errors import ConfigSyncError, UnsupportedModelError, listed
+from ..calibration.passes import undisturbed
+from ..errors import ConfigSyncError, UnsupportedModelError, in_one_line, listed
 from ..fieldmap.completeness import build_live, notes_on_options
 from ..fieldmap.fewer_layers import Change, KeptLayers, config_without, layer_lists_in
 from ..fieldmap.layer_kinds import lists_of
 from ..fieldmap.learn_field_map import whole_build
+from ..forward.find_recipe import find_recipe
+from ..forward.inputs import example_inputs, text_inputs
+from ..forward.layer_passes import Argument, handed_on, without_layers
+from ..forward.observed_pass import AllFloat64
+from ..forward.output_tensors import unmasked
 from ..graph.layer_fields import layers_listed
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
@@ -29,10 +39,11 @@ from ..model.config_json import (
 from ..model.layer_entries import KEY, entries_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
+from ..model.shortage import raise_shortage
+from ..model.surroundings import quiet_transformers, same_random_state
+from ..reports import Report
 from .apply import Changes, all_or_nothing, difference, write
-from .dropped_layers import DroppedLayers
-from .mirrored_fields import with_mirrored_fields
-from .outputs_without import OutputsWithout
+from .follow import with_mirrored_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -341,3 +352,222 @@ def _entries_kept(
             entries = entries_of(config)
             changed.append((config, {place: entries[n] for place, n in enumerate(keep)}))
     return changed
+
+
+@dataclass(frozen=True, repr=False)
+class DroppedLayers(Report):
+    """The layers that a model lost; ``str`` gives a few lines of text.
+
+    Attributes:
+        layers: the name of the list of layers.
+        dropped: the numbers of the layers that went, as they were.
+        kept: the numbers of the layers that are left, as they were; the first is layer 0 now.
+        fields: config field -> (old value, new value).
+        parameters: the number of parameters before and after.
+        influence: of each layer, how much it changed the hidden states (1 - cosine of what went in
+            and what came out, the mean over tokens); empty if it was not measured.
+        proof: what the config was compared with.
+        notes: what else the user should know.
+    """
+
+    layers: str
+    dropped: tuple[int, ...]
+    kept: tuple[int, ...]
+    fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    influence: tuple[float, ...] = ()
+    proof: str = ""
+    notes: Sequence[str] = ()
+
+    def title(self) -> str:
+        """Return which layers went, without what changed with them."""
+        total = len(self.dropped) + len(self.kept)
+        went = ", ".join(self._in_words(number) for number in self.dropped)
+        return f"{self.layers}: {len(self.dropped)} of {total} layers dropped ({went})"
+
+    def lines(self) -> Iterator[str]:
+        """Yield what changed with the layers, and notes."""
+        before, after = self.parameters
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
+        yield f"  {changes or 'no config field changes'}"
+        yield f"  parameters {before:,} -> {after:,} ({after / max(1, before):.1%}); {self.proof}"
+        yield from (f"  note: {note}" for note in self.notes)
+
+    def _in_words(self, number: int) -> str:
+        """Return a layer's number, with its influence if that was measured."""
+        if not self.influence:
+            return str(number)
+        return f"{number}: influence {self.influence[number]:.3f}"
+
+
+_TWO_TOKENS: dict[str, Any] = {
+    "use_cache": True,
+    "do_sample": False,
+    "min_new_tokens": 2,
+    "max_new_tokens": 2,
+    "pad_token_id": 0,
+}
+_TOLERANCE = 16  # times the dtype's epsilon: the same operations, in the same order
+
+
+class OutputsWithout:
+    """What a whole model computes on small inputs while some of its layers pass on theirs.
+
+    Args:
+        model: the live model, with all its layers.
+        full: its class built from its config without data.
+        layers: the list of layers.
+        dropped: the numbers of those that pass on what they are given.
+
+    Raises:
+        ConfigSyncError: a layer gives out another shape than it is given.
+    """
+
+    def __init__(
+        self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
+    ):
+        self._model: Any = model
+        self._total = len(layers)
+        self._inputs = _small_inputs(model, full)
+        with handed_on(layers) as handed:
+            self._whole = self._run()
+            text = text_inputs(model) if isinstance(self._whole, Refusal) else None
+            if text is not None:  # a config may say sizes with which no image fits the text
+                self._inputs = text
+                self._whole = self._run()
+        self._expected = self._run([layers[number] for number in dropped], handed)
+        self._generated = self._cannot_generate() is None
+        self._ran = self._cannot_run() is None
+
+    def _run(
+        self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
+    ) -> dict[str, Tensor] | Refusal:
+        """Return the outputs by name while some layers pass on what they are given."""
+        if isinstance(self._inputs, Refusal):
+            return self._inputs
+        try:
+            dtypes = {parameter.dtype for parameter in self._model.parameters()}
+            # what a class casts to float32 as it runs may not meet weights in float64
+            precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
+            with undisturbed(self._model), precision, without_layers(passing, handed) as impossible:
+                result = self._model(**self._inputs)
+        except Exception as error:  # a class that the library cannot feed may raise anything
+            raise_shortage(error)
+            return Refusal(in_one_line(error))
+        if impossible:
+            raise ConfigSyncError(
+                f"{impossible[0]}, a layer to drop, does not give out what it is given in the same "
+                "shape, so the model cannot do without it. Nothing was changed."
+            )
+        return dict(tensors_by_name(result, self._total))
+
+    def _cannot_generate(self) -> Refusal | None:
+        """Return why the model generates no token with a cache; ``None`` if it does."""
+        if not getattr(self._model, "can_generate", bool)():
+            return Refusal("it generates nothing")
+        return self._error_of(functools.partial(self._model.generate, **_TWO_TOKENS), "decoder")
+
+    def _cannot_run(self) -> Refusal | None:
+        """Return why the model fails with the cache that it makes by default; ``None``: it runs."""
+        configs = [config for _, config in config_nodes(self._model.config)]
+        if not any(getattr(config, "use_cache", False) for config in configs):
+            return Refusal("it makes none")
+        return self._error_of(functools.partial(self._model, use_cache=True))
+
+    def _error_of(self, call: Callable[..., Any], *left_out: str) -> Refusal | None:
+        """Return why a call fails on the inputs that say nothing of a cache; ``None``: it works.
+
+        ``left_out``: beginnings of the names of other inputs that it does not take.
+        """
+        if isinstance(self._inputs, Refusal):
+            return self._inputs
+        given = {k: v for k, v in self._inputs.items() if not k.startswith((*left_out, "use_"))}
+        try:
+            with undisturbed(self._model), quiet_transformers(logging.CRITICAL):
+                call(**given)
+        except Exception as error:  # as in a forward pass
+            raise_shortage(error)
+            return Refusal(in_one_line(error))
+        return None
+
+    def notes(self) -> Iterator[str]:
+        """Yield a note if the model generated with a cache, and no longer does."""
+        refusal = self._cannot_generate() if self._generated else None
+        if refusal is not None:
+            yield (
+                "it no longer generates with a cache, as the class makes one for other layers "
+                f"({refusal.reason}): pass use_cache=False, or drop as many layers of its other "
+                "list"
+            )
+
+    def compare(self, layers: str) -> str:
+        """Return what was compared, in words, now that the layers are gone.
+
+        ``layers``: the name of the list of layers.
+
+        Raises:
+            ConfigSyncError: the model computes something else now.
+        """
+        expected, now = self._expected, self._run()
+        if isinstance(expected, Refusal):
+            return f"outputs were not compared, as small inputs were not found: {expected.reason}"
+        if isinstance(now, Refusal):
+            raise ConfigSyncError(
+                f"{type(self._model).__name__} does not run without these layers of {layers}: "
+                f"{now.reason}. Nothing was changed."
+            )
+        failure = self._cannot_run() if self._ran else None
+        if failure is not None:
+            raise ConfigSyncError(
+                f"{type(self._model).__name__} without these layers of {layers} fails with the "
+                f"cache that it makes by default: {failure.reason.rstrip('.')}. Keep one layer of "
+                "each kind. Nothing was changed."
+            )
+        for key, value in expected.items():
+            error = _relative_error(value, now.get(key))
+            if not error <= _TOLERANCE * torch.finfo(value.dtype).eps:
+                raise ConfigSyncError(
+                    f"{type(self._model).__name__} without these layers of {layers} computes "
+                    "something else than with them passing on what they are given: "
+                    f"{key} differs by {error:.1e}. Something behind them depends on their place. "
+                    "Drop other layers, such as the last ones. Nothing was changed."
+                )
+        whole = {} if isinstance(self._whole, Refusal) else self._whole
+        if all(key in whole and torch.equal(whole[key], v) for key, v in expected.items()):
+            return "it computes what it did, as no output on small inputs depends on these layers"
+        return "it computes what it did with the dropped layers passing on what they are given"
+
+
+def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal:
+    """Return small inputs for a model, or why there are none."""
+    try:
+        with torch.no_grad(), same_random_state():
+            return example_inputs(model, find_recipe(full))
+    except Exception as error:  # it runs parts of the model
+        raise_shortage(error)
+        return Refusal(in_one_line(error))
+
+
+def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating point tensors of an output by name; of several, each by its place.
+
+    ``layers``: how many layers there are; a tuple that may have a part for each (hidden states,
+    attentions) is left out.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield name or "output", output.detach().clone()
+    elif isinstance(output, Mapping):
+        for key, item in output.items():
+            if not (isinstance(item, tuple) and 0 <= len(item) - layers <= 1):
+                yield from tensors_by_name(item, layers, ".".join(filter(None, (name, str(key)))))
+    elif isinstance(output, (tuple, list)):
+        for place, item in enumerate(output):
+            yield from tensors_by_name(item, layers, f"{name}[{place}]")
+
+
+def _relative_error(before: Tensor, after: Tensor | None) -> float:
+    """Return how far two outputs are apart, relative to the first; infinite for another shape."""
+    if after is None or after.shape != before.shape:
+        return float("inf")
+    before, after = (torch.nan_to_num(unmasked(value.double())) for value in (before, after))
+    return float((after - before).norm()) / (float(before.norm()) or 1.0)

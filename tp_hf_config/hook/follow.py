@@ -16,6 +16,8 @@ from ..fieldmap.completeness import (
     parts_beyond,
 )
 from ..fieldmap.expressions import Quantity
+from ..fieldmap.layer_kinds import names_in_code
+from ..fieldmap.lower_depth import of_every_config
 from ..fieldmap.model_view import view_of
 from ..fieldmap.solve.explain import (
     explain_conflict,
@@ -27,15 +29,22 @@ from ..fieldmap.solve.explain import (
 from ..fieldmap.solve.fit import Conflict, build_with_shapes, fit
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs, encoder_states_of
-from ..model.build import Refusal
-from ..model.config_json import FieldPath, changed_values, config_json, field_name, value_at
+from ..model.build import Builder, Refusal
+from ..model.config_json import (
+    FieldPath,
+    changed_values,
+    config_json,
+    field_name,
+    is_own,
+    plain_fields,
+    value_at,
+    with_values,
+    without_field,
+)
 from ..model.shapes import shapes, vanished_counts
 from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
-from .enclosing_modules import write_around
-from .history import GroupCut
-from .mirrored_fields import with_mirrored_fields
-from .report import SyncReport
+from .report import GroupCut, SyncReport
 
 _ROWS = ".weight#0"
 """How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
@@ -165,7 +174,7 @@ class Follower:
         }
         attributes, buffers = write(changes, self.model, change)
         self._check_written(data, built)
-        written, outside = write_around(changes, self.model, self.pruner.model, changed)
+        written, outside = _write_around(changes, self.model, self.pruner.model, changed)
         return [*attributes, *written], buffers, outside
 
     def _tied_shapes_after(
@@ -285,8 +294,7 @@ class Follower:
                 raise ConfigSyncError(
                     f"{name}: its heads lost different numbers of dimensions, so what is left "
                     "cannot be told apart into equal heads. Tell the pruner about the heads "
-                    "(num_heads=, as pruner_kwargs(model) does), or keep the layer "
-                    "(ignored_layers=)."
+                    "(num_heads=), or keep the layer (ignored_layers=)."
                 )
             targets.update({(name, which): count for which, count in counts_of(splits).items()})
         return targets
@@ -336,3 +344,105 @@ class Follower:
         if wrong:
             names = ", ".join(field_name(field) for field, _ in wrong)
             raise ConfigSyncError(f"the config does not take the values proved for {names}")
+
+
+_READ = ("embedding_dimension", "word_embedding_dimension")
+"""What the versions of sentence-transformers call the width that their Pooling reads."""
+_POOLED = (*_READ, "pooling_output_dimension")
+
+
+def _write_around(
+    changes: Changes,
+    model: nn.Module,
+    pruned: nn.Module,
+    changed: Mapping[FieldPath, tuple[Any, Any]],
+) -> tuple[list[str], list[str]]:
+    """Update the pooling around a model, and find other numbers that equal a field's old value.
+
+    Args:
+        changes: records the writes.
+        model: the Hugging Face model.
+        pruned: the module that the user passed, which contains it.
+        changed: field -> (old value, new value).
+
+    Returns:
+        The names of the attributes that were written, and notes on numbers that stay.
+    """
+    fields = {old: f for f, (old, _) in reversed([*changed.items()]) if type(old) is int}
+    inside = {id(module) for module in model.modules()}
+    written: list[str] = []
+    notes: list[str] = []
+    for name, module in pruned.named_modules():
+        own = {} if id(module) in inside else dict(vars(module))
+        width = next((own[key] for key in _READ if key in own), 0)
+        pooling = type(module).__module__.startswith("sentence_transformers.") and width in fields
+        for key, value in own.items():
+            full = f"{name}.{key}".lstrip(".")
+            if pooling and key in _POOLED:
+                changes.set(module, key, value * changed[fields[width]][1] // width)
+                written.append(full)
+            elif type(value) is int and value in fields and is_own(key):
+                notes.append(
+                    f"{full} ({type(module).__name__}) is still {value}, as "
+                    f"{field_name(fields[value])} was: it stands outside the model, and nothing "
+                    "proves that it means the same. Set it to "
+                    f"{changed[fields[value]][1]} if it does"
+                )
+    return written, notes
+
+
+def with_mirrored_fields(
+    builder: Builder, old: dict[str, Any], new: dict[str, Any], built: nn.Module
+) -> tuple[dict[str, Any], nn.Module, list[str]]:
+    """Update the fields of the new config that repeat another field, whose value has changed.
+
+    A field repeats another one if the config's class derives it from that one when it is not given,
+    and the class builds the same with it.  A field that only has the old value is noted.
+
+    Args:
+        builder: builds the class.
+        old: the config's JSON before.
+        new: the JSON with the widths that are proved now.
+        built: the reference build of ``new``.
+
+    Returns:
+        The new JSON, its reference build, and notes for the user.
+    """
+    before, after = (_every_default(builder, data) for data in (old, new))
+    changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]
+    pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
+    code: frozenset[str] = frozenset()
+    notes: list[str] = []
+    general = of_every_config()
+    for field, value in plain_fields(after) if pairs else ():
+        if type(value) is not int or value not in pairs or value_at(before, field) != value:
+            continue
+        if general & set(field):
+            continue
+        code = code or names_in_code(built)
+        if field[-1] in code:
+            continue  # probes have covered every field that is read
+        without = (_every_default(builder, without_field(data, field)) for data in (old, new))
+        derived = {value_at(data, field) for data in without}
+        if derived == {value, pairs[value]}:
+            candidate = with_values(new, {field: pairs[value]})
+            candidate_build = builder.build(candidate, buffers=True)
+            if not isinstance(candidate_build, Refusal):
+                change = difference(built, built, candidate_build)
+                if not change.attributes and not change.buffers:
+                    new, built = candidate, candidate_build
+                    continue
+        source = next(field_name(p) for p, v in changed_values(before, after) if v == pairs[value])
+        notes.append(
+            f"config.{field_name(field)} is still {value}, as {source} was: no code of the class "
+            f"reads it. Set it to {pairs[value]} if it means the same"
+        )
+    return new, built, notes
+
+
+def _every_default(builder: Builder, data: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's JSON with every default; empty if the class refuses the config."""
+    try:
+        return config_json(builder.config(data), use_diff=False)
+    except Exception:  # as in Builder.build
+        return {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..arguments import check_arguments
+from ..arguments import Share, check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
-from ..planning.settings import Layers
+from ..planning.settings import INNER, Gqa, Layers, PruneSettings
 from . import registration
 from .report import SyncReport
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
     from ..forward.run_recipe import MakeInputs
     from ..graph.cut_list import CutList
+    from ..planning.allocate import Allocation
+    from ..planning.plan import Plan
     from .agreement import Agreement
     from .cut_log import CutLog
     from .follow import Follower
@@ -38,14 +41,33 @@ class HFConfigSyncHook:
     Pass it to a pruner's constructor, ``hooks=[HFConfigSyncHook()]``, or attach it to an existing
     pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
 
+    Torch-Pruning's own arguments, given to the pruner, mean what they mean there: ratios, steps,
+    ``prune_num_heads``, ``round_to``, ``ignored_layers``, ``pruning_ratio_dict``, ... Example
+    inputs are not needed: ``example_inputs=None``.
+
     Args:
+        prune: what to prune: a config field (``"intermediate_size"``), several, or ``"inner"``: the
+            inner widths of feed-forward layers and experts, which cost least (of a class without
+            any, every width). Default: the fields that ``ratios`` names; without ``ratios``, every
+            width inside the model, as in Torch-Pruning, but for numbers of experts, and if the
+            model is inside another module, for the width of what it returns. Of widths that share a
+            dimension, only the one that holds most of the model is pruned then; the first report's
+            notes name the others.
+        ratios: config field -> its own ratio. Fields of ``prune`` that are not here get the
+            pruner's ``pruning_ratio``.
+        gqa: how grouped-query heads are pruned, by the pruner's ``head_pruning_ratio``.
+            ``"query"``: the same number of query heads from every key/value group, key/value heads
+            stay; ``"group"``: whole key/value groups. Default: with ``prune_num_heads=True``, query
+            heads if a group has several.
+        plan: what :func:`~tp_hf_config.plan` or :func:`~tp_hf_config.allocate` returned for this
+            model, in the place of ``prune``, ``ratios``, ``gqa``, ``layers`` and ``make_inputs``.
+            The pruner gets the plan's ratios and steps.
         strict: do exactly what the settings ask for, or raise when the hook is attached, where the
             class does not accept it. By default the hook does the nearest that the class accepts
             and says so in the report. Settings that no config could describe raise in either case,
             before any weight is touched.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
-            Needed only without ``pruner_kwargs(make_inputs=)``.
         layers: ``"uniform"``: all layers keep the same widths. ``"differ"``: each may have its own,
             as global and isomorphic ranking, ``pruning_ratio_dict`` and ignored layers leave them;
             the config gets ``per_layer_config``, the model the class that builds its layers from it
@@ -71,6 +93,10 @@ class HFConfigSyncHook:
     def __init__(
         self,
         *,
+        prune: str | Iterable[str] | None = None,
+        ratios: Mapping[str, Share] | None = None,
+        gqa: Gqa | None = None,
+        plan: Plan | Allocation | None = None,
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
         compensate: Calibration | None = None,
@@ -79,6 +105,14 @@ class HFConfigSyncHook:
         record_refits: bool = False,
         distributed: bool = False,
     ) -> None:
+        if plan is not None:
+            _check_plan_alone(prune, ratios, gqa, make_inputs, layers != "uniform")
+            layers, make_inputs = plan.settings.layers, getattr(plan, "make_inputs", None)
+        self.plan = plan
+        self._settings = PruneSettings.of(prune, ratios or None, None, gqa, layers=layers)
+        self._cheapest = prune == INNER
+        if plan is not None:
+            self._settings, self._cheapest = plan.settings, True
         self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
         self.compensate, self.record_refits = compensate, record_refits
         self.rebuild, self.distributed = rebuild, distributed
@@ -143,11 +177,16 @@ class HFConfigSyncHook:
         from ..graph.layer_fields import layers_listed
         from ..graph.pruner_classes import constructing_with
         from ..graph.standin import on_standin
-        from .installed_graph import graph_for
+        from ..planning.pruner_graph import graph_for
 
         arguments |= on_standin(arguments["model"], arguments)
+        if self.plan is not None:
+            self.plan.check_fits(arguments["model"])
+            arguments |= _planned(arguments, self.plan.of_pruner())
         with layers_listed(arguments["model"], self.layers):
-            graph, self._graph_reason = graph_for(arguments, self.make_inputs)
+            graph, self._graph_reason = graph_for(
+                arguments, self._settings, self.make_inputs, self._cheapest
+            )
             with constructing_with(graph):
                 yield
 
@@ -207,7 +246,14 @@ class HFConfigSyncHook:
             warn(better, CalibrationWarning)
         with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
-                self._graph_reason = replace_trace(pruner, self.make_inputs)
+                if self.plan is not None:
+                    raise ValueError(
+                        "a plan sets the pruner's ratios and steps, so its hook is passed to the "
+                        "constructor: hooks=[HFConfigSyncHook(plan=...)]"
+                    )
+                self._graph_reason = replace_trace(
+                    pruner, self._settings, self.make_inputs, self._cheapest
+                )
                 undo.callback(restore_trace, pruner)
             choice = UnitChoice(pruner)
             choice.preflight = preflight(pruner, follower.view, self.strict)
@@ -340,8 +386,12 @@ class HFConfigSyncHook:
         return report
 
     def __repr__(self) -> str:
-        names = ("strict", "layers", "compensate", "record_refits", "make_inputs", "rebuild")
-        given = {name: getattr(self, name) for name in (*names, "distributed")}
+        names = ("plan", "strict", "layers", "compensate", "record_refits", "make_inputs")
+        given = {name: getattr(self, name) for name in (*names, "rebuild", "distributed")}
+        if self.plan is None:
+            asked = self._settings
+            prune = INNER if self._cheapest else asked.prune and ", ".join(asked.prune)
+            given = {"prune": prune, "gqa": asked.gqa, **given}
         settings = ", ".join(
             f"{name}={value if isinstance(value, (bool, str)) else '...'}"
             for name, value in given.items()
@@ -386,3 +436,27 @@ class HFConfigSyncHook:
         from ..plots import plot_history
 
         return plot_history(self.reports, path, metrics)
+
+
+def _check_plan_alone(*others: Any) -> None:
+    """Raise if a hook is given a plan and what a plan says too."""
+    if any(others):
+        raise ValueError(
+            "HFConfigSyncHook(plan=...): the plan says what is pruned, so leave out prune=, "
+            "ratios=, gqa=, layers= and make_inputs=, or the plan"
+        )
+
+
+def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan's arguments of a pruner; raise if the pruner was given others."""
+    from ..graph.pruner_classes import BasePruner  # imports torch_pruning, which imports hooks
+
+    defaults = inspect.signature(BasePruner.__init__).parameters
+    for name, value in planned.items():
+        given = arguments.get(name)
+        if given not in (value, defaults[name].default):
+            raise ValueError(
+                f"the pruner has {name}={given}, and the hook's plan {name}={value}: leave "
+                f"{name}= out of the pruner, or make a plan with it"
+            )
+    return dict(planned)

@@ -21,9 +21,8 @@ from ..model.shapes import Shapes, shapes
 from ..planning.settings import Layers
 from .agreement import Agreement
 from .follow import Follower
-from .history import GroupCut, layers_of
 from .refits import StepRefits
-from .report import SyncReport
+from .report import GroupCut, SyncReport, layers_of
 from .unit_choice import is_unmodified
 
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")

@@ -23,7 +23,7 @@ from .apply import all_or_nothing, write_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .history import GroupCut
+    from .report import GroupCut
 
 Rebuild = Callable[[Any], nn.Module | None]
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from ..calibration.calibrate import Calibration
-from ..calibration.compensation import Compensating, Compensation
-from ..errors import CalibrationWarning, warn
+from ..calibration.compensation import NOTICEABLE, TOO_MUCH, Compensating, Compensation, in_words
+from ..errors import CalibrationWarning, UnsupportedModelError, warn
+from ..fieldmap.model_view import ModelView, view_of
+from ..graph.config_graph import ConfigGraph
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace
+from ..graph.prunable import Width
+from ..model.layer_entries import name_in_all_layers
+from ..model.lazy_tensor import is_lazy
 from ..model.shapes import Shapes
+from ..planning.selection import inner_widths_of
 from .agreement import Agreement
-from .cheaper import advice_before
 from .follow import Follower
+
+if TYPE_CHECKING:
+    from ..calibration.calibrate import Calibration
 
 
 class RefitSettings(Protocol):
@@ -49,7 +58,7 @@ class StepRefits:
         compensating = Compensating(self._settings.compensate, groups)
         self._agreement.on_refits(self._pruner, compensating.result)
         self._compensating = compensating
-        told = advice_before(
+        told = _advice_before(
             self._follower.view, self._settings.compensate, compensating, groups, remaining
         )
         if told is not None:
@@ -63,3 +72,96 @@ class StepRefits:
         """
         compensating, self._compensating = self._compensating, None
         return None if compensating is None else compensating.finished(synced)
+
+
+_MOST = 0.9  # of a width: as much is no alternative
+
+
+def _advice_before(
+    view: ModelView,
+    calibration: Calibration,
+    compensating: Compensating,
+    groups: Sequence[ConfigGroup],
+    remaining: Shapes,
+) -> str | None:
+    """Return what a step costs, if that is too much, and what would cost less; else ``None``.
+
+    Args:
+        view: the model.
+        calibration: what was measured of it.
+        compensating: the refits of the step.
+        groups: the groups that it prunes.
+        remaining: the shapes that it leaves.
+    """
+    expected = compensating.result.expected
+    if expected is None or expected <= TOO_MUCH:
+        return None
+    before = {name: parameter.numel() for name, parameter in view.model.named_parameters()}
+    after = sum(math.prod(remaining[name]) for name in before)
+    gone = sum(before.values()) - after
+    parts = [
+        f"this step removes {gone:,} of {sum(before.values()):,} parameters, and is expected to "
+        f"change the model's answers by KL {expected:.3g} on held-out data: {in_words(expected)}; "
+        f"under {NOTICEABLE} is hardly noticeable."
+    ]
+    if not is_lazy(view.model):
+        parts += _from_inner_widths(view, calibration, compensating, groups, gone)
+    parts.append(
+        f"{_spread(compensating)}allocate(model, calibration, target_params={after}) takes most "
+        "from the layers that miss it least (in the shell: --allocate --target-params "
+        f"{after / sum(before.values()):.2f})"
+    )
+    return " ".join(parts)
+
+
+def _from_inner_widths(
+    view: ModelView,
+    calibration: Calibration,
+    compensating: Compensating,
+    groups: Sequence[ConfigGroup],
+    gone: int,
+) -> Iterator[str]:
+    """Yield what as many parameters cost where inner widths lose them, if that is less."""
+    try:  # as the steps before have left it
+        view = view_of(view.model, view.field_map.recipe.make_inputs)
+        widths = inner_widths_of(view)
+    except UnsupportedModelError:  # a cut that no config describes yet
+        return
+    share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
+    others = {group.graph_group.fields for group in groups} - {width.fields for width in widths}
+    if not others or not 0 < share <= _MOST:
+        return
+    cost = compensating.expected_of([*_lowest(view, calibration, widths, share)])
+    if cost < (compensating.result.expected or 0.0):
+        named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
+        fields = ", ".join(f'"{name}"' for name in named)
+        yield (
+            f"As many parameters cost KL {cost:.3g} where they are taken from the inner widths "
+            f"alone: prune=({fields},), pruning_ratio={share:.2f}."
+        )
+
+
+def _lowest(
+    view: ModelView, calibration: Calibration, widths: Sequence[Width], share: float
+) -> Iterator[ConfigGroup]:
+    """Yield pruning groups of the units of widths that rank lowest, a share of each."""
+    graph = ConfigGraph(view.model, [group for width in widths for group in width.groups])
+    graph.build_dependency(view.model)
+    importance = calibration.importance()
+    for graph_group in graph.graph_groups:
+        whole = graph.group_at(graph_group, range(graph_group.units.count))
+        values = graph.importance_of(whole, importance)
+        order = values.argsort()[: int(share * graph_group.units.count)]
+        yield graph.group_at(graph_group, order.tolist())
+
+
+def _spread(compensating: Compensating) -> str:
+    """Return how differently layers change, as the beginning of a sentence; empty: too few do."""
+    layers = sorted(compensating.result.layers, key=lambda layer: layer.refit)
+    if len(layers) < 2:
+        return ""
+    least, most = layers[0], layers[-1]
+    return (
+        f"Outputs change by {least.refit:.1%} ({least.weight}) to {most.refit:.1%} "
+        f"({most.weight}): "
+    )

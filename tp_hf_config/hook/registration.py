@@ -11,17 +11,14 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch_pruning import DependencyGraph
-
 from ..arguments import check_arguments
 from ..graph.pruner_classes import (
     BasePruner,
-    awaited_graph,
     family,
     with_awaited_graph,
 )
@@ -294,29 +291,11 @@ def _construct_base(
     """Run Torch-Pruning's own constructor with the arguments that the hooks may have changed."""
     construction: _Construction | None = getattr(_constructing, "now", None)
     if construction is None:
-        given = dict(zip(list(signature.parameters)[1:], args, strict=False))
-        _check_awaited(given | kwargs)
         with_awaited_graph(original)(pruner, *args, **kwargs)
         return
     arguments = _with_own_dicts(signature, pruner, args, kwargs)
     construction.begin(pruner, arguments)
-    _check_awaited(arguments)
     with_awaited_graph(original)(pruner, **arguments)
-
-
-def _check_awaited(arguments: Mapping[str, Any]) -> None:
-    """Raise if ``pruner_kwargs`` made these arguments, but no hook installs their graph.
-
-    Raises:
-        ValueError: Torch-Pruning would trace the model, and nothing proves its groups.
-    """
-    graph = getattr(arguments.get("example_inputs"), "graph", None)
-    if isinstance(graph, DependencyGraph) and graph is not awaited_graph():
-        raise ValueError(
-            "pruner_kwargs(model) made these arguments for a pruner with a hook, which puts in the "
-            "graph that is made from the config. Without it Torch-Pruning would trace the model, "
-            "which need not end. Pass hooks=[HFConfigSyncHook()] too."
-        )
 
 
 def _with_own_dicts(

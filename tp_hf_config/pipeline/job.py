@@ -12,7 +12,7 @@ from ..reports import Report, old_and_new
 from .source import Source
 
 if TYPE_CHECKING:
-    from ..hook.dropped_layers import DroppedLayers
+    from ..hook.drop_layers import DroppedLayers
     from ..hook.report import SyncReport
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan

@@ -20,8 +20,7 @@ from ..errors import CalibrationWarning, ConfigSyncError, PipelineError, Unsuppo
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
-from ..hook.drop_layers import drop_layers
-from ..hook.dropped_layers import DroppedLayers
+from ..hook.drop_layers import DroppedLayers, drop_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..model.build import Refusal
@@ -32,8 +31,7 @@ from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
-from ..planning.plan import Plan
-from ..planning.refusals import PlannedRefusal
+from ..planning.plan import Plan, PlannedRefusal
 from .card import card
 from .companions import copy_companions, fetch_companions, notes_on_uncopied
 from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
@@ -393,16 +391,14 @@ def run_steps(
             recover(model, material, job.recover, progress, "recovery")
         return ()
     calibration = None if material is None else material.calibration
-    hook = HFConfigSyncHook(
-        compensate=calibration if choice.compensate else None, layers=job.layers
-    )
+    hook = HFConfigSyncHook(plan=widths, compensate=calibration if choice.compensate else None)
     name: Any = choice.importance
     if name in _OF_TORCH_PRUNING:
         importance = getattr(tp.importance, _OF_TORCH_PRUNING[name])()
     else:
         assert calibration is not None  # the choice has a text for all others
         importance = calibration.importance(name)
-    pruner = _pruner(job, model, widths, importance, hook)
+    pruner = _pruner(job, model, importance, hook)
     steps = job.steps
     for step in range(1, steps + 1):
         title = f"step {step}/{steps}"
@@ -423,25 +419,17 @@ def _check_ranking(model: PreTrainedModel, planned: Plan, job: Job) -> None:
 
     A pruner that is made and not used tells, before the model is run on any text.
     """
-    hook = HFConfigSyncHook(layers=job.layers)
-    _pruner(job, model, planned, tp.importance.GroupMagnitudeImportance(), hook)
+    hook = HFConfigSyncHook(plan=planned)
+    _pruner(job, model, tp.importance.GroupMagnitudeImportance(), hook)
 
 
-def _pruner(
-    job: Job,
-    model: PreTrainedModel,
-    widths: Plan | Allocation,
-    importance: Any,
-    hook: HFConfigSyncHook,
-) -> Any:
-    if isinstance(widths, Allocation):
-        arguments = widths.pruner_kwargs(model, iterative_steps=job.steps)
-    else:
-        arguments = widths.pruner_kwargs(model)
+def _pruner(job: Job, model: PreTrainedModel, importance: Any, hook: HFConfigSyncHook) -> Any:
+    """Return a pruner that carries out the hook's plan."""
+    ranking = _RANKINGS[job.ranking]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
         return tp.pruner.MetaPruner(
-            model, **{**arguments, **_RANKINGS[job.ranking]}, importance=importance, hooks=[hook]
+            model, None, importance, iterative_steps=job.steps, **ranking, hooks=[hook]
         )
 
 

@@ -41,8 +41,7 @@ from ..model.surroundings import (
     same_random_state,
 )
 from ..model.tensors import saved_buffers
-from ..planning.pruner_kwargs import pruner_kwargs
-from ..planning.settings import Layers
+from ..planning.settings import INNER, Layers
 from ..reports import Report, Rows, short
 from ..schema import versions
 from ..twin.masked_check import (
@@ -155,11 +154,11 @@ def supports(
 ) -> Support:
     """Prune every width of a class at tiny size, and report which of them work.
 
-    Half of each width is pruned in one step and in two, by Torch-Pruning's ``MetaPruner`` with
-    :func:`~tp_hf_config.pruner_kwargs`.  The pruned model has to compute what the original computes
-    with the removed units masked.  A model loaded from the saved folder has to compute the same
-    bits.  The model itself is not touched, and its size does not matter. Nothing is taken from the
-    cache of earlier experiments: all is measured anew.
+    Half of each width is pruned in one step and in two, by Torch-Pruning's ``MetaPruner``.  The
+    pruned model has to compute what the original computes with the removed units masked.  A model
+    loaded from the saved folder has to compute the same bits.  The model itself is not touched, and
+    its size does not matter. Nothing is taken from the cache of earlier experiments: all is
+    measured anew.
 
     Args:
         source: a model, with or without weights, or a config.
@@ -343,6 +342,7 @@ def attempt(
     folder: Path,
     steps: int = 1,
     layers: Layers = "uniform",
+    prune: str | Sequence[str] = INNER,
     **given: Any,
 ) -> tuple[Outcome, str]:
     """Prune a copy and save it; return the outcome, and why it does not work.
@@ -353,25 +353,26 @@ def attempt(
         folder: where to save.
         steps: the number of steps.
         layers: whether layers may get widths of their own.
-        given: other arguments of ``pruner_kwargs``.
+        prune: what the hook prunes.
+        given: other arguments of the pruner.
 
     Returns:
         ``refused`` without a reason if nothing was pruned.
     """
     import torch_pruning as tp
 
-    tiny, hook = case.tiny, HFConfigSyncHook(layers=layers)
+    tiny = case.tiny
+    hook = HFConfigSyncHook(prune=prune, make_inputs=tiny.recipe.make_inputs, layers=layers)
     try:
         with _quiet():
             pruner = tp.pruner.MetaPruner(
                 pruned,
-                **pruner_kwargs(
-                    pruned, make_inputs=tiny.recipe.make_inputs, layers=layers, **given
-                ),
-                importance=tp.importance.GroupMagnitudeImportance(),
+                None,
+                tp.importance.GroupMagnitudeImportance(),
                 pruning_ratio=_RATIO,
                 iterative_steps=steps,
                 hooks=[hook],
+                **given,
             )
     except TPHFConfigError as error:
         return "refused", str(error)

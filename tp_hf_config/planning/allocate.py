@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import lcm
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,16 @@ from ..calibration.refit import StepRefits
 from ..errors import UnsupportedModelError
 from ..fieldmap.model_view import ModelView, view_of
 from ..graph.config_graph import ConfigGraph
+from ..graph.full_size import multiple_for_round_to
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
 from ..model.config_json import field_name
+from ..model.layer_class import stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers
+from ..model.locate import find_pretrained
 from ..reports import Report
-from .layer_curve import LayerCurve
-from .pruner_kwargs import pruner_kwargs
-from .unit_counts import multiples_of, unit_counts_of
+from .settings import PruneSettings
+from .trajectory import multiples_of, unit_counts_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +45,7 @@ SHARES = (0.2, 0.4, 0.6)
 
 @dataclass(frozen=True, repr=False)
 class Allocation(Report):
-    """Widths for every layer; ``print`` it, ``plot`` it, carry it out with ``pruner_kwargs``.
+    """Widths for every layer; ``print`` it, ``plot`` it, a hook with ``plan=`` carries it out.
 
     Attributes:
         model: the name of the class.
@@ -80,15 +83,28 @@ class Allocation(Report):
         widths, after = _lagrangian(self.curves, before, target_params, round_to)
         return replace(self, widths=widths, parameters=(before, after))
 
-    def pruner_kwargs(self, model: nn.Module, **arguments: Any) -> dict[str, Any]:
-        """Return arguments for a Torch-Pruning pruner that carries it out.
-
-        Args:
-            model: the model that it was made for.
-            arguments: others of ``tp_hf_config.pruner_kwargs``.
-        """
+    @property
+    def settings(self) -> PruneSettings:
+        """Return what a hook is asked to prune that carries it out."""
         ratios = self.ratios
-        return pruner_kwargs(model, prune=list(ratios), ratios=ratios, layers="differ", **arguments)
+        return PruneSettings(tuple(ratios), ratios=ratios, layers="differ")
+
+    def of_pruner(self) -> dict[str, Any]:
+        """Return the arguments that a pruner needs to carry it out: none, steps are free."""
+        return {}
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise if a model is of another class than the one that it was made of.
+
+        Raises:
+            UnsupportedModelError: it is.
+        """
+        name = stock_class(type(find_pretrained(model)[1])).__name__
+        if name != self.model:
+            raise UnsupportedModelError(
+                f"this allocation was made for a {self.model}, not for a {name}. Make a new one: "
+                "tp_hf_config.allocate(model, calibration, ...)."
+            )
 
     def title(self) -> str:
         """Return the class, with its parameters before and after."""
@@ -153,8 +169,8 @@ def allocate(
         round_to: a multiple that widths keep.
 
     Returns:
-        The allocation. ``pruner_kwargs(model)`` of it gives arguments for a pruner, to be used
-        with ``HFConfigSyncHook(layers="differ", compensate=calibration)``.
+        The allocation. ``HFConfigSyncHook(plan=allocation, compensate=calibration)`` carries it
+        out.
 
     Raises:
         UnsupportedModelError: the model's layers cannot differ, a field cannot be pruned, or
@@ -175,7 +191,7 @@ def allocate(
     target = int(target_params * (before if target_params <= 1 else 1))
     left, after = _lagrangian(curves, before, target, round_to)
     return Allocation(
-        type(view.model).__name__,
+        stock_class(type(view.model)).__name__,
         sensitivity.measure,
         curves,
         left,
@@ -292,3 +308,44 @@ def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float,
             slope = (more - cost) / ((size - less) * curve.parameters)
             highest = max(highest, slope)  # a step is not taken before those above it
             yield highest, curve, less
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """How much the model's answers change as one layer's width goes.
+
+    Attributes:
+        field: the layer's own field.
+        units: how many units it has now.
+        parameters: how many parameters one of them holds.
+        changes: the share of the units that goes -> the change of the model's output.
+        multiple: the class takes only multiples of so many units.
+        minimum: the fewest units with which the class runs.
+        run: neighbouring channels per unit (those of a head).
+    """
+
+    field: str
+    units: int
+    parameters: int
+    changes: Mapping[float, float]
+    multiple: int = 1
+    minimum: int = 1
+    run: int = 1
+
+    def sizes(self, round_to: int) -> list[int]:
+        """Return the numbers of units that may be left, from all on down, 64 of them or so.
+
+        Multiples of ``round_to`` channels that the class takes; no more goes than was tried.
+        """
+        grid = lcm(self.multiple, multiple_for_round_to(round_to, self.run))
+        step = max(grid, self.units // 64 // grid * grid)
+        least = max(int(self.units * (1 - max(self.changes))), self.minimum)
+        return [self.units, *range((self.units - 1) // step * step, least - 1, -step)]
+
+    def change_at(self, share: float) -> float:
+        """Return the change at any share: its square root is interpolated, from 0 at share 0."""
+        points = [(0.0, 0.0), *((s, max(0.0, c) ** 0.5) for s, c in sorted(self.changes.items()))]
+        for (low, first), (high, last) in pairwise(points):
+            if share <= high or high == points[-1][0]:
+                return float((first + (last - first) * (share - low) / (high - low)) ** 2)
+        return 0.0

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..arguments import check_arguments
+from ..calibration.batches import TOKENS, WINDOW
+from ..calibration.measured import gram_bytes, inputs_of
 from ..errors import ConfigSyncError, UnsupportedModelError
+from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import view_of
+from ..forward.find_recipe import dry_pass
 from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import layers_listed
-from ..graph.standin import standin_of
-from ..model.config_json import FieldPath
+from ..model.build import Refusal
+from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import name_in_all_layers
 from ..reports import Report, Rows, fields_as_json, short
-from .model_size import Size
-from .pruner_kwargs import pruner_kwargs
-from .refusals import PlannedRefusal, refusal_lines
 from .settings import PruneSettings
-from .working_time import WorkingTime
+from .trajectory import Adjusted, MovingWidth, Trajectory
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,6 @@ class Plan(Report):
     tokens: bool = True
     notes: tuple[str, ...] = ()
     time: WorkingTime | None = None
-    _live: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
@@ -114,39 +115,33 @@ class Plan(Report):
         """Return field -> value in the end, for every field that is pruned."""
         return {name: value for width in self.widths for name, value in width.after.items()}
 
-    @check_arguments
-    def pruner_kwargs(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Return arguments for a Torch-Pruning pruner that carries the plan out.
+    @property
+    def make_inputs(self) -> MakeInputs | None:
+        """Return the user's function that makes a forward pass's inputs, if there is one."""
+        return self._make_inputs
 
-        Args:
-            model: the model to prune; default: the one that the plan was made of.
+    def of_pruner(self) -> dict[str, Any]:
+        """Return the arguments that a pruner needs to carry the plan out."""
+        return self.settings.of_pruner()
 
-        Returns:
-            Keyword arguments; add ``importance=`` and pass them on with ``**``.
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise if a model is not as the one that the plan was made of, or the class refuses it.
 
         Raises:
             ConfigSyncError: the class refuses what is planned.
-            UnsupportedModelError: there is no model with weights, or it has another config.
+            UnsupportedModelError: the model has another class or config.
         """
         if self.refusal is not None:
             words = " ".join(line.strip() for line in refusal_lines(self.refusal))
             raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
-        model = self._live() if model is None else model
-        if model is None:
-            raise UnsupportedModelError(
-                f"this plan of {self.model} was made of a config, or of a model that is gone. Pass "
-                "the model to prune: plan.pruner_kwargs(model)."
-            )
-        standin = standin_of(model)
-        with layers_listed(standin, self.settings.layers):
-            view = view_of(standin, self._make_inputs)
+        with layers_listed(model, self.settings.layers):
+            view = view_of(model, self.make_inputs)
             name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
                 f"this plan was made for a {self.model} with another config than the one of this "
                 f"{name}. Make a new one: tp_hf_config.plan(model, ...)."
             )
-        return pruner_kwargs(model, make_inputs=self._make_inputs, **self.settings.arguments())
 
     def title(self) -> str:
         """Return the name of the class."""
@@ -241,3 +236,288 @@ def _ratios(plan: Plan) -> Iterator[str]:
     if settings.head_pruning_ratio in asked - {settings.pruning_ratio}:
         yield f"a head ratio of {settings.head_pruning_ratio:g}"
     yield from (f"{name} {ratio:g}" for name, ratio in settings.ratios.items())
+
+
+@dataclass(frozen=True)
+class PlannedRefusal:
+    """Field values that the class refuses, and settings near them that it accepts.
+
+    Attributes:
+        step: the step that leads to them, counted from 1.
+        values: field -> value after that step, for the fields that differ from now.
+        reason: the class's own words, or ours.
+        nearest: accepted settings, each as field -> ratio and field -> the value it leads to.
+    """
+
+    step: int
+    values: dict[str, int]
+    reason: str
+    nearest: tuple[tuple[dict[str, float], dict[str, int]], ...]
+
+
+def refusal_lines(refusal: PlannedRefusal) -> list[str]:
+    """Return lines of text: what is refused and why, then what the class accepts instead."""
+    values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
+    lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
+    for ratios, leads_to in refusal.nearest:
+        settings = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
+        values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
+        lines.append(f"  taken: ratios={{{settings}}} ({values})")
+    if not refusal.nearest:
+        lines.append("  no settings near them are taken: change one ratio at a time")
+    return lines
+
+
+def adjusted_line(adjusted: Adjusted) -> str:
+    """Return one line: what the ratios ask for, why it is refused, and what is done instead."""
+    requested = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in adjusted.requested.items())
+    accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
+    reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
+    return (
+        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest legal: {accepted}"
+    )
+
+
+def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
+    """Return the values by field name."""
+    return {field_name(field): value for field, value in values.items()}
+
+
+def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
+    """Return the first step that the class refuses, with ratios that it accepts, or ``None``."""
+    refused = trajectory.first_refused()
+    if refused is None:
+        return None
+    nearest = [
+        (
+            {field_name(moving.fields[0]): moving.ratio for moving in other.moving_widths},
+            by_name(other.steps()[-1]),
+        )
+        for other in trajectory.nearest()
+    ]
+    return PlannedRefusal(refused.step, by_name(refused.values), refused.reason, tuple(nearest))
+
+
+def shortfalls(trajectory: Trajectory) -> list[str]:
+    """Return one line for each width that ends wider than its ratio asks, and why.
+
+    Head counts are left out: ``trajectory.adjusted`` has them.
+    """
+    result: list[str] = []
+    for moving in trajectory.moving_widths if trajectory.units_by_step else ():
+        units = moving.unit_counts[0].units
+        remaining = trajectory.units_by_step[-1][moving.fields][0]
+        ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
+        if not moving.counts_heads and remaining > units * (1 - ratio) + 1e-6:
+            field = moving.fields[0]
+            value = trajectory.field_map.values[field] * remaining // units
+            why = _why_wider(trajectory, moving, remaining, ratio)
+            result.append(f"{field_name(field)} ends at {value}, not at {ratio:g} less: {why}")
+    return result
+
+
+def _why_wider(trajectory: Trajectory, moving: MovingWidth, remaining: int, ratio: float) -> str:
+    """Return why ``remaining`` units of a width stay although its ``ratio`` asks for fewer."""
+    unit_count, fewest = moving.unit_counts[0], trajectory.reachable(moving)[0]
+    if trajectory.max_ratio < ratio:
+        return f"max_pruning_ratio is {trajectory.max_ratio:g}"
+    if remaining < unit_count.units:
+        return "no less can be left of it"
+    if fewest == unit_count.units:
+        return f"no smaller multiple of {unit_count.step(trajectory.round_to)} can be left of it"
+    most = unit_count.ratio_for(fewest)
+    return f"it would leave nothing, and then nothing is pruned; {most:g} leaves the least"
+
+
+_TOKENS = ("input_ids", "decoder_input_ids")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is and what it computes.
+
+    Attributes:
+        parameters: how many there are; tied ones count once.
+        bytes: the size of the parameters and saved buffers in the model's dtype.
+        flops: FLOPs of a forward pass, for each token (of a short text) or for each other input;
+            ``None`` if the class does not run without data.
+        gram_bytes: the size of the Gram matrices that ``calibrate`` keeps if memory
+            has room for all; ``None`` if the class does not run at tiny widths.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int | None
+    gram_bytes: int | None
+
+
+def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:
+    """Return the size of a class built without data, and a note on what is not known of it.
+
+    Args:
+        field_map: the field map of the class.
+        full: the class with all layers, on the meta device.
+        shallow: the shallow model, on the meta device.
+
+    Returns:
+        The size, and a note if the FLOPs are not known, else ``None``.
+    """
+    saved: list[torch.Tensor] = list(full.parameters())
+    for module in full.modules():
+        hidden = module._non_persistent_buffers_set
+        saved += [b for key, b in module._buffers.items() if b is not None and key not in hidden]
+    flops = flops_of(field_map, full, shallow)
+    size = Size(
+        parameters=sum(parameter.numel() for parameter in full.parameters()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in saved),
+        flops=None if isinstance(flops, Refusal) else flops,
+        gram_bytes=gram_bytes(field_map, full),
+    )
+    if isinstance(flops, Refusal):
+        return size, f"FLOPs are not known, the class does not run without data: {flops.reason}"
+    return size, None
+
+
+def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | Refusal:
+    """Return the FLOPs per token or input of the full model, from one run of the shallow model.
+
+    What each module computes by itself counts once for every module of the full model that is like
+    it, and more where that is larger (it holds a piece for each layer). A ``Refusal``: the class
+    does not run without data, or values decide what it computes.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    ran = dry_pass(shallow, field_map.recipe, counter)
+    if isinstance(ran, Refusal):
+        return ran
+    if ran.guessed:
+        return Refusal("values decide what is computed")
+    counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    own = _own_flops(counts, type(shallow).__name__)
+    like = dict(shallow.named_modules())
+    total: float = 0
+    for name, module in full.named_modules():
+        canonical = field_map.depth.canonical(name)
+        if own.get(canonical):
+            total += own[canonical] * _own_size(module) / _own_size(like[canonical])
+    tokens = sum(ran.inputs[name].numel() for name in _TOKENS if name in ran.inputs)
+    return int(total // max(1, tokens))
+
+
+def _own_size(module: nn.Module) -> int:
+    """Return how many numbers are in a module's own parameters; 1 if it has none."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False)) or 1
+
+
+def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
+    """Return the FLOPs of each module without those of the modules in it.
+
+    FlopCounterMode counts both. ``root`` is the name of the model's class.
+    """
+    inside = {
+        name.removeprefix(root).lstrip("."): count
+        for name, count in counts.items()
+        if name != "Global"
+    }
+    own = Counter(inside)
+    for name, count in inside.items():
+        outer = name
+        while outer:
+            outer = outer.rpartition(".")[0]
+            if outer in inside:
+                own[outer] -= count
+                break
+    return own
+
+
+class ParameterCount:
+    """Compute the number of parameters from the fields, with the field map: no building."""
+
+    def __init__(self, field_map: FieldMap, full: nn.Module):
+        self.field_map = field_map
+        self._kinds = Counter(
+            (field_map.depth.canonical(name), tuple(parameter.shape))
+            for name, parameter in full.named_parameters()
+        )
+
+    def at(self, values: Mapping[FieldPath, int]) -> int:
+        """Return how many there are at these values; tied ones count once."""
+        changes = {field: value - self.field_map.values[field] for field, value in values.items()}
+        return sum(
+            number
+            * prod(self._dimension(name, dim, size, changes) for dim, size in enumerate(shape))
+            for (name, shape), number in self._kinds.items()
+        )
+
+    def _dimension(self, name: str, dim: int, size: int, changes: Mapping[FieldPath, int]) -> int:
+        """Return the size of a tensor dim after the fields change by ``changes``."""
+        expression = self.field_map.expression_of(name, dim)
+        if expression is None or not expression.fields & changes.keys():
+            return size
+        return int(expression.evaluate(changes))
+
+
+RATE = 140e9
+"""Operations in float32 in a second, on two CPU cores (`benchmarks/working_time.py`)."""
+_HELD_OUT = 8 * WINDOW  # tokens
+_PASSES = 4  # over held-out data: unpruned, cut, refitted, pruned
+_UPPER = 5 / 8  # of a Gram matrix is computed: little of its lower triangle
+_DOUBLE = 2  # an operation in float64 takes as long as so many in float32
+
+
+@dataclass(frozen=True)
+class WorkingTime:
+    """How long it takes in memory on two CPU cores, in seconds; experts take longer.
+
+    Attributes:
+        calibrate: ``calibrate(model)`` on as many tokens as it takes by default.
+        step: the first step of a pruner with refits.
+    """
+
+    calibrate: float
+    step: float
+
+    def __str__(self) -> str:
+        return f"{_said(self.calibrate)} to calibrate, {_said(self.step)} for a step with refits"
+
+
+def working_time(
+    field_map: FieldMap, full: nn.Module, after: nn.Module, steps: int, flops: int | None
+) -> WorkingTime | None:
+    """Return how long it takes; ``None``: what weights read is not known, or no FLOPs are.
+
+    Args:
+        field_map: the field map of the class.
+        full: the class with all layers, on the meta device.
+        after: the same in the end.
+        steps: the number of steps.
+        flops: FLOPs of a forward pass for a token.
+    """
+    inputs = inputs_of(field_map, full)
+    if inputs is None or flops is None:
+        return None
+    grams, products = 0.0, 0
+    step: float = _PASSES * _HELD_OUT * flops
+    for each in (each for each in inputs if each.sums):
+        size, end = (m.get_parameter(each.parameter).shape[each.dim] for m in (full, after))
+        kept = size - (size - end) // steps
+        if each.sums == "gram":
+            grams += 2 * _UPPER * size**2
+        if kept == size:
+            continue
+        if each.sums == "products":
+            products += 2 * kept * (kept + size)
+        targets = size if each.sums == "products" else size - kept
+        step += _DOUBLE * each.parts * (kept**3 / 3 + 2 * kept**2 * targets)
+    if products:
+        step += TOKENS * (flops + products)
+    return WorkingTime(TOKENS * (flops + grams) / RATE, step / RATE)
+
+
+def _said(seconds: float) -> str:
+    """Return a time in two digits: ``31 s``, ``12 min``, ``3.4 h``."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.2g} {unit}"
+    return f"about {max(1.0, seconds):.2g} s"

@@ -1,6 +1,6 @@
 """Tell from a pruner's settings, before it prunes, that they cannot end in a loadable model.
 
-:mod:`tp_hf_config.graph.unit_count` says what each step leaves, from the pruner's own ratios,
+:mod:`tp_hf_config.graph.full_size` says what each step leaves, from the pruner's own ratios,
 scopes, rounding and ignored layers.
 """
 
@@ -16,12 +16,12 @@ from torch_pruning import ops
 from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
+from ..graph.full_size import UnitCount
 from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
-from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
-from .refusals import adjusted_line, planned_refusal, refusal_lines, shortfalls
+from .plan import adjusted_line, planned_refusal, refusal_lines, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -137,7 +137,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
     if problem is not None and may_differ(view.model):
         problem += (
-            " Or let every layer have widths of its own: layers='differ', in pruner_kwargs and in "
+            " Or let every layer have widths of its own: layers='differ' of "
             "HFConfigSyncHook, in the shell --layers differ."
         )
     if ranked or problem is not None:
@@ -186,7 +186,7 @@ def _ranked_together(ranked: _Groups) -> str | None:
     names = dict.fromkeys(field_name(shared_field(field)) for fields in alone for field in fields)
     groups = ", ".join(f"the {number} groups of {name}" for name, number in several.items())
     only = ", ".join(f'"{name}"' for name in names)
-    other = f", or prune what has one group alone: prune=({only},) of pruner_kwargs" if only else ""
+    other = f", or prune what has one group alone: prune=({only},) of the hook" if only else ""
     return (
         f"{groups} are ranked together, so they lose different numbers, and one config field "
         "cannot say that. Use global_pruning=False, isomorphic=False, and no two of them under "
@@ -238,7 +238,7 @@ def _different_ends(
     )
     return (
         f"the groups of {name} will have different numbers of units: {parts}. One config field "
-        "cannot say that: give all of them one ratio (ratios= of pruner_kwargs)."
+        "cannot say that: give all of them one ratio (ratios= of HFConfigSyncHook)."
     )
 
 
@@ -248,7 +248,7 @@ def _some_stay(name: str, groups: Sequence[_PrunedGroup], staying: int, end: str
     return (
         f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
         f"(ignored_layers), the others {end}, and one config field cannot say that. Ignore a layer "
-        "of every group, or of none (prune= of pruner_kwargs leaves a field out)."
+        "of every group, or of none (prune= of HFConfigSyncHook leaves a field out)."
     )
 
 

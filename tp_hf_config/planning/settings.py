@@ -15,6 +15,9 @@ Gqa = Literal["query", "group"]
 Layers = Literal["uniform", "differ"]
 """Whether all layers keep the same widths, or each may get its own."""
 
+INNER = "inner"
+"""In the place of a field's name: the inner widths, of feed-forward layers and experts."""
+
 Scheduler = Callable[[float, int], Sequence[float]]
 """The final ratio, number of steps -> the ratios from step 0 on."""
 
@@ -68,13 +71,16 @@ class PruneSettings:
         """Return the settings that a user's arguments mean.
 
         Args:
-            prune: config fields, or one; ``None``: those that ``ratios`` names, if it is given.
+            prune: config fields, or one; ``None``: those that ``ratios`` names, if it is given;
+                ``"inner"``: inner widths.
             ratios: config field -> ratio.
             prune_num_heads: ``None``: prune heads if ``gqa`` or ``head_pruning_ratio`` is set.
             gqa: as in ``plan``.
             head_pruning_ratio: as in ``plan``.
             others: the other attributes.
         """
+        if prune == INNER:
+            prune, ratios = None, ratios or None
         fields = prune or ratios or ()
         names = (fields,) if isinstance(fields, str) else tuple(fields)
         if prune_num_heads is None:
@@ -101,9 +107,10 @@ class PruneSettings:
         ratios = {name: ratio for given, ratio in self.ratios.items() for name in names_of(given)}
         return replace(self, prune=None if prune is None else tuple(prune), ratios=ratios)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the settings as keyword arguments for ``pruner_kwargs``."""
-        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+    def of_pruner(self) -> dict[str, Any]:
+        """Return the settings that are arguments of a pruner, without those that say nothing."""
+        own = ("prune", "ratios", "gqa", "layers")
+        return {k: v for k, v in vars(self).items() if k not in own and v is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, without the scheduler, as a dict for ``json.dumps``."""

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, product
-from math import lcm
+from math import gcd, lcm
 
-from ..fieldmap.field_map import STOPS, FieldMap, build_mismatch, count_at_zero, run_failure
-from ..graph.unit_count import UnitCount, multiple_below
+from torch import nn
+
+from ..fieldmap.field_map import (
+    STOPS,
+    FieldMap,
+    build_mismatch,
+    count_at_zero,
+    multiple_of,
+    run_failure,
+)
+from ..fieldmap.model_view import ModelView
+from ..graph.full_size import UnitCount, multiple_below
+from ..graph.prunable import Width
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
+from ..model.tensors import is_matrix_stack, tensor
 
 Values = dict[FieldPath, int]
 UnitsLeft = dict[tuple[FieldPath, ...], tuple[int, ...]]
@@ -394,3 +406,53 @@ class Trajectory:
         window = sizes[max(0, middle - _TRIES) : max(0, middle + _TRIES + 1)]
         others = sorted(window, key=lambda n: (abs(n - end), n))
         return [count.ratio_for(n, moving.counts_heads) for n in others if n != end][:_TRIES]
+
+
+def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPath, ...], int]:
+    """Return what each of these widths has to stay a multiple of, counted in units of its fields.
+
+    The class, the kernels or the channel groups require it.
+    """
+    counts = view.field_map.count_fields()
+    multiples: dict[tuple[FieldPath, ...], int] = {}
+    for width in widths:
+        multiple = _multiple_in(view, width)
+        if len(width.fields) == 1 and not set(width.fields) & counts:
+            own = multiple_of(view.field_map, width.fields[0])
+            multiple = lcm(
+                multiple, own // gcd(own, view.field_map.values[width.fields[0]] // width.units)
+            )
+        multiples[width.fields] = multiple
+    return multiples
+
+
+def unit_counts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount, ...]:
+    """Return the unit counts of a width's groups, each different one once.
+
+    ``multiple`` is what the width has to stay a multiple of, in units of its fields.
+    """
+    channels: dict[tuple[str, int], int] = {}
+    for dim in (dim for group in width.groups for dim in group.dims):
+        channels[dim.place] = channels.get(dim.place, 0) + dim.layout.parts * dim.layout.run
+    unit_counts: dict[UnitCount, None] = {}
+    for group in width.groups:
+        layers = {(tensor(model, m.name).shape[m.dim], channels[m.place]) for m in group.dims}
+        unit_count = group.count.in_multiples_of(multiple)
+        unit_counts[replace(unit_count, layers=tuple(sorted(layers)))] = None
+    return tuple(unit_counts)
+
+
+def _multiple_in(view: ModelView, width: Width) -> int:
+    """Return what a width has to stay a multiple of for its kernels and channel groups.
+
+    Stacked experts run in a grouped matrix product that takes only rows of whole 16 bytes. Channel
+    groups have to lose the same number each.
+    """
+    multiple = 1
+    for group in width.groups:
+        own = group.count.channel_groups  # all groups of a width lose the same number
+        for dim in group.dims:
+            if dim.dim > 0 and is_matrix_stack(view.model, dim.name):
+                own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
+        multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
+    return multiple

@@ -272,9 +272,8 @@ def test_weights_on_one_storage_are_told_apart() -> None:
     states = []
     for model in (apart, together):
         calibration = calibrate(model, calibrated.batches(model, 10))
-        hook = HFConfigSyncHook(compensate=calibration)
-        arguments = {"importance": calibration.importance(), "prune": "hidden_size"}
-        calibrated.pruner_of(model, hook, **arguments).step()
+        hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+        calibrated.pruner_of(model, hook, importance=calibration.importance()).step()
         compensation = hook.reports[0].compensation
         assert compensation is not None
         states.append((model.state_dict(), [one.weight for one in compensation.layers]))
@@ -335,9 +334,9 @@ def test_more_passes_give_the_same() -> None:
         calibration = calibrate(model, calibrated.batches(model, 10), **options)
         statistics = calibration.readings.statistics.values()
         assert sum(each.gram is not None for each in statistics) == grams
-        hook = HFConfigSyncHook(compensate=calibration)
         ratios = {"intermediate_size": 0.5, "hidden_size": 0.25}
-        calibrated.pruner_of(model, hook, ratios=ratios).step()
+        hook = HFConfigSyncHook(ratios=ratios, compensate=calibration)
+        calibrated.pruner_of(model, hook).step()
         weights.append(list(model.parameters()))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights, strict=True))
 

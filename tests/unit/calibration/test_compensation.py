@@ -20,7 +20,6 @@ from tp_hf_config import (
     HFConfigSyncHook,
     UnsupportedModelError,
     calibrate,
-    pruner_kwargs,
 )
 from tp_hf_config.calibration import compensation
 from tp_hf_config.calibration.compensation import Compensation
@@ -71,8 +70,8 @@ def test_units_that_others_make_up_for_leave_no_trace(name: str) -> None:
     """Half of all units are copies of others: the pruned model computes what the whole one did."""
     model = calibrated.build(name)
     data = calibrated.batches(model)
-    hook = HFConfigSyncHook()
-    pruner = calibrated.pruner_of(model, hook, **EXACT[name])
+    hook = HFConfigSyncHook(**EXACT[name])
+    pruner = calibrated.pruner_of(model, hook)
     calibrated.duplicate(model, pruner, calibrated.chosen(pruner), data)
     hook.compensate = calibrate(model, data, ridge=0.0)
     inputs = zoo.inputs(model)
@@ -152,8 +151,8 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     model = calibrated.build("llama")
     before = model.num_parameters()
     calibration = calibrate(model, calibrated.batches(model))
-    hook = HFConfigSyncHook(compensate=calibration)
-    pruner = calibrated.pruner_of(model, hook, prune="hidden_size", pruning_ratio=0.25)
+    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    pruner = calibrated.pruner_of(model, hook, pruning_ratio=0.25)
     with pytest.warns(CalibrationWarning, match="this step removes ") as warned:
         pruner.step()
     result, after = hook.reports[0].compensation, model.num_parameters()
@@ -170,14 +169,14 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     assert f"allocate(model, calibration, target_params={after}) takes most from" in text
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
-    hook = HFConfigSyncHook(compensate=calibrate(fresh, calibrated.batches(fresh)))
-    importance = hook.compensate.importance()
+    calibration = calibrate(fresh, calibrated.batches(fresh))
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    importance = calibration.importance()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CalibrationWarning)  # it costs little, so nothing is said
         calibrated.pruner_of(
             fresh,
             hook,
-            prune="intermediate_size",
             pruning_ratio=int(ratio * 96) / 96,
             importance=importance,
         ).step()
@@ -204,8 +203,8 @@ def test_experts_read_what_the_norm_gives_the_kept_channels_alone(name: str) -> 
         model.get_input_embeddings().weight[:, 48:] *= 8
     calibration = calibrate(model, calibrated.batches(model))
     calibration.held_out = calibration.train[:8]
-    hook = HFConfigSyncHook(compensate=calibration)
-    calibrated.pruner_of(model, hook, prune="hidden_size", pruning_ratio=0.25).step()
+    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    calibrated.pruner_of(model, hook, pruning_ratio=0.25).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert any(layer.part is not None for layer in result.layers)
@@ -233,8 +232,9 @@ def test_a_refit_that_overfits_is_left_out() -> None:
     """About hundred tokens for 96 channels and a tiny ridge: nonsense on other tokens."""
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10), ridge=1e-12))
-    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    calibration = calibrate(model, calibrated.batches(model, 10), ridge=1e-12)
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert [layer.used for layer in result.layers] == [False, False]
@@ -249,8 +249,9 @@ def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
     for length in (40, 60):
         model = calibrated.build("llama")
         ids = torch.randint(3, 80, (16, length), generator=torch.Generator().manual_seed(0))
-        hook = HFConfigSyncHook(compensate=calibrate(model, [{"input_ids": ids}]))
-        calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+        calibration = calibrate(model, [{"input_ids": ids}])
+        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        calibrated.pruner_of(model, hook).step()
         result = hook.reports[0].compensation
         assert result is not None
         assert result.cut is None
@@ -271,8 +272,8 @@ def test_an_expert_that_no_held_out_token_reaches_needs_eight_tokens_a_channel(
     ids = torch.randint(3, 80, (rows, 60), generator=torch.Generator().manual_seed(0))
     calibration = calibrate(model, [{"input_ids": row[None]} for row in ids])
     calibration.held_out = [{"input_ids": torch.tensor([[5]])}]
-    hook = HFConfigSyncHook(compensate=calibration)
-    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].compensation
     assert result is not None
     unreached = [layer for layer in result.layers if layer.cut == layer.refit == 0]
@@ -292,8 +293,9 @@ def test_refits_that_make_the_whole_model_worse_are_left_out(
     monkeypatch.setattr(compensation.Difference, "mean", lambda self: next(changes))
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))
-    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    calibration = calibrate(model, calibrated.batches(model))
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert result.notes == [
@@ -308,8 +310,9 @@ def test_refits_that_make_the_whole_model_worse_are_left_out(
 def test_tied_heads_keep_their_embeddings() -> None:
     model = zoo.build("gemma2")
     embeddings = model.get_input_embeddings().weight.detach().clone()
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
-    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     now = model.get_input_embeddings().weight
     assert now is model.get_output_embeddings().weight
     half = embeddings.shape[1] // 2
@@ -333,16 +336,16 @@ def test_tied_heads_keep_embeddings_that_no_batch_looks_up() -> None:
     embeddings = model.get_input_embeddings().weight.detach().clone()
     calibration = calibrate(model, embedded(model))
     assert calibration.readings.tables == {"model.embed_tokens.weight"}
-    hook = HFConfigSyncHook(compensate=calibration)
-    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     half = embeddings.shape[1] // 2
     assert torch.equal(model.get_output_embeddings().weight, embeddings[:, :half])
 
 
 def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> None:
     model = llama()
-    hook = HFConfigSyncHook(compensate=calibrate(model, embedded(model)))
-    calibrated.pruner_of(model, hook, prune="hidden_size").step()
+    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibrate(model, embedded(model)))
+    calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert model.config.hidden_size == 32
@@ -357,8 +360,9 @@ def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> 
 def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
     model, other = llama(), llama()
     for each in (model, other):
-        hook = HFConfigSyncHook(compensate=calibrate(each, calibrated.batches(each, 10)))
-        pruner = calibrated.pruner_of(each, hook, prune="intermediate_size")
+        calibration = calibrate(each, calibrated.batches(each, 10))
+        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        pruner = calibrated.pruner_of(each, hook)
         if each is other:
             pruner.step()
             continue
@@ -372,8 +376,9 @@ def test_a_group_that_the_user_leaves_keeps_its_weights() -> None:
     """Of two fields, the user cuts one: what reads the other is not refitted."""
     model = llama()
     weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
-    pruner = calibrated.pruner_of(model, hook, prune=("intermediate_size", "hidden_size"))
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(prune=("intermediate_size", "hidden_size"), compensate=calibration)
+    pruner = calibrated.pruner_of(model, hook)
     for group in pruner.step(interactive=True):
         if group.graph_group.fields == (("hidden_size",),):
             group.prune()
@@ -405,8 +410,9 @@ def test_the_next_step_is_measured_anew() -> None:
 
 def test_a_refused_step_changes_no_weight() -> None:
     model = llama()
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
-    pruner = calibrated.pruner_of(model, hook, prune="intermediate_size")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    pruner = calibrated.pruner_of(model, hook)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.model.layers = model.model.layers[:1]
     with pytest.raises(UnsupportedModelError, match="lost"):
@@ -420,8 +426,8 @@ def test_weights_that_were_not_measured_are_named() -> None:
     calibration = calibrate(model, calibrated.batches(model, 10))
     name = "model.layers.0.mlp.down_proj.weight"
     del calibration.readings.leaders[Consumer(name, 1)]
-    hook = HFConfigSyncHook(compensate=calibration)
-    calibrated.pruner_of(model, hook, prune="intermediate_size").step()
+    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert f"not refitted, for it was not measured: {name}" in result.notes
@@ -438,9 +444,14 @@ def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
     model, other = llama(), llama()
     for each, kind in ((model, Own), (other, tp.pruner.MetaPruner)):
         calibration = calibrate(each, calibrated.batches(each, 10))
-        hook = HFConfigSyncHook(compensate=calibration)
-        arguments = pruner_kwargs(each, prune="intermediate_size", pruning_ratio=0.25)
-        kind(each, **arguments, importance=calibration.importance(), hooks=[hook]).step()
+        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        kind(
+            each,
+            example_inputs=None,
+            importance=calibration.importance(),
+            pruning_ratio=0.25,
+            hooks=[hook],
+        ).step()
         assert hook.reports[0].compensation is not None
     first, second = model.state_dict(), other.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -458,8 +469,7 @@ def test_any_importance_of_torch_pruning_can_be_refitted() -> None:
     calibration = calibrate(model, calibrated.batches(model, 10))
     hook = HFConfigSyncHook(compensate=calibration)
     importance = tp.importance.GroupMagnitudeImportance()
-    arguments = pruner_kwargs(model, prune=small.inside(model), pruning_ratio=0.25)
-    tp.pruner.MetaPruner(model, **arguments, importance=importance, hooks=[hook]).step()
+    calibrated.pruner_of(model, hook, importance=importance, pruning_ratio=0.25).step()
     result = hook.reports[0].compensation
     assert result is not None
     assert len(result.layers) == 13

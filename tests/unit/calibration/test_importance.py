@@ -13,7 +13,7 @@ import torch_pruning as tp
 import zoo
 from torch import nn
 
-from tp_hf_config import CalibrationWarning, HFConfigSyncHook, calibrate, pruner_kwargs
+from tp_hf_config import CalibrationWarning, HFConfigSyncHook, calibrate
 from tp_hf_config.calibration.linear_ops import Consumer
 
 pytestmark = [
@@ -115,10 +115,10 @@ def test_greedy_removal_with_a_refit_beats_others(name: str, settings: dict[str,
         model = calibrated.build(name)
         calibration = calibrate(model, calibrated.batches(model))
         calibration.held_out = calibration.train
-        hook = HFConfigSyncHook(compensate=calibration)
-        given = {**settings, "head_pruning_ratio": 0.5} if "gqa" in settings else settings
+        hook = HFConfigSyncHook(**settings, compensate=calibration)
+        ratios = {"head_pruning_ratio": 0.5} if "gqa" in settings else {}
         importance = calibration.importance(kind)
-        calibrated.pruner_of(model, hook, importance=importance, **given).step()
+        calibrated.pruner_of(model, hook, importance=importance, **ratios).step()
         result = hook.reports[0].compensation
         assert result is not None
         errors[kind] = sum(layer.refit for layer in result.layers)
@@ -218,8 +218,9 @@ def test_it_is_an_importance_of_torch_pruning() -> None:
     assert isinstance(importance, tp.importance.Importance)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, pruning_ratio=0.25),
+        example_inputs=None,
+        pruning_ratio=0.25,
         importance=importance,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune="inner")],
     ).step()
     assert model.config.intermediate_size == 72

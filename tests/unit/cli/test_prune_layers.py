@@ -148,8 +148,8 @@ class TestRanked:
             "tp-hf-config prune: BasePruner of LlamaForCausalLM: the 4 groups of intermediate_size "
             "are ranked together, so they lose different numbers, and one config field cannot say "
             "that. Use global_pruning=False, isomorphic=False, and no two of them under one key of "
-            "pruning_ratio_dict. Or let every layer have widths of its own: layers='differ', in "
-            "pruner_kwargs and in HFConfigSyncHook, in the shell --layers differ. Nothing is "
+            "pruning_ratio_dict. Or let every layer have widths of its own: layers='differ' of "
+            "HFConfigSyncHook, in the shell --layers differ. Nothing is "
             "pruned yet. tp_hf_config.plan(model, ...) shows what settings give."
         )
         assert "calibrating" not in errors

@@ -18,7 +18,6 @@ from tp_hf_config import (
     UnsupportedModelError,
     plan,
     prunable,
-    pruner_kwargs,
 )
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -27,11 +26,11 @@ RANDOM = "which the model does not have, so a reload would add {} with random va
 DISAGREE = " and its config disagree before any pruning: "
 
 
-def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
+def attached(model: nn.Module) -> tuple[HFConfigSyncHook, Any]:
     hook = HFConfigSyncHook()
     return hook, tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **kwargs),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],
@@ -42,7 +41,7 @@ def refused(model: Any) -> str:
     """What every entrance says; nothing is changed."""
     before = small.state_of(model)
     said = set()
-    for entrance in (pruner_kwargs, prunable, plan):
+    for entrance in (attached, prunable, plan):
         with pytest.raises(UnsupportedModelError) as raised:
             entrance(model)
         said.add(str(raised.value))

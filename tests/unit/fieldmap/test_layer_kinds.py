@@ -12,7 +12,7 @@ import transformers as hf
 from masked import masked_difference
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.fieldmap import layer_kinds
 from tp_hf_config.fieldmap.field_map import Depth
@@ -60,7 +60,12 @@ def test_a_kind_that_only_later_layers_are_of_is_looked_at() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"units are not interchangeable in model\.layers"
     ):
-        pruner_kwargs(model, prune=("head_dim",))
+        tp.pruner.MetaPruner(
+            model,
+            example_inputs=None,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            hooks=[HFConfigSyncHook(prune="head_dim")],
+        )
     assert {width.name: width.reason for width in widths_of(model)}["hidden_size"] is None
 
 
@@ -71,10 +76,10 @@ def test_a_width_that_all_kinds_allow_goes_in_all_layers() -> None:
     widths = ("hidden_size", "intermediate_size", "num_attention_heads")
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=(*widths, "num_key_value_heads")),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=(*widths, "num_key_value_heads"))],
     ).step()
     config = model.config
     assert [getattr(config, width) for width in widths] == [16, 24, 2]

@@ -16,13 +16,13 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, plan, prunable
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.solve.recover import Recovery, recover
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import EntryOfKind, field_name, value_at, with_values
 from tp_hf_config.model.shapes import shapes
-from tp_hf_config.planning.model_size import ParameterCount, flops_of
+from tp_hf_config.planning.plan import ParameterCount, flops_of
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -144,8 +144,8 @@ def _step(model: Any, fields: list[str]) -> None:
         model,
         importance=tp.importance.MagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
-        **pruner_kwargs(model, prune=fields),
+        hooks=[HFConfigSyncHook(prune=fields)],
+        example_inputs=None,
     ).step()
 
 

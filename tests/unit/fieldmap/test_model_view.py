@@ -42,10 +42,9 @@ def test_from_the_plan_to_the_hook_the_class_is_built_three_times(builds: list[s
     model = small.llama(num_hidden_layers=LAYERS)
     planned = plan(model, pruning_ratio=0.5)
     assert len(builds) == 3
-    kwargs = planned.pruner_kwargs()
     importance = tp.importance.MagnitudeImportance()
     pruner = tp.pruner.MetaPruner(
-        model, **kwargs, importance=importance, hooks=[HFConfigSyncHook()]
+        model, None, importance=importance, hooks=[HFConfigSyncHook(plan=planned)]
     )
     assert len(builds) == 3
     pruner.step()

@@ -20,7 +20,6 @@ from tp_hf_config import (
     HFConfigSyncHook,
     plan,
     prunable,
-    pruner_kwargs,
     supports,
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
@@ -113,22 +112,20 @@ def inputs_of(model: hf.PreTrainedModel, name: str, width: int) -> dict[str, tor
     return {"input_ids": ids, name: torch.randn((2, 5, width), generator=generator)}
 
 
-def half(model: hf.PreTrainedModel, hook: HFConfigSyncHook, steps: int = 1, **kwargs: Any) -> None:
-    told = ("prune", "ratios", "prune_num_heads")
-    chosen = {key: kwargs.pop(key) for key in told if key in kwargs}
-    pruner = tp.pruner.MetaPruner(
-        model,
-        **pruner_kwargs(model, **chosen),
-        **{
-            "importance": tp.importance.GroupMagnitudeImportance(),
-            "pruning_ratio": 0.5,
-            "iterative_steps": steps,
-            **kwargs,
-        },
-        hooks=[hook],
-    )
-    for _ in range(steps):
+def half(
+    model: nn.Module,
+    prune: str = "inner",
+    ratios: dict[str, float] | None = None,
+    **settings: Any,
+) -> HFConfigSyncHook:
+    """Prune half, or what a pruner's settings say, in all its steps; the hook."""
+    hook = HFConfigSyncHook(prune=prune, ratios=ratios)
+    importance = tp.importance.GroupMagnitudeImportance()
+    arguments = {"importance": importance, "pruning_ratio": 0.5, **settings}
+    pruner = tp.pruner.MetaPruner(model, example_inputs=None, hooks=[hook], **arguments)
+    for _ in range(pruner.iterative_steps):
         pruner.step()
+    return hook
 
 
 class TestInputs:
@@ -228,8 +225,7 @@ class TestPruned:
     ) -> None:
         model = made()
         original = copy.deepcopy(model)
-        hook = HFConfigSyncHook()
-        half(model, hook, steps=2, prune=[field])
+        hook = half(model, prune=field, iterative_steps=2)
         report = hook.last_report
         assert report is not None
         before = getattr(original.config, field)
@@ -250,9 +246,7 @@ class TestPruned:
     def test_whole_heads_of_cross_attention_go(self) -> None:
         model = whisper()
         original = copy.deepcopy(model)
-        hook = HFConfigSyncHook()
-        half(model, hook, prune_num_heads=True, head_pruning_ratio=0.5)
-        report = hook.last_report
+        report = half(model, prune_num_heads=True, head_pruning_ratio=0.5).last_report
         assert report is not None
         assert (model.config.decoder_attention_heads, model.config.d_model) == (2, 16)
         for attention in ("self_attn", "encoder_attn"):
@@ -279,12 +273,11 @@ class TestPruned:
         self, settings: dict[str, Any]
     ) -> None:
         model = bart()
-        hook = HFConfigSyncHook()
-        half(model, hook, **{"prune": ["d_model"], **settings})
-        assert hook.last_report is not None
+        report = half(model, prune="d_model", **settings).last_report
+        assert report is not None
         width = 8 if "ratios" in settings else 16
         assert model.config.d_model == width
-        assert len(hook.last_report.inputs["encoder_hidden_states"]) == width
+        assert len(report.inputs["encoder_hidden_states"]) == width
         assert model.model.decoder.layers[1].encoder_attn.k_proj.in_features == width
 
     def test_states_are_cut_in_the_measurement_too(self) -> None:
@@ -324,16 +317,14 @@ class TestSaid:
         assert plan(bart(), prune=["decoder_ffn_dim"], pruning_ratio=0.5).notes == ()
 
     def test_a_report_says_which_channels_are_left(self) -> None:
-        model = bart()
-        hook = HFConfigSyncHook()
-        half(model, hook, prune=["d_model"])
-        assert hook.last_report is not None
-        left = hook.last_report.inputs["encoder_hidden_states"]
-        assert hook.last_report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
-        assert "encoder_hidden_states has to lose the same channels" in hook.last_report.graph
+        report = half(bart(), prune="d_model").last_report
+        assert report is not None
+        left = report.inputs["encoder_hidden_states"]
+        assert report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
+        assert "encoder_hidden_states has to lose the same channels" in report.graph
         assert (
             "  encoder_hidden_states: give it 16 channels now, report.inputs says which"
-        ) in str(hook.last_report).splitlines()
+        ) in str(report).splitlines()
 
     def test_what_a_wrapper_hands_over_keeps_its_width_by_default(self) -> None:
         class Captioner(nn.Module):
@@ -345,6 +336,6 @@ class TestSaid:
                 return self.decoder(**inputs)
 
         model = Captioner()
-        half(model, HFConfigSyncHook())  # type: ignore[arg-type]
+        half(model)
         config = model.decoder.config
         assert (config.cross_attention_hidden_size, config.decoder_ffn_dim) == (40, 24)

@@ -10,7 +10,7 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.forward.coverage import WorkingInputs, unreached_by, working_inputs
 from tp_hf_config.forward.output_tensors import methods_beside, outputs_of
 from tp_hf_config.twin.tiny.tiny_model import randomise
@@ -121,11 +121,12 @@ def test_contacts_of_the_heads_that_are_left() -> None:
         layer: model.esm.encoder.layer[layer].attention.self.query.weight.detach().clone()
         for layer in range(2)
     }
-    kwargs = pruner_kwargs(model, prune=["num_attention_heads"])
-    hook = HFConfigSyncHook()
-    importance = tp.importance.GroupMagnitudeImportance()
     pruner = tp.pruner.BasePruner(
-        model, importance=importance, pruning_ratio=0.5, hooks=[hook], **kwargs
+        model,
+        example_inputs=None,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook(prune="num_attention_heads")],
     )
     pruner.step()
     assert (model.config.num_attention_heads, model.config.hidden_size) == (2, 32)

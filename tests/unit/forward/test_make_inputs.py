@@ -20,7 +20,6 @@ from tp_hf_config import (
     UnsupportedModelError,
     plan,
     prunable,
-    pruner_kwargs,
     supports,
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
@@ -70,19 +69,19 @@ def proved(model: Any, make_inputs: Any = None) -> dict[str, int]:
     return {width.name: width.units for width in widths if width.reason is None}
 
 
-def half(model: Any, hook: HFConfigSyncHook, **kwargs: Any) -> None:
+def half(model: Any, hook: HFConfigSyncHook) -> None:
     importance = tp.importance.GroupMagnitudeImportance()
-    arguments = {"importance": importance, "pruning_ratio": 0.5, **kwargs}
-    tp.pruner.MetaPruner(model, **arguments, hooks=[hook]).step()
+    tp.pruner.MetaPruner(model, None, importance, pruning_ratio=0.5, hooks=[hook]).step()
 
 
 class TestPruned:
     def test_it_is_pruned_saved_and_loaded_again(self, tmp_path: Path) -> None:
-        model, hook = decider(), HFConfigSyncHook()
+        model, hook = decider(), HFConfigSyncHook(make_inputs=trajectory)
         original = copy.deepcopy(model)
-        half(model, hook, **pruner_kwargs(model, make_inputs=trajectory))
+        half(model, hook)
         report = hook.last_report
         assert report is not None
+        assert report.graph.startswith("config graph: 5 groups, each proved by")
         assert report.fields == {"hidden_size": (32, 16), "n_inner": (96, 48)}
         inputs = trajectory(model.config)
         assert_same_as_masked(original, model, inputs)
@@ -93,15 +92,8 @@ class TestPruned:
             pairs = zip(again(**inputs).to_tuple(), model(**inputs).to_tuple(), strict=True)
             assert all(torch.equal(loaded, live) for loaded, live in pairs)
 
-    def test_a_hook_uses_it_without_pruner_kwargs(self) -> None:
-        model, hook = decider(), HFConfigSyncHook(make_inputs=trajectory)
-        half(model, hook, example_inputs=None)
-        assert (model.config.hidden_size, model.config.n_inner) == (16, 48)
-        assert hook.last_report is not None
-        assert hook.last_report.graph.startswith("config graph: 5 groups, each proved by")
-
-    def test_a_plan_carries_it_to_the_pruner(self) -> None:
-        model, hook = decider(), HFConfigSyncHook()
+    def test_a_plan_carries_it_to_the_hook(self) -> None:
+        model = decider()
         planned = plan(
             model,
             prune=["n_head"],
@@ -110,7 +102,7 @@ class TestPruned:
             make_inputs=trajectory,
         )
         assert planned.values == {"n_head": 2, "hidden_size": 16}
-        half(model, hook, **planned.pruner_kwargs())
+        half(model, HFConfigSyncHook(plan=planned))
         assert (model.config.n_head, model.config.hidden_size) == (2, 16)
 
     def test_every_width_is_tried_with_it(self) -> None:
@@ -214,12 +206,9 @@ RAISES = (
 )
 EDGES: dict[str, Callable[[Any, Any], Any]] = {
     "prunable": lambda model, make: prunable(model, make_inputs=make),
-    "pruner_kwargs": lambda model, make: pruner_kwargs(model, make_inputs=make),
     "plan": lambda model, make: plan(model, make_inputs=make),
     "supports": lambda model, make: supports(model, make_inputs=make),
-    "hook": lambda model, make: half(
-        model, HFConfigSyncHook(make_inputs=make), example_inputs=None
-    ),
+    "hook": lambda model, make: half(model, HFConfigSyncHook(make_inputs=make)),
 }
 
 

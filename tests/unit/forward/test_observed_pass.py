@@ -15,7 +15,7 @@ from masked import masked_difference
 from torch import Tensor, nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs, supports
+from tp_hf_config import HFConfigSyncHook, prunable, supports
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.observed_pass import (
     AllFloat64,
@@ -378,10 +378,10 @@ def test_heads_that_only_choose_tokens_are_pruned_and_compared() -> None:
     pruned: Any = copy.deepcopy(case.model)
     tp.pruner.MetaPruner(
         pruned,
-        **pruner_kwargs(pruned, prune=("index_n_heads",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=("index_n_heads",))],
     ).step()
     fresh = Builder(pruned).build_real(config_json(pruned.config))
     assert isinstance(fresh, nn.Module)

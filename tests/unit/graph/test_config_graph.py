@@ -48,7 +48,6 @@ from tp_hf_config import (
     UnsupportedModelError,
     plan,
     prunable,
-    pruner_kwargs,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph, Units
 
@@ -90,7 +89,7 @@ def test_the_models_grad_mode_and_random_numbers_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pruner_kwargs(model)
+    pruner_of(model)
     assert torch.equal(torch.rand(3), expected)
     assert torch.is_grad_enabled()
 
@@ -638,9 +637,6 @@ def test_ignored_layers_that_torch_pruning_does_not_know(make: Make):
 
 def test_layers_of_one_field_that_differ_are_an_error():
     model = fresh(llama)
-    kept = [model.model.layers[0].mlp.gate_proj]
-    with pytest.raises(ConfigSyncError, match="1 of 2 groups of intermediate_size stay at 64"):
-        pruner_of(model, ("intermediate_size",), ignored_layers=kept)
     pruner, hook = pruner_of(model, ("intermediate_size",))
     for number, layer in enumerate((model.model.layers[1].mlp, model.model.layers[0].mlp)):
         pruner.DG.get_pruning_group(
@@ -720,7 +716,7 @@ def test_ratios_of_heads():
 
 def test_ratios_of_a_field_that_is_not_pruned():
     with pytest.raises(UnsupportedModelError, match="hidden_size"):
-        pruner_kwargs(fresh(llama), prune=("intermediate_size",), ratios={"hidden_size": 0.1})
+        pruner_of(fresh(llama), ("intermediate_size",), ratios={"hidden_size": 0.1})
 
 
 @pytest.mark.parametrize("make", [llama, bert, mixtral])
@@ -753,22 +749,12 @@ def test_max_pruning_ratio():
     assert hook.reports[-1].error is None
 
 
-def test_round_to():
+@pytest.mark.parametrize(("round_to", "left"), [(None, 44), (8, 40), (16, 32)])
+def test_round_to(round_to: int | None, left: int):
     model = fresh(llama)
-    pruner, _ = pruner_of(model, ("intermediate_size",), pruning_ratio=0.3)
+    pruner, _ = pruner_of(model, ("intermediate_size",), pruning_ratio=0.3, round_to=round_to)
     pruner.step()
-    assert model.config.intermediate_size == 44
-    model = fresh(llama)
-    pruner, _ = pruner_of(model, ("intermediate_size",), pruning_ratio=0.3, round_to=16)
-    pruner.step()
-    assert model.config.intermediate_size == 32
-    hook = HFConfigSyncHook()
-    model = fresh(llama)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",), round_to=8)
-    tp.pruner.MetaPruner(
-        model, importance=Importance(), pruning_ratio=0.3, hooks=[hook], **arguments
-    ).step()
-    assert model.config.intermediate_size == 40
+    assert model.config.intermediate_size == left
 
 
 def test_global_pruning_ranks_all_units_of_one_group():
@@ -1004,11 +990,11 @@ def test_head_ratios_are_for_heads_and_the_others_for_the_rest():
     """BERT's heads can only go with the hidden size; the FFN follows ``pruning_ratio``."""
     model = fresh(bert)
     hook = HFConfigSyncHook()
-    arguments = pruner_kwargs(model, prune_num_heads=True)
     pruner = tp.pruner.MetaPruner(
         model,
-        **arguments,
+        example_inputs=None,
         importance=Importance(),
+        prune_num_heads=True,
         pruning_ratio=0.25,
         head_pruning_ratio=0.5,
         hooks=[hook],
@@ -1066,10 +1052,10 @@ def test_what_can_be_pruned_is_pruned_where_another_width_cannot():
 
 def test_unknown_fields_are_refused():
     with pytest.raises(UnsupportedModelError, match="no_such_field"):
-        pruner_kwargs(fresh(llama), prune=("no_such_field",))
+        pruner_of(fresh(llama), ("no_such_field",))
 
 
-def test_a_hook_needs_no_kwargs():
+def test_a_hook_needs_no_settings():
     model = fresh(llama)
     hook = HFConfigSyncHook()
     pruner = tp.pruner.MetaPruner(
@@ -1086,25 +1072,6 @@ def test_a_hook_needs_no_kwargs():
     assert report is not None
     assert report.graph.startswith("config graph")
     assert report.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
-
-
-def test_kwargs_of_the_config_graph_without_a_hook():
-    """Nobody would put the graph in, and Torch-Pruning would trace, which need not end."""
-    model = fresh(bert)
-    arguments = pruner_kwargs(model, prune=("intermediate_size",))
-    before = shapes(model)
-    for hooks in ([], [Other()], None):
-        with pytest.raises(ValueError, match=r"Pass hooks=\[HFConfigSyncHook\(\)\] too\.$"):
-            tp.pruner.MetaPruner(model, importance=Importance(), **arguments, hooks=hooks)
-    with pytest.raises(ValueError, match="pruner_kwargs"):
-        tp.pruner.GroupNormPruner(model, importance=Importance(), **arguments)
-    assert shapes(model) == before
-
-
-class Other:
-    """A hook that is no ``HFConfigSyncHook``."""
-
-    def after_step(self, pruner: Any) -> None: ...
 
 
 def test_transposed_layers_are_in_their_groups():
@@ -1133,10 +1100,10 @@ def test_a_group_of_layers_that_no_importance_looks_at_goes_by_size(norm: str):
     )
     model = hf.DebertaV2Model(config).eval()
     table = model.encoder.rel_embeddings.weight.detach().clone()
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("hidden_size",))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("hidden_size",)),
+        example_inputs=None,
         importance=Importance(),
         pruning_ratio=0.5,
         iterative_steps=2,

@@ -23,7 +23,6 @@ from tp_hf_config import (
     UnsupportedModelError,
     apply_cuts,
     calibrate,
-    pruner_kwargs,
 )
 from tp_hf_config.graph import cut_list
 from tp_hf_config.graph.edits import RefitInPlace, Selection
@@ -48,15 +47,8 @@ def prune(model: Any, hook: HFConfigSyncHook, **settings: Any) -> None:
     """All steps of a pruner, by magnitude unless an importance is given."""
     settings = {"pruning_ratio": 0.25, **settings}
     settings.setdefault("importance", tp.importance.GroupMagnitudeImportance())
-    constructor = {
-        key: settings.pop(key)
-        for key in ("importance", "iterative_steps", "global_pruning")
-        if key in settings
-    }
-    pruner = tp.pruner.MetaPruner(
-        model, **pruner_kwargs(model, **settings), **constructor, hooks=[hook]
-    )
-    for _ in range(constructor.get("iterative_steps", 1)):
+    pruner = tp.pruner.MetaPruner(model, example_inputs=None, hooks=[hook], **settings)
+    for _ in range(pruner.iterative_steps):
         pruner.step()
 
 
@@ -65,7 +57,7 @@ def refitted(model: Any, iterative_steps: int = 1, **settings: Any) -> CutList:
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 99, (2, 32), generator=generator)} for _ in range(10)]
     calibration = calibrate(model, batches)
-    hook = HFConfigSyncHook(compensate=calibration, **settings)
+    hook = HFConfigSyncHook(prune="inner", compensate=calibration, **settings)
     prune(model, hook, importance=calibration.importance(), iterative_steps=iterative_steps)
     assert hook.cuts is not None
     return hook.cuts
@@ -89,7 +81,7 @@ class TestCarriedOut:
     @pytest.mark.parametrize("name", CLASSES)
     def test_on_another_copy(self, name: str, tmp_path: Path) -> None:
         model = zoo.build(name)
-        before, hook = copy.deepcopy(model), HFConfigSyncHook()
+        before, hook = copy.deepcopy(model), HFConfigSyncHook(prune="inner")
         prune(model, hook, iterative_steps=2, pruning_ratio=0.5)
         assert hook.cuts is not None
         hook.cuts.save(tmp_path / "cuts.safetensors")
@@ -100,16 +92,16 @@ class TestCarriedOut:
 
     def test_of_heads(self) -> None:
         model = small.llama()
-        before, hook = copy.deepcopy(model), HFConfigSyncHook()
-        prune(model, hook, prune=(), gqa="group", head_pruning_ratio=0.5)
+        before, hook = copy.deepcopy(model), HFConfigSyncHook(prune=(), gqa="group")
+        prune(model, hook, head_pruning_ratio=0.5)
         assert hook.cuts is not None
         assert_same(model, apply_cuts(before, hook.cuts))
 
     def test_where_layers_differ(self, tmp_path: Path) -> None:
         model = small.llama(num_hidden_layers=3)
-        before, hook = copy.deepcopy(model), HFConfigSyncHook(layers="differ")
-        first = {model.model.layers[0]: 0.5}
-        prune(model, hook, layers="differ", prune=("intermediate_size",), pruning_ratio_dict=first)
+        before = copy.deepcopy(model)
+        hook = HFConfigSyncHook(prune="intermediate_size", layers="differ")
+        prune(model, hook, pruning_ratio_dict={model.model.layers[0]: 0.5})
         assert model.config.is_heterogeneous
         assert hook.cuts is not None
         hook.cuts.save(tmp_path / "cuts.safetensors")
@@ -148,8 +140,8 @@ class TestCarriedOut:
 class TestTheList:
     @pytest.fixture
     def cuts(self) -> CutList:
-        hook = HFConfigSyncHook()
-        prune(small.llama(), hook, prune=("intermediate_size",), pruning_ratio=0.5)
+        hook = HFConfigSyncHook(prune="intermediate_size")
+        prune(small.llama(), hook, pruning_ratio=0.5)
         assert hook.cuts is not None
         return hook.cuts
 
@@ -291,14 +283,8 @@ class TestTheList:
         assert hook.cuts is None
 
     def test_what_other_code_changed_is_not_known(self) -> None:
-        model, hook = small.llama(), HFConfigSyncHook()
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, prune=("intermediate_size",), pruning_ratio=0.5),
-            importance=tp.importance.RandomImportance(),
-            hooks=[hook],
-        )
-        pruner.step()
+        model, hook = small.llama(), HFConfigSyncHook(prune="intermediate_size")
+        prune(model, hook, importance=tp.importance.RandomImportance(), pruning_ratio=0.5)
         for layer in model.model.layers:
             mlp = layer.mlp
             for linear in (mlp.gate_proj, mlp.up_proj):

@@ -21,7 +21,7 @@ from memories import forget
 from transformers import pytorch_utils
 from transformers.models.llama import modeling_llama
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, plan, prunable
 from tp_hf_config.fieldmap import learn_field_map
 from tp_hf_config.fieldmap.field_map import Depth
 from tp_hf_config.forward.run_recipe import RunRecipe
@@ -42,6 +42,16 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     forget(monkeypatch)
     return tmp_path / "cache"
+
+
+def pruner_of(model: Any, prune: Any = None, **settings: Any) -> Any:
+    return tp.pruner.MetaPruner(
+        model,
+        example_inputs=None,
+        importance=tp.importance.MagnitudeImportance(),
+        hooks=[HFConfigSyncHook(prune=prune)],
+        **settings,
+    )
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -150,7 +160,7 @@ def test_random_numbers_go_on_as_if_there_had_been_no_experiment(
     forget(monkeypatch)
     model = zoo.build(name)
     before = torch.random.get_rng_state()
-    pruner_kwargs(model)
+    pruner_of(model)
     prunable(model)
     plan(model, pruning_ratio=0.25)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -227,18 +237,17 @@ def test_no_more_is_looked_at_than_was_asked_for(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiments, "find_groups", never)
-    first = pruner_kwargs(zoo.build("llama"), prune=("intermediate_size", "hidden_size"))
+    first = pruner_of(zoo.build("llama"), ("intermediate_size", "hidden_size"))
     without_experiments(monkeypatch)
     monkeypatch.setattr(experiments, "find_alone", never)
-    second = pruner_kwargs(zoo.build("llama"), prune=("intermediate_size", "hidden_size"))
-    for kwargs in (first, second):
-        graph = kwargs["example_inputs"].graph
-        assert {field for fields in graph.fields for field in fields} == {
+    second = pruner_of(zoo.build("llama"), ("intermediate_size", "hidden_size"))
+    for pruner in (first, second):
+        assert {field for fields in pruner.DG.fields for field in fields} == {
             ("intermediate_size",),
             ("hidden_size",),
         }
     with pytest.raises(pytest.fail.Exception, match="asked again"):
-        pruner_kwargs(zoo.build("llama"), prune=("num_key_value_heads",))  # go with query heads
+        pruner_of(zoo.build("llama"), "num_key_value_heads")  # go with query heads
 
 
 def test_a_field_as_wide_as_another_is_proved_without_the_rest(
@@ -284,13 +293,10 @@ def test_a_field_as_wide_as_a_part_that_no_output_shows_needs_all_experiments(
 def test_a_model_is_pruned_with_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prunable(small.llama(num_key_value_heads=2))
     without_experiments(monkeypatch)
-    model, hook = small.llama(num_key_value_heads=2), HFConfigSyncHook()
-    kwargs = pruner_kwargs(model, prune_num_heads=True, head_pruning_ratio=0.5)
-    importance = tp.importance.MagnitudeImportance()
-    pruner = tp.pruner.MetaPruner(
-        model, **kwargs, importance=importance, pruning_ratio=0.5, hooks=[hook]
-    )
+    model = small.llama(num_key_value_heads=2)
+    pruner = pruner_of(model, pruning_ratio=0.5, prune_num_heads=True, head_pruning_ratio=0.5)
     pruner.step()
+    (hook,) = pruner.step.hooks
     assert hook.last_report is not None
     assert hook.last_report.fields == {
         "hidden_size": (32, 16),
@@ -373,16 +379,12 @@ def test_layers_that_differ_are_experimented_with_once(monkeypatch: pytest.Monke
     model = zoo.build("llama")
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(
-            model,
-            prune="intermediate_size",
-            layers="differ",
-            pruning_ratio=0.3,
-            global_pruning=True,
-        ),
+        example_inputs=None,
+        pruning_ratio=0.3,
+        global_pruning=True,
         importance=tp.importance.GroupMagnitudeImportance(),
         iterative_steps=3,
-        hooks=[HFConfigSyncHook(layers="differ")],
+        hooks=[HFConfigSyncHook(layers="differ", prune="intermediate_size")],
     )
     for _ in range(3):
         pruner.step()

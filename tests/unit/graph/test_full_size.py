@@ -15,27 +15,37 @@ import transformers as hf
 from masked_original import assert_same_as_masked, outputs
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.twin import prove
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
 
-def pruned(
-    model: Any, inputs: dict[str, torch.Tensor], tmp_path: Path, steps: int = 1, **asked: Any
-) -> HFConfigSyncHook:
-    """Prune half; the model has to be the original with the removed at zero, also once reloaded."""
-    tiny.randomise(model.eval())
-    original, hook = copy.deepcopy(model), HFConfigSyncHook(strict=True)
-    pruner = tp.pruner.MetaPruner(
+def pruner_of(model: Any, hook: HFConfigSyncHook, **settings: Any) -> Any:
+    """A pruner of half."""
+    return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **asked),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5,
-        iterative_steps=steps,
         hooks=[hook],
+        **settings,
     )
+
+
+def pruned(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    tmp_path: Path,
+    steps: int = 1,
+    prune: tuple[str, ...] | None = None,
+    prune_num_heads: bool = False,
+) -> HFConfigSyncHook:
+    """Prune half; the model has to be the original with the removed at zero, also once reloaded."""
+    tiny.randomise(model.eval())
+    original, hook = copy.deepcopy(model), HFConfigSyncHook(prune=prune, strict=True)
+    pruner = pruner_of(model, hook, iterative_steps=steps, prune_num_heads=prune_num_heads)
     for _ in range(steps):
         pruner.step()
     assert_same_as_masked(original, model, inputs)
@@ -153,8 +163,8 @@ def test_pairs_of_a_feed_forward_layer_are_no_heads(tmp_path: Path) -> None:
     model = Paired(hf.LlamaConfig(**_TEXT, num_key_value_heads=2, tie_word_embeddings=False))
     hook = pruned(model, {"input_ids": ids()}, tmp_path)
     assert hook.reports[0].fields == {"hidden_size": (64, 32), "intermediate_size": (48, 24)}
-    heads = pruner_kwargs(model, prune=(), prune_num_heads=True)["example_inputs"].graph
-    assert heads.fields == [(("num_attention_heads",),)]
+    heads = pruner_of(model, HFConfigSyncHook(prune=()), prune_num_heads=True)
+    assert heads.DG.fields == [(("num_attention_heads",),)]
 
 
 @pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 ties MBart whatever is said")
@@ -240,10 +250,10 @@ def test_classes_that_are_as_many_as_something_else_by_chance() -> None:
         norm.weight.data = torch.arange(64.0)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("mamba_d_head", "mamba_d_ssm")),
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
         pruning_ratio=0.25,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=("mamba_d_head", "mamba_d_ssm"))],
     ).step()
     assert (model.config.mamba_d_head, model.config.mamba_d_ssm) == (3, 48)
     for norm in norms:
@@ -266,10 +276,10 @@ def test_a_unit_is_in_as_many_places_as_there_are_heads() -> None:
         layer.mixer.norm.weight.data = torch.arange(64.0)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("expand", "head_dim")),
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=("expand", "head_dim"))],
     ).step()
     assert (model.config.expand, model.config.head_dim) == (1, 2)
     for layer in model.backbone.layers:
@@ -283,12 +293,13 @@ def test_two_groups_of_one_width_in_one_dimension(tmp_path: Path) -> None:
     When heads had gone from before them, they were looked for where they had been.
     """
     model = mamba_2(time_step_limit=(float("inf"), 0.0))
-    kwargs = pruner_kwargs(model, prune=("num_heads", "hidden_size"))
-    sides = [side for group in kwargs["example_inputs"].graph.graph_groups for side in group.sides]
+    widths = ("num_heads", "hidden_size")
+    graph = pruner_of(model, HFConfigSyncHook(prune=widths)).DG
+    sides = [side for group in graph.graph_groups for side in group.sides]
     first = model.backbone.layers[0].mixer.in_proj
     assert sum(side.module is first and side.out for side in sides) == 2
     inputs = {"input_ids": ids()}
-    (report,) = pruned(model, inputs, tmp_path, prune=("num_heads", "hidden_size")).reports
+    (report,) = pruned(model, inputs, tmp_path, prune=widths).reports
     assert report.fields == {"hidden_size": (32, 16), "num_heads": (16, 8)}
     lost = [
         layer

@@ -16,7 +16,6 @@ from tp_hf_config import (
     CalibrationWarning,
     HFConfigSyncHook,
     PrunerSettingsWarning,
-    pruner_kwargs,
 )
 from tp_hf_config.graph.sides import is_vector
 
@@ -26,14 +25,14 @@ DEFAULT = [ops.TORCH_CONV, ops.TORCH_LINEAR, ops.TORCH_LSTM]
 
 
 def pruner_of(model: nn.Module, prune: Any = None, **changes: Any) -> tuple[Any, HFConfigSyncHook]:
-    hook = HFConfigSyncHook()
-    arguments = {**pruner_kwargs(model, prune=prune), **changes}
+    hook = HFConfigSyncHook(prune=prune)
     pruner = tp.pruner.MetaPruner(
         model,
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],
-        **arguments,
+        **changes,
     )
     return pruner, hook
 
@@ -59,7 +58,12 @@ def test_torch_prunings_own_root_types_stand_for_all(types: Any) -> None:
 
 @pytest.mark.parametrize("types", [[nn.Embedding], [nn.Embedding, nn.Conv2d]])
 def test_only_groups_with_outputs_of_a_root_type(types: Any) -> None:
-    assert fields_of(small.llama(), root_module_types=types) == {"hidden_size": (32, 24)}
+    words = "^intermediate_size stays at 64: root_module_types= .* holds no layer like "
+    with pytest.warns(PrunerSettingsWarning, match=words):
+        pruner, hook = pruner_of(small.llama(), root_module_types=types)
+    pruner.step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"hidden_size": (32, 24)}
 
 
 def test_layers_that_are_views_count_as_themselves_and_as_linear() -> None:

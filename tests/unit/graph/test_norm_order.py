@@ -11,7 +11,7 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -40,10 +40,10 @@ def numbered(model: Any) -> Any:
     return model
 
 
-def pruner_of(model: Any, arguments: dict[str, Any]) -> Any:
+def pruner_of(model: Any) -> Any:
     return tp.pruner.MetaPruner(
         model,
-        **arguments,
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
         pruning_ratio=FEW,
         hooks=[HFConfigSyncHook()],
@@ -65,7 +65,7 @@ def assert_in_order(model: Any) -> None:
 )
 def test_a_step(make: Any, seed: int) -> None:
     model = numbered(make())
-    pruner = pruner_of(model, pruner_kwargs(model))
+    pruner = pruner_of(model)
     torch.manual_seed(seed)
     pruner.step()
     assert_in_order(model)
@@ -73,7 +73,7 @@ def test_a_step(make: Any, seed: int) -> None:
 
 def test_an_interactive_step() -> None:
     model = numbered(bert())
-    pruner = pruner_of(model, pruner_kwargs(model))
+    pruner = pruner_of(model)
     for group in pruner.step(interactive=True):
         group.prune()
     assert_in_order(model)
@@ -81,7 +81,7 @@ def test_an_interactive_step() -> None:
 
 def test_a_group_that_is_pruned_by_hand() -> None:
     model = numbered(convnext())
-    pruner = pruner_of(model, pruner_kwargs(model))
+    pruner = pruner_of(model)
     gone = [channel for channel in range(40) if channel not in (2, 9, 35, 37)]
     for layer in model.encoder.stages[3].layers:  # the config has one number for both widths
         inner = layer.pwconv1, tp.prune_linear_out_channels

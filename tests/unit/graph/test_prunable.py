@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, plan, prunable
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.graph.experiments import _unless_shared
 from tp_hf_config.graph.prunable import widths_of
@@ -385,10 +385,10 @@ def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
     model.layers[0].self_attn.q_norm.weight.data.copy_(before)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=fields),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=fields)],
     ).step()
     assert [getattr(model.config, field) for field in fields] == [2, 2, 24]
     left = model.layers[0].self_attn.q_norm.weight
@@ -431,8 +431,12 @@ def test_a_unit_s_parameters_are_what_the_model_loses_with_it() -> None:
     model = hf.Phi3ForCausalLM(config)
     (width,) = (w for w in prunable(model).widths if w.name.startswith("num_key_value_heads +"))
     before = model.num_parameters()
-    given = pruner_kwargs(model, prune=(), gqa="group", head_pruning_ratio=0.5)
-    importance = tp.importance.MagnitudeImportance()
-    tp.pruner.MetaPruner(model, **given, importance=importance, hooks=[HFConfigSyncHook()]).step()
+    tp.pruner.MetaPruner(
+        model,
+        example_inputs=None,
+        importance=tp.importance.MagnitudeImportance(),
+        head_pruning_ratio=0.5,
+        hooks=[HFConfigSyncHook(prune=(), gqa="group")],
+    ).step()
     assert model.config.num_key_value_heads == width.units - 1 == 1
     assert before - model.num_parameters() == width.parameters

@@ -13,7 +13,7 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 # Batch norms that lose the same channels, as ResNet is built: a convolution's own, and those of
 # everything that is added to it.
@@ -52,11 +52,15 @@ def norms_of(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return {n: module for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
 
 
-def pruner_of(model: nn.Module, **kwargs: Any) -> tuple[Any, HFConfigSyncHook]:
+def pruner_of(model: nn.Module, **settings: Any) -> tuple[Any, HFConfigSyncHook]:
     hook = HFConfigSyncHook()
-    arguments = {**pruner_kwargs(model), "pruning_ratio": 0.25, **kwargs}
     pruner = tp.pruner.BNScalePruner(
-        model, importance=tp.importance.BNScaleImportance(), hooks=[hook], **arguments
+        model,
+        example_inputs=None,
+        importance=tp.importance.BNScaleImportance(),
+        pruning_ratio=0.25,
+        hooks=[hook],
+        **settings,
     )
     return pruner, hook
 

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 
 def codec() -> hf.EncodecModel:
@@ -36,10 +36,10 @@ def codec() -> hf.EncodecModel:
 def test_half_of_a_codec(width: str, values: dict[str, int], channels: int, tmp_path: Path) -> None:
     model = codec()
     assert model.encoder.layers[0].conv.out_channels == 8
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=width.split(" + "))
     tp.pruner.BasePruner(
         model,
-        **pruner_kwargs(model, prune=width.split(" + ")),
+        example_inputs=None,
         importance=tp.importance.MagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],

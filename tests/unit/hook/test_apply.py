@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook
 
 
 def beit() -> Any:
@@ -27,10 +27,10 @@ def beit() -> Any:
 
 
 def pruner_of(model: Any) -> tuple[Any, HFConfigSyncHook]:
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("model_args.embed_dim",))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("model_args.embed_dim",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from graph_cases import fresh, groups_of, llama, pruner_of
 from torch import nn
 
-from tp_hf_config.hook import chunked_importance
+from tp_hf_config.hook import unit_choice
 
 IMPORTANCES = [
     tp.importance.MagnitudeImportance(),
@@ -31,15 +31,15 @@ def test_importances_in_pieces_are_the_same(dtype: torch.dtype, monkeypatch: pyt
     for parameter in model.parameters():
         parameter.grad = torch.rand_like(parameter)
     pruner, _ = pruner_of(model, ("intermediate_size", "hidden_size"))
-    monkeypatch.setattr(chunked_importance, "PIECE", 20_000)
+    monkeypatch.setattr(unit_choice, "PIECE", 20_000)
     split = 0
     for group in groups_of(pruner):
         split += sum(
-            len(list(chunked_importance._pieces(item, (nn.Linear,), True))) > 1 for item in group
+            len(list(unit_choice._pieces(item, (nn.Linear,), True))) > 1 for item in group
         )
         for importance in IMPORTANCES:
             whole = importance(group)
-            parts = chunked_importance.in_pieces(importance, group)
+            parts = unit_choice._in_pieces(importance, group)
             assert whole is parts is None or torch.equal(whole, parts)
     assert split == 14  # seven linear layers, each by its rows and by its columns
 

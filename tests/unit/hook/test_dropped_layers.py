@@ -23,7 +23,6 @@ from tp_hf_config import (
     UnsupportedModelError,
     calibrate,
     drop_layers,
-    pruner_kwargs,
 )
 from tp_hf_config.calibration.importance import layer_influence
 from tp_hf_config.forward.layer_passes import hidden_out
@@ -40,11 +39,11 @@ def batches(count: int = 9) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(3, 90, (2, 7), generator=generator)} for _ in range(count)]
 
 
-def pruned(model: Any, **settings: Any) -> HFConfigSyncHook:
-    hook = HFConfigSyncHook()
+def pruned(model: Any, prune: Any) -> HFConfigSyncHook:
+    hook = HFConfigSyncHook(prune=prune)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, **settings),
+        None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],
@@ -302,16 +301,12 @@ class TestState:
 def _differing() -> Any:
     """A Llama of four layers whose feed-forward widths differ."""
     model = deep_zoo.build("llama")
-    hook = HFConfigSyncHook(layers="differ")
+    hook = HFConfigSyncHook(layers="differ", prune=("intermediate_size",))
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(
-            model,
-            prune=("intermediate_size",),
-            layers="differ",
-            pruning_ratio=0.3,
-            pruning_ratio_dict=dict(zip(model.model.layers, (0.2, 0.4, 0.6, 0.2), strict=True)),
-        ),
+        example_inputs=None,
+        pruning_ratio=0.3,
+        pruning_ratio_dict=dict(zip(model.model.layers, (0.2, 0.4, 0.6, 0.2), strict=True)),
         importance=tp.importance.GroupMagnitudeImportance(),
         hooks=[hook],
     ).step()
@@ -414,9 +409,9 @@ class TestTogetherWithPruning:
         model = deep_zoo.build("llama")
         pruner = tp.pruner.MetaPruner(
             model,
-            **pruner_kwargs(model),
+            example_inputs=None,
             importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[HFConfigSyncHook()],
+            hooks=[HFConfigSyncHook(prune="inner")],
         )
         drop_layers(model, [3])
         with pytest.raises(UnsupportedModelError, match=r"has lost model\.layers\.3 since"):
@@ -513,12 +508,12 @@ class TestReport:
         assert data["parameters"]["after"] < data["parameters"]["before"]
 
     def test_a_class_that_cannot_be_fed_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tp_hf_config.hook import outputs_without
+        from tp_hf_config.hook import drop_layers as module
 
         def fail(*_: Any) -> None:
             raise RuntimeError("no such inputs")
 
-        monkeypatch.setattr(outputs_without, "example_inputs", fail)
+        monkeypatch.setattr(module, "example_inputs", fail)
         report = drop_layers(deep_zoo.build("llama"), [1])
         assert report.proof.endswith("as small inputs were not found: no such inputs")
 

@@ -12,16 +12,16 @@ import torch_pruning as tp
 import transformers as hf
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.pipeline.companions import Copied, notes_on_uncopied
 from tp_hf_config.pipeline.source import find_source
 
 
 def step(model: nn.Module, *fields: str) -> Any:
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=fields)
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=fields),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],

@@ -24,16 +24,13 @@ from tp_hf_config import (
     HFConfigSyncHook,
     PrunerSettingsWarning,
     SyncReport,
-    pruner_kwargs,
 )
 from tp_hf_config.schema import SCHEMA_VERSION
-
-pytestmark = pytest.mark.usefixtures("every_width")
 
 
 def pruner_with(model: nn.Module, hooks: Any, **kwargs: Any) -> Any:
     arguments = {
-        **pruner_kwargs(model),
+        "example_inputs": None,
         "importance": tp.importance.GroupMagnitudeImportance(),
         "pruning_ratio": 0.25,
         **kwargs,
@@ -328,8 +325,8 @@ def test_groups_that_are_listed_and_not_pruned():
 
 def test_a_step_of_which_nothing_is_pruned_does_not_tell_of_nearest_numbers():
     model = small.llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-    settings = pruner_kwargs(model, prune=(), gqa="query")
-    hook, pruner = attached(model, **settings, head_pruning_ratio=0.3, pruning_ratio=0)
+    hook = HFConfigSyncHook(prune=(), gqa="query")
+    pruner = pruner_with(model, [hook], head_pruning_ratio=0.3, pruning_ratio=0)
     for _group in pruner.step(interactive=True):
         pass
     (note,) = hook.last_report.notes
@@ -543,10 +540,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
     if heads:
         kwargs["head_pruning_ratio"] = 0.5
     hooks, pruners = zip(
-        *(
-            attached(model, **kwargs, **pruner_kwargs(model, prune_num_heads=heads))
-            for model in (first, again)
-        ),
+        *(attached(model, **kwargs, prune_num_heads=heads) for model in (first, again)),
         strict=True,
     )
     pruners[0].step()
@@ -776,12 +770,11 @@ def unusual(training: bool) -> Any:
 @pytest.mark.parametrize("training", [True, False])
 def test_construction_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = pruner_kwargs(model)
     before = surroundings(model)
     assert before["config"]["_attn_implementation_internal"] == "sdpa"
     pruner = tp.pruner.MetaPruner(
         model,
-        **kwargs,
+        None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[HFConfigSyncHook()],
@@ -802,7 +795,6 @@ def test_construction_leaves_everything_as_it_was(training: bool):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     model = unusual(training)
-    kwargs = pruner_kwargs(model)
     before = surroundings(model)
     state = small.state_of(model)
     hook = HFConfigSyncHook()
@@ -814,7 +806,8 @@ def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     with pytest.raises(RuntimeError, match="in the middle"):
         tp.pruner.MetaPruner(
             model,
-            **{**kwargs, "iterative_pruning_ratio_scheduler": fails},
+            None,
+            iterative_pruning_ratio_scheduler=fails,
             importance=tp.importance.GroupMagnitudeImportance(),
             hooks=[hook],
         )
@@ -822,21 +815,13 @@ def test_a_constructor_that_raises_leaves_everything_as_it_was(training: bool):
     small.assert_same(state, small.state_of(model))
     pruner = tp.pruner.MetaPruner(  # and the hook is free again
         model,
-        **kwargs,
+        None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],
     )
     pruner.step()
     assert model.config.hidden_size == 24
-
-
-def test_pruner_kwargs_leave_everything_as_it_was():
-    model = unusual(training=True)
-    before, state = surroundings(model), small.state_of(model)
-    pruner_kwargs(model)
-    assert surroundings(model) == before
-    small.assert_same(state, small.state_of(model))
 
 
 def test_a_sync_leaves_the_surroundings_as_they_were():
@@ -883,9 +868,8 @@ def integers(value: Any) -> int:
 def test_what_a_hook_keeps_does_not_grow_with_widths_nor_its_cut_list_with_steps(width: int):
     model = small.llama(num_hidden_layers=3, intermediate_size=width)
     before = sum(map(sum, (p.shape for p in model.parameters())))
-    hook, pruner = attached(
-        model, **pruner_kwargs(model, prune="intermediate_size"), iterative_steps=30
-    )
+    hook = HFConfigSyncHook(prune="intermediate_size")
+    pruner = pruner_with(model, [hook], iterative_steps=30)
     for _ in range(30):
         pruner.step()
     assert len(hook.reports) == 30

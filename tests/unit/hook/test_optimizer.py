@@ -12,7 +12,7 @@ import transformers as hf
 from tiny_training import MODELS, gradients, pruner_of
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, TrainingError, optimizer_follows, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, TrainingError, optimizer_follows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,10 +129,10 @@ class TestOptimizer:
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
             pruner = tp.pruner.MetaPruner(
                 model,
-                **pruner_kwargs(model, prune=("intermediate_size",)),
+                example_inputs=None,
                 importance=tp.importance.GroupMagnitudeImportance(),
                 pruning_ratio=0.25,
-                hooks=[HFConfigSyncHook()],
+                hooks=[HFConfigSyncHook(prune=("intermediate_size",))],
             )
 
             def train(model: Any = model, optimizer: Any = optimizer) -> None:

@@ -10,8 +10,8 @@ import pytest
 import small
 import torch_pruning as tp
 
-from tp_hf_config import HFConfigSyncHook, SyncReport, pruner_kwargs
-from tp_hf_config.hook.history import PrunedGroup, PrunedLayer
+from tp_hf_config import HFConfigSyncHook, SyncReport
+from tp_hf_config.hook.report import PrunedGroup, PrunedLayer
 from tp_hf_config.plots import field_changes, layer_changes, plot_history, plot_widths
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("every_width")
 def hook() -> HFConfigSyncHook:
     """Of a Llama after two steps: hidden size 32 to 24, FFN 64 to 48."""
     model = small.llama()
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=small.inside(model))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=small.inside(model)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         iterative_steps=2,

@@ -17,21 +17,16 @@ from tp_hf_config import (
     PrunerSettingsWarning,
     UnsupportedModelError,
     drop_layers,
-    pruner_kwargs,
 )
 from tp_hf_config.hook import follow, pending_prunes
 from tp_hf_config.hook.pending_prunes import shapes_left
 from tp_hf_config.model.shapes import shapes
 
-pytestmark = pytest.mark.usefixtures("every_width")
 
-
-def pruner_of(model: Any, hooks: Any, *, kwargs: dict[str, Any], **settings: Any) -> Any:
+def pruner_of(model: Any, hooks: Any, **settings: Any) -> Any:
     importance = tp.importance.MagnitudeImportance()
     arguments = {"importance": importance, "pruning_ratio": 0.5, **settings}
-    return tp.pruner.BasePruner(
-        model, **{**pruner_kwargs(model, **kwargs), **arguments}, hooks=hooks
-    )
+    return tp.pruner.BasePruner(model, None, **arguments, hooks=hooks)
 
 
 NAMES = ["llama", "gpt2", "mixtral", "bert", "swin", "convnext", "t5", "whisper", "opt"]
@@ -48,7 +43,7 @@ def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.M
 
     before = small.state_of(model)
     hook = HFConfigSyncHook()
-    pruner = pruner_of(model, [hook], kwargs={}, pruning_ratio=0.3)
+    pruner = pruner_of(model, [hook], pruning_ratio=0.3)
     monkeypatch.setattr(pending_prunes, "shapes_left", noting)
     was = shapes(model)
     pruner.step()
@@ -58,8 +53,8 @@ def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.M
 
 def test_settings_that_changed_after_the_hook_looked() -> None:
     """A hidden size of 23 is no multiple of 4 heads; without rounding, nobody asks the class."""
-    model, hook = small.llama(), HFConfigSyncHook()
-    pruner = pruner_of(model, [hook], kwargs={"prune": ("hidden_size",)}, pruning_ratio=0.26)
+    model, hook = small.llama(), HFConfigSyncHook(prune="hidden_size")
+    pruner = pruner_of(model, [hook], pruning_ratio=0.26)
     before = small.state_of(model)
     pruner.round_to = None
     with pytest.raises(ConfigSyncError) as raised:
@@ -87,7 +82,7 @@ def test_importances_are_asked_for_once() -> None:
             return super().__call__(*args, **kwargs)
 
     model, importance = small.llama(), Counting()
-    pruner = pruner_of(model, [HFConfigSyncHook()], kwargs={}, importance=importance)
+    pruner = pruner_of(model, [HFConfigSyncHook()], importance=importance)
     assert importance.asked == 0
     pruner.step()
     assert importance.asked == 3  # the hidden size, and the FFN of two layers
@@ -96,7 +91,7 @@ def test_importances_are_asked_for_once() -> None:
 def test_a_step_is_proved_once_before_it_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there after the cuts has the shapes that were proved: nothing is built again."""
     model, hook, built = small.llama(), HFConfigSyncHook(), []
-    pruner = pruner_of(model, [hook], kwargs={}, iterative_steps=2)
+    pruner = pruner_of(model, [hook], iterative_steps=2)
     build = follow.build_with_shapes
 
     def noting(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +114,7 @@ def test_a_step_is_proved_once_before_it_cuts(monkeypatch: pytest.MonkeyPatch) -
 def test_random_importances_are_those_that_were_proved() -> None:
     model, hook = small.llama(), HFConfigSyncHook()
     importance = tp.importance.RandomImportance()
-    pruner = pruner_of(model, [hook], kwargs={}, importance=importance)
+    pruner = pruner_of(model, [hook], importance=importance)
     pruner.step()
     assert (model.config.hidden_size, model.config.intermediate_size) == (16, 32)
 
@@ -127,7 +122,7 @@ def test_random_importances_are_those_that_were_proved() -> None:
 def test_a_step_that_fails_before_its_first_cut_is_none() -> None:
     """No report tells of it: the first one is that of the step that cuts."""
     model, hook = small.llama(), HFConfigSyncHook()
-    pruner = pruner_of(model, [hook], kwargs={}, importance=tp.importance.GroupTaylorImportance())
+    pruner = pruner_of(model, [hook], importance=tp.importance.GroupTaylorImportance())
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         pruner.step()
     assert (hook.reports, pruner.current_step) == ([], 0)
@@ -139,7 +134,7 @@ def test_a_step_that_fails_before_its_first_cut_is_none() -> None:
 
 def test_a_layer_that_is_gone_is_told_and_nothing_else(recwarn: pytest.WarningsRecorder) -> None:
     model, hook = small.llama(), HFConfigSyncHook()
-    pruner = pruner_of(model, [hook], kwargs={})
+    pruner = pruner_of(model, [hook])
     drop_layers(model, [1])
     recwarn.clear()
     with pytest.raises(UnsupportedModelError):
@@ -149,8 +144,8 @@ def test_a_layer_that_is_gone_is_told_and_nothing_else(recwarn: pytest.WarningsR
 
 def test_groups_that_the_user_is_handed_are_the_users() -> None:
     """Only the first of two layers is pruned in the loop: nothing is, until the second is too."""
-    model, hook = small.llama(), HFConfigSyncHook()
-    pruner = pruner_of(model, [hook], kwargs={"prune": ("intermediate_size",)})
+    model, hook = small.llama(), HFConfigSyncHook(prune="intermediate_size")
+    pruner = pruner_of(model, [hook])
     before = small.state_of(model)
     groups = pruner.step(interactive=True)
     next(groups).prune()
@@ -186,14 +181,14 @@ def test_nothing_switches_the_proof_off(kind: str) -> None:
     class Told(tp.importance.MagnitudeImportance):  # type: ignore[misc]
         def adjust_fisher(self, *args: Any) -> None: ...
 
-    model, hook = small.llama(), HFConfigSyncHook()
+    model, hook = small.llama(), HFConfigSyncHook(prune="hidden_size")
     if kind == "layer":
         vars(model.model.layers[0].mlp.up_proj).pop("out_features")
         model.model.layers[0].mlp.up_proj.__class__ = Own
     settings = {"importance": Told()} if kind == "importance" else {}
     cls = Pruner if kind == "pruner" else tp.pruner.BasePruner
     arguments = {
-        **pruner_kwargs(model, prune=("hidden_size",)),
+        "example_inputs": None,
         "importance": tp.importance.MagnitudeImportance(),
         "pruning_ratio": 0.26,
         **settings,

@@ -10,7 +10,7 @@ import torch_pruning as tp
 import torch_pruning.pruner.algorithms.base_pruner as tp_base
 from other_thread import in_another_thread
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 
 
 def plain_result() -> tuple[Any, ...]:
@@ -31,12 +31,11 @@ def hooked_pruner(model: Any, meanwhile: Any) -> Any:
 
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(
-            model, prune=small.inside(model), iterative_pruning_ratio_scheduler=schedule
-        ),
+        example_inputs=None,
+        iterative_pruning_ratio_scheduler=schedule,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=small.inside(model))],
     )
 
 
@@ -50,26 +49,3 @@ def test_a_pruner_without_a_hook_traces_for_itself(run: Any):
     assert all(result == own for result in results)
     pruner.step()
     assert (model.config.hidden_size, model.config.intermediate_size) == (16, 32)
-
-
-def test_arguments_of_another_threads_hook_are_refused():
-    model = small.llama()
-    refused: list[bool] = []
-    kwargs = pruner_kwargs(model)
-
-    def without_hook() -> None:
-        with pytest.raises(ValueError, match="made these arguments for a pruner with a hook"):
-            tp.pruner.MetaPruner(model, **kwargs, importance=tp.importance.RandomImportance())
-        refused.append(True)
-
-    def schedule(ratio: float, steps: int) -> list[float]:
-        in_another_thread(without_hook)
-        return [0.0, ratio]
-
-    tp.pruner.MetaPruner(
-        model,
-        **{**kwargs, "iterative_pruning_ratio_scheduler": schedule},
-        importance=tp.importance.RandomImportance(),
-        hooks=[HFConfigSyncHook()],
-    )
-    assert refused

@@ -15,6 +15,7 @@ from typing import Any
 import layer_zoo
 import pytest
 import torch
+import torch_pruning as tp
 import transformers as hf
 import zoo
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from tp_hf_config import UnsupportedModelError, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError
 from tp_hf_config.graph.layer_fields import _in_single_layer, layers_listed
 from tp_hf_config.model import layer_class, layer_entries
 from tp_hf_config.model.layer_class import layer_lists, stock_class
@@ -275,7 +276,12 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
     model = LxmertModel(config)
     assert layer_lists_of(model) == []
     with pytest.raises(UnsupportedModelError, match="LxmertModel has no list of layers that are"):
-        pruner_kwargs(model, layers="differ")
+        tp.pruner.MetaPruner(
+            model,
+            example_inputs=None,
+            importance=tp.importance.MagnitudeImportance(),
+            hooks=[HFConfigSyncHook(layers="differ")],
+        )
 
 
 def test_a_list_that_counts_from_1_asks_for_no_entry_after_the_last_layers(tmp_path: Path) -> None:

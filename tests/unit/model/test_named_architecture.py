@@ -12,7 +12,7 @@ import torch_pruning as tp
 import transformers as hf
 import zoo
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.model.config_json import _sizes_of, config_json, spelled_out
 
 VIT = {"architecture": "vit_tiny_patch16_224"}
@@ -96,10 +96,10 @@ def test_a_name_stays_where_its_sizes_build_something_else(
 def pruned(architecture: str, field: str) -> tuple[Any, HFConfigSyncHook]:
     config = hf.TimmWrapperConfig(architecture=architecture, num_labels=5)
     model = hf.TimmWrapperForImageClassification(config).eval()
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=(field,))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=(field,)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],
@@ -140,10 +140,10 @@ def test_what_fails_leaves_a_config_without_arguments(monkeypatch: pytest.Monkey
     model = zoo.build("timm_vit")
     model.config.model_args = None
     model = type(model)(model.config).eval()
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("model_args.embed_dim",))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("model_args.embed_dim",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],

@@ -93,11 +93,11 @@ config = transformers.LlamaConfig(
 )
 model = transformers.LlamaForCausalLM(config)
 calibration = tp_hf_config.calibrate(model, torch.randint(3, 40, (4, 1, 8)))
-hook = tp_hf_config.HFConfigSyncHook(compensate=calibration)
 ratios = {"intermediate_size": 0.5}
+hook = tp_hf_config.HFConfigSyncHook(ratios=ratios, compensate=calibration)
 pruner = torch_pruning.pruner.MetaPruner(
     model,
-    **tp_hf_config.pruner_kwargs(model, ratios=ratios),
+    example_inputs=None,
     importance=calibration.importance(),
     hooks=[hook],
 )

@@ -22,7 +22,7 @@ from other_thread import in_another_thread
 from torch import nn
 from transformers import pytorch_utils
 
-from tp_hf_config import HFConfigSyncHook, plan, prunable, pruner_kwargs, supports
+from tp_hf_config import HFConfigSyncHook, plan, prunable, supports
 from tp_hf_config.model.build import DefaultDtype
 from tp_hf_config.model.surroundings import no_log_lines, one_thread, replaced
 
@@ -117,9 +117,9 @@ MAY_DIFFER: dict[Any, set[tuple[str, str]]] = {
 def _pruned(model: Any) -> None:
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, layers="differ"),
+        example_inputs=None,
         importance=tp.importance.RandomImportance(),
-        hooks=[HFConfigSyncHook(layers="differ")],
+        hooks=[HFConfigSyncHook(layers="differ", prune="inner")],
     ).step()
 
 

@@ -7,7 +7,7 @@ import torch
 import torch_pruning as tp
 from transformers import MarianConfig, MarianMTModel
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable
 from tp_hf_config.model.tensors import select
 
 FOLLOWS = (
@@ -62,10 +62,10 @@ def marian() -> MarianMTModel:
 def pruner_of(model: MarianMTModel, *fields: str) -> tp.pruner.MetaPruner:
     return tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=fields),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=fields)],
     )
 
 

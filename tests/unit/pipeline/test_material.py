@@ -31,8 +31,7 @@ from tp_hf_config.pipeline.text import (
     gather,
     objective_of,
 )
-from tp_hf_config.planning.model_size import Size
-from tp_hf_config.planning.plan import Plan
+from tp_hf_config.planning.plan import Plan, Size
 from tp_hf_config.planning.settings import PruneSettings
 
 pytestmark = [

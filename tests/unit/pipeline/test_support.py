@@ -19,7 +19,7 @@ from masked import masked_difference
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, pruner_kwargs, supports
+from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, supports
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.pipeline.support import reloaded, save
@@ -340,10 +340,10 @@ def _halved(model: nn.Module, field: str) -> Any:
     model = copy.deepcopy(model)
     tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=[field]),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=[field])],
     ).step()
     return model
 

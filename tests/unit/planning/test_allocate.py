@@ -57,12 +57,11 @@ def test_it_is_carried_out_to_the_letter(tmp_path: Path) -> None:
     assert 0.83 * old < new <= 0.85 * old
     assert allocation.at(int(0.85 * old), round_to=4) == allocation
     assert allocation.at(old).ratios == {}
-    hook = HFConfigSyncHook(layers="differ", compensate=calibration)
     pruner = tp.pruner.MetaPruner(
         model,
-        **allocation.pruner_kwargs(model),
+        example_inputs=None,
         importance=calibration.importance(),
-        hooks=[hook],
+        hooks=[HFConfigSyncHook(plan=allocation, compensate=calibration)],
     )
     pruner.step()
     widths = layer_zoo.widths(model, ("intermediate_size",))["intermediate_size"]
@@ -92,9 +91,9 @@ def test_widths_are_such_as_the_class_takes(
         assert set(allocation.at(target).widths.values()) <= possible
     pruner = tp.pruner.MetaPruner(
         model,
-        **allocation.pruner_kwargs(model),
+        example_inputs=None,
         importance=calibration.importance(),
-        hooks=[HFConfigSyncHook(layers="differ", strict=True)],
+        hooks=[HFConfigSyncHook(plan=allocation, strict=True)],
     )
     pruner.step()
     assert layer_zoo.widths(model, (field,))[field] == list(allocation.widths.values())

@@ -24,14 +24,13 @@ from tp_hf_config import (
     Width,
     plan,
     prunable,
-    pruner_kwargs,
 )
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
-from tp_hf_config.graph.unit_count import UnitCount
+from tp_hf_config.graph.full_size import UnitCount
 from tp_hf_config.model.build import Refusal, class_of
 from tp_hf_config.model.meta_run import NoValues
-from tp_hf_config.planning.model_size import flops_of
+from tp_hf_config.planning.plan import flops_of
 from tp_hf_config.planning.trajectory import MovingWidth, Trajectory
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -250,7 +249,13 @@ class TestWhatIsPlanned:
         with pytest.raises(UnsupportedModelError, match="can only be pruned together"):
             plan(small.bert(), prune=["num_attention_heads"], ratios=together)
         with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
-            pruner_kwargs(model, ratios={"num_attention_heads": 0.5}, prune_num_heads=True)
+            tp.pruner.BasePruner(
+                model,
+                example_inputs=None,
+                importance=tp.importance.MagnitudeImportance(),
+                prune_num_heads=True,
+                hooks=[HFConfigSyncHook(ratios={"num_attention_heads": 0.5})],
+            )
 
 
 NOT_A_MULTIPLE = (
@@ -332,7 +337,7 @@ class TestRatiosThatCannotBe:
         model, hook = small.llama(), HFConfigSyncHook()
         pruner = tp.pruner.BasePruner(
             model,
-            **pruner_kwargs(model),
+            example_inputs=None,
             importance=tp.importance.MagnitudeImportance(),
             pruning_ratio=0.95,
             hooks=[hook],
@@ -411,10 +416,11 @@ class TestAdjusted:
         heads, hidden, _ = planned.widths
         assert [step["hidden_size"] for step in hidden.steps] == [14, 14, 8]
         assert [step["num_attention_heads"] for step in heads.steps] == [7, 7, 4]
-        hook = HFConfigSyncHook()
+        hook = HFConfigSyncHook(prune="inner", gqa="group")
         pruner = tp.pruner.MetaPruner(
             model,
-            **pruner_kwargs(model, prune_num_heads=True, gqa="group"),
+            example_inputs=None,
+            prune_num_heads=True,
             importance=tp.importance.GroupMagnitudeImportance(),
             hooks=[hook],
             **settings,
@@ -517,10 +523,11 @@ class TestRefusals:
         assert taken.refusal is None
         assert taken.values == result.refusal.nearest[0][1]
 
-    def test_no_arguments_for_what_is_refused(self) -> None:
-        result = plan(narrow(), pruning_ratio=0.5)
+    def test_what_is_refused_is_not_carried_out(self) -> None:
+        model = narrow()
+        result = plan(model, pruning_ratio=0.5)
         with pytest.raises(ConfigSyncError, match="cannot be carried out: refused at step 1"):
-            result.pruner_kwargs()
+            pruned(model, result)
 
     def test_a_misspelt_field(self) -> None:
         with pytest.raises(UnsupportedModelError) as raised:
@@ -735,7 +742,7 @@ class TestPrunable:
             assert prunable(source, model_class=hf.BertModel) == shown
 
 
-class TestKwargs:
+class TestCarriedOut:
     def test_of_a_live_model(self) -> None:
         model = tiny.build("llama-gqa")
         result = plan(
@@ -744,8 +751,6 @@ class TestKwargs:
             iterative_steps=2,
             round_to=4,
         )
-        kwargs = result.pruner_kwargs()
-        assert kwargs["iterative_steps"] == 2
         assert pruned(model, result) == steps(result)
         assert result.after is not None
         assert numbers_of(model) == (result.after.parameters, result.after.bytes)
@@ -753,13 +758,29 @@ class TestKwargs:
     def test_of_a_config(self) -> None:
         model = tiny.build("llama-gqa")
         result = plan(model.config, pruning_ratio=0.3)
-        with pytest.raises(UnsupportedModelError, match="Pass the model to prune"):
-            result.pruner_kwargs()
         assert pruned(model, result) == steps(result)
 
     def test_of_another_model(self) -> None:
         with pytest.raises(UnsupportedModelError, match="another config"):
-            plan(SMOLLM2).pruner_kwargs(tiny.build("llama-gqa"))
+            pruned(tiny.build("llama-gqa"), plan(SMOLLM2))
+
+    def test_a_pruner_that_says_otherwise(self) -> None:
+        model = small.llama()
+        hook = HFConfigSyncHook(plan=plan(model, pruning_ratio=0.25))
+        words = "the pruner has pruning_ratio=0.3, and the hook's plan pruning_ratio=0.25: leave "
+        with pytest.raises(ValueError, match=f"^{words}"):
+            tp.pruner.BasePruner(
+                model,
+                example_inputs=None,
+                importance=tp.importance.MagnitudeImportance(),
+                pruning_ratio=0.3,
+                hooks=[hook],
+            )
+
+    def test_a_hook_that_is_told_more(self) -> None:
+        result = plan(small.llama())
+        with pytest.raises(ValueError, match="the plan says what is pruned, so leave out prune="):
+            HFConfigSyncHook(plan=result, prune="intermediate_size")
 
     def test_scheduler(self) -> None:
         model = small.llama()

@@ -20,7 +20,6 @@ from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
     PrunerSettingsWarning,
-    pruner_kwargs,
 )
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -28,13 +27,16 @@ pytestmark = pytest.mark.usefixtures("every_width")
 FFN = ("intermediate_size",)
 
 
-def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **changes: Any) -> Any:
-    """A pruner of the FFN, or of what ``prune`` names."""
-    prune, ratios = changes.pop("prune", FFN), changes.pop("ratios", None)
-    kwargs = pruner_kwargs(model, prune=prune, ratios=ratios)
-    importance = tp.importance.MagnitudeImportance()
-    kwargs |= {"importance": importance, "pruning_ratio": 0.5, **changes}
-    return tp.pruner.BasePruner(model, **kwargs, hooks=[hook or HFConfigSyncHook(strict=True)])
+def pruner_of(model: Any, hook: HFConfigSyncHook | None = None, **settings: Any) -> Any:
+    """A pruner of the FFN, or of what ``prune`` names, unless it is given a hook; a strict one."""
+    own, of_pruner = small.split(**{"prune": FFN, "strict": True, "pruning_ratio": 0.5, **settings})
+    return tp.pruner.BasePruner(
+        model,
+        example_inputs=None,
+        importance=tp.importance.MagnitudeImportance(),
+        hooks=[hook or own],
+        **of_pruner,
+    )
 
 
 def gate(model: Any, layer: int) -> Any:
@@ -47,7 +49,7 @@ def assert_told(model: Any, words: str, **settings: Any) -> str:
     messages: list[str] = []
     for strict in (True, False):
         with pytest.raises(ConfigSyncError, match=words) as raised:
-            pruner_of(model, HFConfigSyncHook(strict=strict), **settings)
+            pruner_of(model, strict=strict, **settings)
         messages.append(str(raised.value))
         small.assert_same(before, small.state_of(model))
     assert messages[0] == messages[1]
@@ -73,31 +75,11 @@ class TestTold:
         message = assert_told(
             small.llama(), "the 2 groups of intermediate_size", prune=None, global_pruning=True
         )
-        assert 'prune=("hidden_size",) of pruner_kwargs' in message
-
-    def test_global_ranking_and_a_layer_that_stays(self) -> None:
-        """Of two groups one is left, and it is ranked with the hidden size."""
-        model = small.llama()
-        assert_told(
-            model,
-            r"1 of 2 groups of intermediate_size stay at 64 \(ignored_layers\), the others lose",
-            prune=None,
-            ignored_layers=[gate(model, 0)],
-            global_pruning=True,
-        )
+        assert 'prune=("hidden_size",) of the hook' in message
 
     def test_isomorphic_ranking(self) -> None:
         settings: dict[str, Any] = {"global_pruning": True, "isomorphic": True}
         assert_told(small.llama(), "2 groups of intermediate_size are ranked", **settings)
-
-    def test_one_layer_ignored(self) -> None:
-        model = small.llama()
-        ignored = pruner_kwargs(model, prune=FFN)["ignored_layers"]
-        assert_told(
-            model,
-            "1 of 2 .* stay at 64",
-            ignored_layers=[*ignored, gate(model, 0)],
-        )
 
     def test_layers_at_different_ratios(self) -> None:
         model = small.llama()
@@ -115,27 +97,6 @@ class TestTold:
             iterative_steps=2,
         )
         assert 'taken: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
-
-    def test_no_rounding(self) -> None:
-        """``round_to=None`` takes away what ``pruner_kwargs`` said: Torch-Pruning asks nobody."""
-        message = assert_told(
-            small.llama(),
-            r"refused at step 1 \(hidden_size 22\).*\(22\) is not a multiple",
-            prune=("hidden_size",),
-            pruning_ratio=0.3,
-            round_to=None,
-        )
-        assert 'taken: ratios={"hidden_size": 0.375} (hidden_size 20)' in message
-
-    def test_no_rounding_of_heads(self) -> None:
-        """Three of the four heads do not divide 32; with rounding, all four would stay."""
-        assert_told(
-            small.llama(num_key_value_heads=1),
-            r"refused at step 1 \(num_attention_heads 3\)",
-            prune=("num_attention_heads",),
-            pruning_ratio=0.25,
-            round_to=None,
-        )
 
     def test_ratios_of_one_scope(self) -> None:
         model = small.llama()
@@ -163,13 +124,6 @@ class TestNotTold:
         pruner.step()
         assert (model.config.hidden_size, model.config.intermediate_size) == (24, 44)
 
-    def test_every_layer_ignored(self) -> None:
-        model = small.llama()
-        gates = [gate(model, 0), gate(model, 1)]
-        ignored = pruner_kwargs(model, prune=FFN)["ignored_layers"]
-        pruner_of(model, ignored_layers=[*ignored, *gates]).step()
-        assert model.config.intermediate_size == 64
-
     def test_global_ranking_of_one_group(self) -> None:
         model = small.llama()
         pruner_of(model, prune=("hidden_size",), global_pruning=True).step()
@@ -185,14 +139,8 @@ class TestNotTold:
 
     def test_a_pruner_that_has_begun(self) -> None:
         """Its hook is taken off: what another one is to foresee has been done in part."""
-        model, hook = small.llama(), HFConfigSyncHook()
-        pruner = tp.pruner.BasePruner(
-            model,
-            **pruner_kwargs(model, prune=FFN),
-            importance=tp.importance.MagnitudeImportance(),
-            pruning_ratio=0.2,
-            hooks=[hook],
-        )
+        hook = HFConfigSyncHook(prune=FFN)
+        pruner = pruner_of(small.llama(), hook, pruning_ratio=0.2)
         hook.detach(pruner)
         pruner.step.hooks.clear()
         pruner.current_step, pruner.global_pruning = 1, True
@@ -200,16 +148,30 @@ class TestNotTold:
 
     @pytest.mark.parametrize("name", ["gpt2", "mixtral", "deepseek_v3", "bert", "t5", "swin"])
     def test_classes(self, name: str) -> None:
-        """What ``pruner_kwargs`` says of a class is foreseen to work."""
+        """What a hook finds of a class is foreseen to work."""
         model = zoo.build(name)
         tp.pruner.BasePruner(
             model,
-            **pruner_kwargs(model),
+            example_inputs=None,
             importance=tp.importance.MagnitudeImportance(),
             pruning_ratio=0.3,
             iterative_steps=3,
-            hooks=[HFConfigSyncHook(strict=True)],
+            hooks=[HFConfigSyncHook(strict=True, prune="inner")],
         )
+
+
+@pytest.mark.parametrize("ignored", [(0,), (0, 1)])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_width_of_which_layers_are_ignored_stays(ignored: tuple[int, ...], others: bool) -> None:
+    """All its groups do, and the hidden size has one alone, which can be ranked globally."""
+    model = small.llama()
+    words = "^intermediate_size stays at 64: ignored_layers= keeps the outputs of model.layers.0"
+    settings = {"prune": None, "global_pruning": True} if others else {}
+    with pytest.warns(PrunerSettingsWarning, match=words):
+        pruner = pruner_of(model, ignored_layers=[gate(model, n) for n in ignored], **settings)
+    pruner.step()
+    assert model.config.intermediate_size == 64
+    assert model.config.hidden_size == (16 if others else 32)
 
 
 class TestCarriedOut:
@@ -221,9 +183,15 @@ class TestCarriedOut:
             warnings.simplefilter("error", PrunerSettingsWarning)
             yield
 
-    def notes(self, model: Any, **settings: Any) -> list[list[str]]:
+    def notes(
+        self,
+        model: Any,
+        prune: tuple[str, ...],
+        ratios: dict[str, float] | None = None,
+        **settings: Any,
+    ) -> list[list[str]]:
         """What the hook says of each step."""
-        hook = HFConfigSyncHook()
+        hook = HFConfigSyncHook(prune=prune, ratios=ratios)
         pruner = pruner_of(model, hook, **settings)
         all_steps(pruner)
         return [list(report.notes) for report in hook.reports]
@@ -270,11 +238,6 @@ class TestCarriedOut:
             [],
         ]
 
-    def test_no_rounding_where_none_is_needed(self) -> None:
-        model = small.llama()
-        assert self.notes(model, prune=("hidden_size",), round_to=None) == [[]]
-        assert model.config.hidden_size == 16
-
     def test_two_widths_that_may_not_be_equal(self) -> None:
         """OPT with two equal widths builds no projection between them."""
         model = zoo.build("opt")
@@ -301,8 +264,8 @@ class TestCarriedOut:
     def test_pruned_by_hand_before_the_first_step(self) -> None:
         """Not as foreseen: half of the 28 that Torch-Pruning finds, rounded to four heads."""
         model = small.llama()
-        hook = HFConfigSyncHook(strict=True)
-        pruner = pruner_of(model, hook, prune=("hidden_size",), pruning_ratio=0.5)
+        hook = HFConfigSyncHook(strict=True, prune=("hidden_size",))
+        pruner = pruner_of(model, hook, pruning_ratio=0.5)
         group = next(iter(pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)))
         group.prune(idxs=[0, 1, 2, 3])
         assert hook.last_report.fields == {"hidden_size": (32, 28)}
@@ -316,10 +279,8 @@ class TestGlobalRanking:
         model = small.llama(num_hidden_layers=1)
         with warnings.catch_warnings():
             warnings.simplefilter("error", PrunerSettingsWarning)
-            hook = HFConfigSyncHook(strict=True)
-            pruner = pruner_of(
-                model, hook, prune=("hidden_size", "intermediate_size"), global_pruning=True
-            )
+            hook = HFConfigSyncHook(strict=True, prune=("hidden_size", "intermediate_size"))
+            pruner = pruner_of(model, hook, global_pruning=True)
         pruner.step()
         assert (model.config.hidden_size, model.config.intermediate_size) == (16, 31)
         assert hook.last_report is not None
@@ -327,15 +288,13 @@ class TestGlobalRanking:
 
     def test_heads_are_ranked_by_themselves(self) -> None:
         model = small.llama(num_key_value_heads=2)
-        kwargs = pruner_kwargs(model, prune=("hidden_size",), prune_num_heads=True)
-        tp.pruner.BasePruner(
+        pruner_of(
             model,
-            **kwargs,
-            importance=tp.importance.MagnitudeImportance(),
+            prune=("hidden_size",),
+            prune_num_heads=True,
             global_pruning=True,
             pruning_ratio=0.25,
             head_pruning_ratio=0.5,
-            hooks=[HFConfigSyncHook(strict=True)],
         ).step()
         assert (model.config.hidden_size, model.config.num_attention_heads) == (24, 2)
 
@@ -345,14 +304,13 @@ class TestGlobalRanking:
         with torch.no_grad():  # nearly all of the first layer is to go
             for parameter in model.model.layers[0].mlp.parameters():
                 parameter.mul_(1e-3)
-        prune, layers = ("num_local_experts",), "differ"
         tp.pruner.BasePruner(
             model,
-            **pruner_kwargs(model, prune=prune, layers=layers),  # type: ignore[arg-type]
+            example_inputs=None,
             importance=tp.importance.MagnitudeImportance(normalizer=None),
             global_pruning=True,
             pruning_ratio=0.4,
-            hooks=[HFConfigSyncHook(layers=layers)],  # type: ignore[arg-type]
+            hooks=[HFConfigSyncHook(prune="num_local_experts", layers="differ")],
         ).step()
         left = [layer.mlp.router.weight.shape[0] for layer in model.model.layers]
         assert left == [2, 4]
@@ -360,7 +318,7 @@ class TestGlobalRanking:
 
 
 def test_a_refused_hook_can_be_used_again() -> None:
-    model, hook = small.llama(), HFConfigSyncHook(strict=True)
+    model, hook = small.llama(), HFConfigSyncHook(strict=True, prune=FFN)
     with pytest.raises(ConfigSyncError):
         pruner_of(model, hook, global_pruning=True)
     pruner_of(model, hook).step()

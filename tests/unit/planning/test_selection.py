@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from tp_hf_config import (
     UnsupportedModelError,
     Width,
     plan,
-    pruner_kwargs,
 )
+from tp_hf_config.fieldmap.model_view import view_of
 from tp_hf_config.graph.prunable import widths_of
 
 pytestmark = pytest.mark.skipif(
@@ -87,6 +88,18 @@ def dinov2() -> hf.PreTrainedModel:
     return hf.Dinov2ForImageClassification(config)
 
 
+def fields_of(model: hf.PreTrainedModel, **settings: Any) -> set[str]:
+    """The fields that a pruner with these settings prunes where none is named."""
+    pruner = tp.pruner.MetaPruner(
+        model,
+        example_inputs=None,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        hooks=[HFConfigSyncHook(prune="inner")],
+        **settings,
+    )
+    return {field[-1] for fields in pruner.DG.fields for field in fields}
+
+
 def stays(dim: str, field: str, other: str) -> str:
     return (
         f"it sets dimension 0 of {dim}.weight with {field}. To prune it as well, give it a pruner "
@@ -126,10 +139,10 @@ def test_the_default_takes_what_goes_together_and_says_what_it_leaves(name: str)
     tiny.randomise(model)
     original = copy.deepcopy(model)
     planned = plan(model)
-    hook = HFConfigSyncHook(strict=True)
+    hook = HFConfigSyncHook(strict=True, prune="inner")
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         iterative_steps=2,
@@ -156,8 +169,8 @@ def test_the_default_takes_what_goes_together_and_says_what_it_leaves(name: str)
 def test_what_was_asked_for_comes_before_the_default() -> None:
     """Whole heads of a ViT hold a share of the hidden size, which stays a width of its own then."""
     model = dinov2()
-    kwargs = pruner_kwargs(model, prune_head_dims=True)
-    fields = {field[-1] for fields in kwargs["example_inputs"].graph.fields for field in fields}
+    heads = {layer: count for _, layer, count in view_of(model).head_layers()}
+    fields = fields_of(model, prune_head_dims=True, num_heads=heads)
     assert fields == {"head_dim", "hidden_size"}
     planned = plan(model, prune_num_heads=True, head_pruning_ratio=0.5)
     assert planned.values == {"num_attention_heads": 2, "hidden_size": 32}
@@ -171,10 +184,10 @@ def test_heads_go_where_no_other_width_is_proved(monkeypatch: pytest.MonkeyPatch
         )
 
     monkeypatch.setattr("tp_hf_config.planning.selection.widths_of", heads_alone)
-    kwargs = pruner_kwargs(dinov2(), prune_num_heads=True)
-    assert kwargs["example_inputs"].graph.fields == [(("num_attention_heads",),)]
+    heads = {"prune_num_heads": True, "head_pruning_ratio": 0.5}
+    assert fields_of(dinov2(), **heads) == {"num_attention_heads"}
     with pytest.raises(UnsupportedModelError, match="nothing is proved"):
-        pruner_kwargs(dinov2())
+        fields_of(dinov2())
 
 
 def test_a_width_that_is_named_is_never_left() -> None:
@@ -211,16 +224,12 @@ def test_what_is_named_otherwise_goes_too() -> None:
     names = [*small.inside(model)]
     assert names == ["hidden_size", "intermediate_size"]
     assert plan(model).kept["hidden_size"] == "pruned only where it is named"
-
-    def fields(**arguments: Any) -> set[str]:
-        graph = pruner_kwargs(model, **arguments)["example_inputs"].graph
-        return {name for fields in graph.fields for (name,) in fields}
-
+    fields = functools.partial(fields_of, model)
     first = model.model.layers[0]
     assert fields() == {"intermediate_size"}
     assert fields(root_module_types=[torch.nn.Linear]) == {"intermediate_size"}
-    assert fields(pruning_ratio_dict={first.mlp: 0.1}) == {"intermediate_size"}
-    assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.1}) == set(names)
+    assert fields(pruning_ratio_dict={first.mlp: 0.5}) == {"intermediate_size"}
+    assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.5}) == set(names)
     assert fields(root_module_types=[torch.nn.Embedding]) == {"hidden_size"}
     with pytest.warns(PrunerSettingsWarning, match="intermediate_size stays at "):
         assert fields(ignored_layers=[first.mlp.up_proj]) == set()

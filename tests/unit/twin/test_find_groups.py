@@ -13,12 +13,11 @@ import transformers as hf
 from masked import masked_difference
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, prunable, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
-from tp_hf_config.graph.full_size import Group, _uneven_heads
+from tp_hf_config.graph.full_size import Group, UnitCount, _uneven_heads
 from tp_hf_config.graph.prunable import Width, widths_of
-from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Builder, Refusal, module_of
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
@@ -61,10 +60,11 @@ def _pruned(model: Any, fields: tuple[str, ...], ratio: float, **options: Any) -
     pruned = copy.deepcopy(model)
     pruner = tp.pruner.MetaPruner(
         pruned,
-        **{**pruner_kwargs(pruned, prune=fields), **options},
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=ratio,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=fields)],
+        **options,
     )
     pruner.step()
     return pruned

@@ -14,7 +14,6 @@ from masked import masked_difference
 from tp_hf_config import (
     HFConfigSyncHook,
     prunable,
-    pruner_kwargs,
     supports,
 )
 from tp_hf_config.fieldmap.field_map import ungrouped_change
@@ -65,10 +64,10 @@ def test_a_factor_of_a_product_is_known_by_what_the_pruner_prunes() -> None:
     model = subject(tiny, 0).model
     original = subject(tiny, 0).model
     before = dict(model.config.to_dict())  # type: ignore[union-attr, operator]
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("linear_key_head_dim",))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("linear_key_head_dim",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
         hooks=[hook],
@@ -131,10 +130,10 @@ def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -
     assert width.reason is None
     assert width.unobserved_parameters == (token,)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook(prune=("hidden_size",))
     pruner = tp.pruner.MetaPruner(
         model,
-        **pruner_kwargs(model, prune=("hidden_size",)),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.25,
         hooks=[hook],

@@ -13,7 +13,7 @@ import transformers as hf
 from masked import masked_difference
 from torch import nn
 
-from tp_hf_config import HFConfigSyncHook, pruner_kwargs
+from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.fieldmap.layer_kinds import may_name_layers
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.coverage import unreached_by
@@ -105,10 +105,10 @@ def test_images_stay_as_wide_as_the_text_that_they_go_into() -> None:
     pruned = copy.deepcopy(model)
     tp.pruner.MetaPruner(
         pruned,
-        **pruner_kwargs(pruned, prune=both.split(" + ")),
+        example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        hooks=[HFConfigSyncHook()],
+        hooks=[HFConfigSyncHook(prune=both.split(" + "))],
     ).step()
     config = pruned.config
     assert (config.text_config.hidden_size, config.vision_config.out_hidden_size) == (24, 24)

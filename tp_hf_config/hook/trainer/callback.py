@@ -18,8 +18,8 @@ from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError
 from ...model.config_json import with_values
 from ...model.fill import Origin
-from ...planning.pruner_arguments import check_names, check_values
-from ...planning.pruner_kwargs import pruner_kwargs
+from ...planning.pruner_graph import check_names, check_values
+from ...planning.settings import INNER
 from ..hook import HFConfigSyncHook
 from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
 from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
@@ -42,15 +42,14 @@ class PruningCallback(TrainerCallback, ExportableState):
     ``Trainer(from_pretrained(checkpoint), ...).train(resume_from_checkpoint=checkpoint)``.
 
     Args:
-        build: makes the pruner of a model. Default: ``MetaPruner`` with ``pruner_kwargs`` and
-            Taylor importance.
+        build: makes the pruner of a model. Default: ``MetaPruner`` with Taylor importance.
         every: prune after every so many optimizer steps, until the pruner's ``iterative_steps`` are
             done.
         at: instead of ``every``: the optimizer steps after which to prune, one for each of the
             ``iterative_steps``.
-        settings: arguments of :func:`~tp_hf_config.pruner_kwargs` and of the default pruner:
-            ``prune``, ``ratios``, ``layers``, ``pruning_ratio``, ``iterative_steps``,
-            ``importance``, ...
+        settings: arguments of :class:`~tp_hf_config.HFConfigSyncHook` (``prune``, by default
+            ``"inner"``, ``ratios``, ``layers``, ``plan``, ...) and of the default pruner
+            (``pruning_ratio``, ``iterative_steps``, ``importance``, ...).
 
     Attributes:
         pruner: the pruner; ``None`` before training begins.
@@ -86,11 +85,14 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"PruningCallback: {', '.join(settings)}: the function given makes the pruner, so "
                 "give them there"
             )
-        self._build, self._settings = build, taken_by(pruner_kwargs, settings)
-        others = signature(pruner_kwargs).parameters
-        own = {name: value for name, value in settings.items() if name not in others}
-        check_names(own)
-        check_values(own)
+        names = signature(HFConfigSyncHook).parameters
+        of_hook = {name: value for name, value in settings.items() if name in names}
+        if not of_hook.keys() & {"prune", "ratios", "plan"}:
+            of_hook["prune"] = INNER
+        self._build, self._of_hook = build, taken_by(HFConfigSyncHook.__init__, of_hook)
+        self._settings = {name: value for name, value in settings.items() if name not in names}
+        check_names(self._settings)
+        check_values(self._settings)
         self._every, self._at = every, tuple(at)
         self._unpruned: dict[str, Any] = {}
         self._checked = False
@@ -149,12 +151,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Return a pruner of the model: from ``build``, or the default one."""
         if self._build is not None:
             return self._build(model)
-        layers = self._settings.get("layers", "uniform")
         defaults = {
+            "example_inputs": None,
             "importance": tp.importance.GroupTaylorImportance(),
-            "hooks": [HFConfigSyncHook(layers=layers)],
+            "hooks": [HFConfigSyncHook(**self._of_hook)],
         }
-        return tp.pruner.MetaPruner(model, **pruner_kwargs(model, **(defaults | self._settings)))
+        return tp.pruner.MetaPruner(model, **(defaults | self._settings))
 
     def _due(self, done: int) -> int:
         """Return the optimizer step after which the pruner steps if it did ``done`` steps."""

@@ -1,4 +1,4 @@
-"""Arguments with a mistake in them: each is refused in words, or honoured, or warned of."""
+"""Settings of a pruner and its hook: each is refused in words, or honoured, or warned of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tp_hf_config import (
     PrunerSettingsWarning,
     UnsupportedModelError,
     plan,
-    pruner_kwargs,
 )
 
 pytestmark = pytest.mark.usefixtures("every_width")
@@ -28,131 +27,84 @@ BERT = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 BOTH = {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 
 
-def step(model: Any, kwargs: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
-    """One step of a pruner with these arguments; the pruner and the report."""
-    hook = HFConfigSyncHook()
-    arguments = {"importance": tp.importance.MagnitudeImportance(), "pruning_ratio": 0.5}
-    pruner = tp.pruner.MetaPruner(model, **{**arguments, **kwargs, **settings}, hooks=[hook])
+def pruner_of(model: Any, **settings: Any) -> tuple[Any, HFConfigSyncHook]:
+    """A pruner with these settings, its own and its hook's, and the hook."""
+    hook, of_pruner = small.split(**settings)
+    arguments = {
+        "example_inputs": None,
+        "importance": tp.importance.MagnitudeImportance(),
+        "pruning_ratio": 0.5,
+        **of_pruner,
+    }
+    return tp.pruner.MetaPruner(model, **arguments, hooks=[hook]), hook
+
+
+def step(model: Any, **settings: Any) -> Any:
+    """The report of one step of a pruner with these settings."""
+    pruner, hook = pruner_of(model, **settings)
     pruner.step()
-    return pruner, hook.last_report
+    return hook.last_report
 
 
-class TestMerged:
-    """``pruner_kwargs`` takes the pruner's arguments, and puts them together with the model's."""
-
-    def test_arguments_are_passed_on(self) -> None:
-        model, hook = small.llama(), HFConfigSyncHook()
-        kwargs = pruner_kwargs(
-            model,
-            importance=tp.importance.MagnitudeImportance(),
-            pruning_ratio=0.25,
-            iterative_steps=2,
-            hooks=[hook],
-        )
-        pruner = tp.pruner.MetaPruner(model, **kwargs)
-        pruner.step()
-        pruner.step()
-        assert [one.fields["hidden_size"] for one in hook.reports] == [(32, 28), (28, 24)]
+class TestAdapted:
+    """The pruner's own arguments are put together with what the model needs."""
 
     def test_round_to_and_ignored_layers(self) -> None:
         model = small.llama()
         kept = [layer.self_attn for layer in model.model.layers]
         with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
-            kwargs = pruner_kwargs(model, round_to=24, ignored_layers=kept)
-        assert kwargs["ignored_layers"] == kept
-        _, report = step(model, kwargs)
+            report = step(model, round_to=24, ignored_layers=kept)
         assert report.fields == {"intermediate_size": (64, 24)}
         assert report.notes[0].startswith("hidden_size stays at 32")
 
     def test_example_inputs_of_one_s_own_change_no_choice(self) -> None:
-        """What to prune was said to ``pruner_kwargs``, whoever makes the inputs."""
         model = small.llama()
-        kwargs = pruner_kwargs(model, prune="intermediate_size")
-        _, report = step(
-            model, {**kwargs, "example_inputs": {"input_ids": torch.ones(1, 4).long()}}
-        )
+        inputs = {"input_ids": torch.ones(1, 4).long()}
+        report = step(model, prune="intermediate_size", example_inputs=inputs)
         assert report.fields == {"intermediate_size": (64, 32)}
         assert report.graph.startswith("config graph: 2 groups")
 
     def test_layers_around_the_model_stay_ignored(self) -> None:
         model = nn.Sequential(small.bert(), nn.Linear(32, 2))
-        bert = model[0]
-        kwargs = pruner_kwargs(model, ignored_layers=[bert.embeddings.word_embeddings])
-        assert kwargs["ignored_layers"] == [model[1], bert.embeddings.word_embeddings]
+        embeddings = model[0].embeddings.word_embeddings
+        pruner, _ = pruner_of(model, ignored_layers=[embeddings])
+        assert pruner.ignored_layers == [model[1], embeddings]
 
     def test_ratios_by_field_and_by_layer(self) -> None:
         model = small.llama()
         by_layer = {layer.mlp.up_proj: 0.25 for layer in model.model.layers}
-        kwargs = pruner_kwargs(
+        report = step(
             model,
             prune=("hidden_size", "intermediate_size"),
             ratios={"hidden_size": 0.125},
             pruning_ratio_dict=by_layer,
         )
-        _, report = step(model, kwargs)
         assert report.fields == {"hidden_size": (32, 28), "intermediate_size": (64, 48)}
-
-    def test_an_argument_that_no_pruner_has(self) -> None:
-        with pytest.raises(TypeError) as raised:
-            pruner_kwargs(small.llama(), round_too=8)
-        assert str(raised.value) == (
-            "pruner_kwargs: no pruner takes round_too= (did you mean round_to?)"
-        )
-        assert pruner_kwargs(small.llama(), reg=0.1)["reg"] == 0.1  # GroupNormPruner has it
-
-    def test_a_less_safe_value_in_its_place(self) -> None:
-        model = small.llama()
-        kwargs = pruner_kwargs(model, ratios={"intermediate_size": 0.25})
-        mine = {layer.mlp.up_proj: 0.5 for layer in model.model.layers}
-        with pytest.warns(PrunerSettingsWarning) as told:
-            _, report = step(model, kwargs, pruning_ratio_dict=mine)
-        assert str(told[0].message) == (
-            "pruning_ratio_dict= is not what pruner_kwargs gave, and keeps less of what the model "
-            "needs. Give yours to it, which puts both together: pruner_kwargs(model, "
-            "pruning_ratio_dict=...)"
-        )
-        assert report.fields == {"intermediate_size": (64, 32)}
 
 
 class TestHeads:
-    @pytest.mark.parametrize(("told", "made_for"), [(True, False), (False, True)])
-    def test_other_than_pruner_kwargs_was_told(self, told: bool, made_for: bool) -> None:
-        model = small.llama()
-        before = small.state_of(model)
-        kwargs = {**pruner_kwargs(model, prune_num_heads=made_for), "prune_num_heads": told}
-        with pytest.raises(ValueError, match="prune_num_heads") as raised:
-            step(model, kwargs, head_pruning_ratio=0.5)
-        assert str(raised.value) == (
-            f"prune_num_heads={told}, but pruner_kwargs made its arguments for "
-            f"prune_num_heads={made_for}. Tell it: pruner_kwargs(model, prune_num_heads={told})"
-        )
-        small.assert_same(before, small.state_of(model))
-
     @pytest.mark.parametrize("heads", [True, False])
     def test_a_ratio_alone_and_none(self, heads: bool) -> None:
         model = small.llama()
-        kwargs = pruner_kwargs(model, prune_num_heads=heads)
         ratio = 0.0 if heads else 0.5
         with pytest.warns(PrunerSettingsWarning, match="has no effect without") as told:
-            _, report = step(model, kwargs, head_pruning_ratio=ratio)
+            report = step(model, prune_num_heads=heads, head_pruning_ratio=ratio)
         settings = [one for one in told if one.category is PrunerSettingsWarning]
         assert [one.filename for one in settings] == [__file__]
         assert report.fields == BOTH
 
     def test_how_heads_go_says_that_they_go(self) -> None:
         model = small.llama(num_key_value_heads=2)
-        kwargs = pruner_kwargs(model, prune=(), gqa="group")
-        _, report = step(model, kwargs, head_pruning_ratio=0.5)
+        report = step(model, prune=(), gqa="group", head_pruning_ratio=0.5)
         assert report.fields == {"num_key_value_heads": (2, 1), "num_attention_heads": (4, 2)}
 
-    @pytest.mark.parametrize("ask", [plan, pruner_kwargs])
-    def test_how_no_heads_go(self, ask: Any) -> None:
+    def test_how_no_heads_go(self) -> None:
         with pytest.raises(ValueError, match=r"^gqa='group' says how attention heads go"):
-            ask(small.llama(), gqa="group", prune_num_heads=False)
+            plan(small.llama(), gqa="group", prune_num_heads=False)
 
     def test_a_model_without_heads(self) -> None:
         with pytest.raises(UnsupportedModelError) as raised:
-            pruner_kwargs(zoo.build("convnext"), prune_num_heads=True)
+            pruner_of(zoo.build("convnext"), prune_num_heads=True, head_pruning_ratio=0.5)
         assert str(raised.value) == (
             "ConvNextForImageClassification cannot prune attention heads: no heads were seen. "
             "Widths that can: hidden_sizes[0], hidden_sizes[1]."
@@ -162,7 +114,7 @@ class TestHeads:
 class TestNames:
     def test_one_field_may_stand_alone(self) -> None:
         model = small.llama()
-        _, report = step(model, pruner_kwargs(model, prune="intermediate_size"))
+        report = step(model, prune="intermediate_size")
         assert report.fields == {"intermediate_size": (64, 32)}
 
     def test_in_a_plan(self) -> None:
@@ -172,9 +124,9 @@ class TestNames:
     @pytest.mark.parametrize(
         "ask",
         [
-            lambda model: pruner_kwargs(model, prune="intermediate_sise"),
-            lambda model: pruner_kwargs(model, ratios={"intermediate_sise": 0.5}),
-            lambda model: pruner_kwargs(
+            lambda model: pruner_of(model, prune="intermediate_sise"),
+            lambda model: pruner_of(model, ratios={"intermediate_sise": 0.5}),
+            lambda model: pruner_of(
                 model, prune="intermediate_size", ratios={"intermediate_sise": 0.5}
             ),
             lambda model: plan(model, prune="intermediate_sise"),
@@ -189,12 +141,12 @@ class TestNames:
 
     @pytest.mark.parametrize("ratio", [30, -0.5])
     def test_ratios_of_fields(self, ratio: float) -> None:
-        for ask in (pruner_kwargs, plan):
+        for ask in (pruner_of, plan):
             with pytest.raises(ValueError, match=rf"'\]={ratio}: expected a share"):
                 ask(small.llama(), ratios={"intermediate_size": ratio})
 
 
-@pytest.mark.parametrize("ask", [plan, pruner_kwargs])
+@pytest.mark.parametrize("ask", [plan, pruner_of])
 class TestNothing:
     def test_no_field_and_no_heads(self, ask: Any) -> None:
         with pytest.raises(ValueError, match=r"^prune=\(\) names no field, and no heads"):
@@ -206,8 +158,7 @@ class TestNothing:
         if ask is plan:
             names = {width.name for width in result.widths}
         else:
-            graph = result["example_inputs"].graph
-            names = {field[-1] for fields in graph.fields for field in fields}
+            names = {field[-1] for fields in result[0].DG.fields for field in fields}
         assert names == set(BOTH)
 
     def test_a_largest_ratio_that_is_no_share(self, ask: Any) -> None:
@@ -222,7 +173,7 @@ class TestNoModel:
                 self.task, self.model = "text", small.bert()
 
         with pytest.raises(TypeError) as raised:
-            pruner_kwargs(Pipeline())  # type: ignore[arg-type]
+            pruner_of(Pipeline())
         assert str(raised.value) == (
             "model=a Pipeline: expected a Hugging Face model (or a module that contains one). Pass "
             "what it holds: its .model"
@@ -238,9 +189,9 @@ class TestNoModel:
         model = small.bert()
         model.pooler.dense = Packed()
         with pytest.raises(UnsupportedModelError) as raised:
-            pruner_kwargs(model)
+            pruner_of(model)
         assert str(raised.value) == (
-            "BertModel: pooler.dense (test_pruner_arguments.Packed) holds packed weights, a "
+            "BertModel: pooler.dense (test_pruner_graph.Packed) holds packed weights, a "
             "quantised storage format. Load the model in float16, bfloat16 or float32, prune, and "
             "quantise the result."
         )
@@ -249,14 +200,10 @@ class TestNoModel:
 class TestSteps:
     @pytest.mark.parametrize("interactive", [False, True])
     def test_taylor_without_a_backward_pass(self, interactive: bool) -> None:
-        model, hook = small.llama(), HFConfigSyncHook()
+        model = small.llama()
         before = small.state_of(model)
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, prune="intermediate_size"),
-            importance=tp.importance.GroupTaylorImportance(),
-            hooks=[hook],
-        )
+        importance = tp.importance.GroupTaylorImportance()
+        pruner, _ = pruner_of(model, prune="intermediate_size", importance=importance)
         words = "^GroupTaylorImportance fails .* no parameter has a gradient, .* loss.backward()"
         with pytest.raises(ValueError, match=words):
             list(pruner.step(interactive=interactive) or ())
@@ -269,12 +216,12 @@ class TestSteps:
         model = small.llama()
         model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
         with pytest.raises(KeyError, match="mine"):
-            step(model, pruner_kwargs(model), importance=fails)
+            step(model, importance=fails)
 
     def why(self, model: Any, **settings: Any) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _, report = step(model, pruner_kwargs(model), **settings)
+            report = step(model, **settings)
         assert report.groups == []
         return str(report.notes[-1])
 
@@ -290,12 +237,7 @@ class TestSteps:
         )
 
     def test_groups_that_nobody_prunes(self) -> None:
-        model, hook = small.llama(), HFConfigSyncHook()
-        pruner = tp.pruner.MetaPruner(
-            model,
-            **pruner_kwargs(model, importance=tp.importance.MagnitudeImportance()),
-            hooks=[hook],
-        )
+        pruner, hook = pruner_of(small.llama())
         assert len(list(pruner.step(interactive=True))) == 3
         assert hook.last_report is not None
         assert hook.last_report.notes == [
@@ -304,11 +246,11 @@ class TestSteps:
         ]
 
     def test_a_step_too_many(self) -> None:
-        model = small.llama()
-        pruner, report = step(model, pruner_kwargs(model))
-        assert report.fields == BOTH
-        assert not [note for note in report.notes if "nothing" in note]
-        [hook] = pruner.step.hooks
+        pruner, hook = pruner_of(small.llama())
+        pruner.step()
+        assert hook.last_report is not None
+        assert hook.last_report.fields == BOTH
+        assert not [note for note in hook.last_report.notes if "nothing" in note]
         with pytest.warns(UserWarning, match="exceed the maximum"):
             pruner.step()
         assert hook.last_report is not None
@@ -327,7 +269,7 @@ def test_a_model_that_chooses_between_texts(name: str) -> None:
     torch.manual_seed(0)
     config = getattr(hf, f"{name}Config")(**sizes[name])
     model = getattr(hf, f"{name}ForMultipleChoice")(config).eval()
-    _, report = step(model, pruner_kwargs(model))
+    report = step(model)
     hidden, ffn = ("dim", "hidden_dim") if name == "DistilBert" else BOTH
     assert report.graph.startswith("config graph")
     assert report.fields == {hidden: (32, 16), ffn: (64, 32)}
@@ -340,7 +282,7 @@ def test_a_forward_pass_that_no_made_up_inputs_satisfy() -> None:
     model = hf.LongformerForMultipleChoice(config).eval()
     before = small.state_of(model)
     with pytest.raises(UnsupportedModelError) as raised:
-        step(model, pruner_kwargs(model))
+        step(model)
     assert str(raised.value) == (
         "LongformerForMultipleChoice cannot be pruned: the tiny model does not run: `input_ids` "
         "should have two dimensions. Which channels belong together is found on a tiny model of "

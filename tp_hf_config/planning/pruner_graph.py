@@ -1,0 +1,475 @@
+"""Make the graph that a pruner prunes by, and adapt the pruner's arguments to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch_pruning import ops
+
+from ..arguments import check
+from ..errors import UnsupportedModelError, closest, listed, warn
+from ..fieldmap.model_view import ModelView, view_of
+from ..forward.run_recipe import MakeInputs
+from ..graph.config_graph import ConfigGraph
+from ..graph.layer_fields import fields_named
+from ..graph.prunable import Width, note_on_states, note_on_unobserved, widths_of
+from ..graph.pruner_classes import family
+from ..graph.sides import ParameterView, channels_of, is_output
+from ..model.config_json import FieldPath, field_name
+from .selection import Chosen, Wanted, check_ratios, choose
+from .settings import PruneSettings
+from .trajectory import multiples_of
+
+
+def graph_for(
+    arguments: dict[str, Any],
+    settings: PruneSettings,
+    make_inputs: MakeInputs | None,
+    cheapest: bool,
+) -> tuple[ConfigGraph, str]:
+    """Return the graph that a pruner is to prune by, and for reports how it was proved.
+
+    Args:
+        arguments: those of the pruner's constructor; they are adapted to the graph.
+        settings: what to prune.
+        make_inputs: the user's function that makes a forward pass's inputs.
+        cheapest: if no field is named, prune inner widths; else every width, as in Torch-Pruning.
+
+    Raises:
+        UnsupportedModelError: the model cannot be followed, or what is asked for not be pruned.
+        ValueError: a ratio is outside 0 to 1, or nothing would be pruned.
+    """
+    model: nn.Module = arguments["model"]
+    view = view_of(model, make_inputs)
+    check_values(arguments)
+    settings = settings.in_every_layer(fields_named(view.field_map))
+    heads = bool(arguments.get("prune_num_heads") or settings.prune_num_heads)
+    arguments["prune_num_heads"] = heads
+    chosen = _chosen(view, arguments, settings, cheapest)
+    for message in chosen.staying:
+        warn(message)
+    graph = _graph_of(view, chosen)
+    why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
+    why += note_on_unobserved([n for width in chosen.widths for n in width.unobserved_parameters])
+    why += note_on_states(name for width in chosen.widths for name in width.encoder_states)
+    why += f"; heads: {chosen.how}" if chosen.how else ""
+    check_ratios(chosen, settings.ratios)
+    by_layer: dict[Any, float] = {}
+    names = {field_name(field): field for fields in graph.fields for field in fields}
+    for name, ratio in settings.ratios.items():
+        by_layer.update(dict.fromkeys(graph.roots_of(names[name]), ratio))
+    ignored = (*_layers_outside(model, view.model), *(arguments.get("ignored_layers") or ()))
+    arguments |= {
+        "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
+        "pruning_ratio_dict": by_layer | (arguments.get("pruning_ratio_dict") or {}),
+        # hook.unit_choice rounds each group to what the class accepts
+        "round_to": arguments.get("round_to") or 1,
+    }
+    _adapt_arguments(view, graph, arguments)
+    return graph, why
+
+
+def _chosen(
+    view: ModelView, arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool
+) -> Chosen:
+    """Return the widths to prune. If head dims cannot be pruned, they stay, and a warning says so.
+
+    Torch-Pruning's ``prune_head_dims`` is true unless it is ruled out, so it may not be asked for.
+    """
+    wanted = _wanted_by(arguments, settings, cheapest, bool(view.prefix))
+    if wanted.fields is None:
+        rooted = _names_root_types(arguments)
+        wanted = replace(wanted, with_ratio=_with_ratios(view, arguments), rooted=rooted)
+    wanted = replace(wanted, stays=_staying(view, arguments))
+    try:
+        return choose(view, wanted)
+    except UnsupportedModelError as error:
+        nothing_else = wanted.fields == () and not wanted.heads
+        if not wanted.head_dims or nothing_else:
+            raise
+        reason = str(error)
+    chosen = choose(view, replace(wanted, head_dims=False))
+    splits = view.field_map.splits_of
+    graph = _graph_of(view, chosen)
+    if not any(splits(name) for group in graph.graph_groups for name in graph.outputs_of(group)):
+        warn(f"prune_head_dims=True, but head dims stay: {reason}")
+    return chosen
+
+
+def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
+    """Return the config graph of the chosen widths, with notes on the widths that stay."""
+    groups = [group for width in chosen.widths for group in width.groups]
+    heads = {width.fields for width in chosen.heads}
+    notes = [
+        *chosen.staying,
+        *(f"{name} stays: {reason}" for name, reason in chosen.left_out.items()),
+    ]
+    multiples, recipe = multiples_of(view, chosen.widths), view.field_map.recipe
+    return ConfigGraph(view.model, groups, view.prefix, multiples, heads, notes, recipe.make_inputs)
+
+
+def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
+    """Return the layers of a wrapper outside the Hugging Face model: no config describes them."""
+    inside = set(pretrained.modules())
+    return [
+        module
+        for module in model.modules()
+        if module not in inside and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+_WITHOUT_EFFECT = {
+    "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
+    "notes of its widths follows",
+    "unwrapped_parameters": "it knows which dimensions of bare parameters follow a config field",
+    "forward_fn": "no forward pass is run to make it",
+}
+# argument -> True if it is about what a layer puts out
+_CONSTRAINTS = {"in_channel_groups": False, "out_channel_groups": True, "channel_groups": True}
+_BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
+_VALUES = {
+    **dict.fromkeys(("pruning_ratio", "head_pruning_ratio", "ch_sparsity"), "Share | None"),
+    **dict.fromkeys(("max_pruning_ratio", "max_ch_sparsity"), "Share | None"),
+    **dict.fromkeys(_BY_LAYER, "Mapping[Any, Share] | None"),
+    **dict.fromkeys(("num_heads", *_CONSTRAINTS), "Mapping[Any, Count] | None"),
+    **dict.fromkeys(("ignored_layers", "root_module_types"), "Iterable[Any] | None"),
+    **dict.fromkeys(("global_pruning", "prune_num_heads", "prune_head_dims"), "bool"),
+    "iterative_steps": "Count",
+    "round_to": "Count | None",
+    "importance": "Callable",
+}
+"""What the values of a pruner's arguments are, as annotations."""
+
+
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Raise if one of a pruner's arguments has a value that no pruner takes.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is a ratio that is not from 0 to 1, or a number that is too small.
+    """
+    for name, value in arguments.items():
+        if name in _VALUES:
+            check(name, value, _VALUES[name])
+
+
+def check_names(arguments: Iterable[str]) -> None:
+    """Raise if no pruner has one of these arguments.
+
+    Raises:
+        TypeError: no pruner has it.
+    """
+    names = {
+        name
+        for cls in family()
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    } | {"hooks"}
+    for name in arguments:
+        if name not in names - {"self", "model"}:
+            raise TypeError(f"no pruner takes {name}={closest(name, names)}")
+
+
+def _adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
+    """Change a pruner's arguments so that they do on a graph what they do in Torch-Pruning.
+
+    A warning says where they cannot.
+
+    Raises:
+        ValueError: channels are to go together that the graph prunes one by one.
+    """
+    for name, out in _CONSTRAINTS.items():
+        _check_constraint(graph, name, arguments.get(name) or {}, out)
+    for name in _BY_LAYER:
+        if arguments.get(name):
+            arguments[name] = _with_views(graph, arguments[name], name.startswith("head"))
+    for message in (*_without_effect(graph, view, arguments), *_unused(graph, arguments)):
+        warn(message)
+    _count_heads(view, arguments)
+
+
+def _without_effect(
+    graph: ConfigGraph, view: ModelView, arguments: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield a warning for each argument that has no effect on the config graph."""
+    for name, why in _WITHOUT_EFFECT.items():
+        if arguments.get(name):
+            yield f"{name}= has no effect on the graph made from the config: {why}. Leave it out."
+    heads, ratio = bool(arguments.get("prune_num_heads")), _largest_head_ratio(arguments)
+    if ratio and not heads:
+        yield (
+            f"head_pruning_ratio={ratio:g} has no effect without prune_num_heads=True, as in "
+            "Torch-Pruning: no heads are pruned."
+        )
+    elif heads and not ratio:
+        with_heads = {f for group in graph.graph_groups if group.heads for f in group.fields}
+        others = sorted(map(field_name, with_heads - view.field_map.count_fields()))
+        yield (
+            "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
+            "no heads are pruned"
+            + (f", nor {', '.join(others)}, which goes with them alone." if others else ".")
+        )
+
+
+def _check_constraint(
+    graph: ConfigGraph, name: str, counts: Mapping[nn.Module, int], out: bool
+) -> None:
+    """Raise if channels of a layer are to go together but the graph prunes them otherwise.
+
+    Args:
+        graph: the graph.
+        name: the argument's name.
+        counts: layer -> number of equal runs of its channels that have to lose the same ones.
+        out: the argument is about a layer's outputs, else about its inputs.
+
+    Raises:
+        ValueError: the graph prunes some layer otherwise.
+    """
+    kinds = {
+        type(layer).__name__
+        for layer, count in counts.items()
+        if not _together(graph, layer, count, out)
+    }
+    if kinds:
+        layers = ", ".join(sorted(kinds))
+        raise ValueError(
+            f"{name}= (for {layers}) on the graph made from the config: which channels of a "
+            "layer go together (fused layers, heads, grouped norms) it knows by experiment, "
+            "and others cannot be asked for. Leave it out."
+        )
+
+
+def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bool:
+    """True if each of ``count`` equal runs of a layer's channels loses the same, or goes whole.
+
+    A layer that loses no channels passes too.
+    """
+    for graph_group, side in graph.sides_of(layer):
+        channels, table = channels_of(side), side.table
+        if is_output(side) is not out or channels == count * table.shape[1]:
+            continue
+        if channels % count:
+            return False
+        units = torch.arange(len(table)) % (
+            graph_group.units.count // graph_group.count.channel_groups
+        )
+        labels = torch.full((channels,), -1)  # every channel group loses the same units
+        labels[table] = units[:, None].expand_as(table)
+        runs = labels.view(count, -1)
+        if not (runs == runs[0]).all():
+            return False
+    return True
+
+
+def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -> dict[Any, float]:
+    """Return the ratios by layer, extended to the parameter views of these layers.
+
+    Inside a named layer, Torch-Pruning looks for layers of types that it can prune. It would miss a
+    ``Conv1D``, a norm of Transformers' own or stacked experts, which the graph shows it as views.
+
+    Args:
+        graph: the graph.
+        ratios: layer -> ratio; a tuple of layers is ranked together.
+        single: only single layers may be keys.
+    """
+    result: dict[Any, float] = {}
+    for key, ratio in ratios.items():
+        named = key if isinstance(key, tuple) else (key,)
+        inside = {module for layer in named for module in layer.modules()}
+        views = [
+            side.module
+            for module in inside
+            for _, side in graph.sides_of(module)
+            if isinstance(side.module, ParameterView) and is_output(side)
+        ]
+        views = [view for view in dict.fromkeys(views) if view not in named]
+        if single:
+            result |= dict.fromkeys((*named, *views), ratio)
+        else:
+            result[(*named, *views) if views else key] = ratio
+    return result
+
+
+def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for ratios of layers that decide nothing, or of which only one can decide."""
+    for name in _BY_LAYER:
+        heads = name.startswith("head")
+        groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
+        ratios_of: dict[int, list[float]] = {}  # by the id of a group
+        idle: list[nn.Module] = []
+        for key, ratio in (arguments.get(name) or {}).items():
+            named = key if isinstance(key, tuple) else (key,)
+            inside = {module for layer in named for module in layer.modules()}
+            affected = [
+                graph_group
+                for graph_group in groups
+                if graph_group.units in inside  # no outputs: ConfigGraph.roots_of names its units
+                or any(side.module in inside and is_output(side) for side in graph_group.sides)
+            ]
+            for graph_group in affected:
+                ratios_of.setdefault(id(graph_group), []).append(ratio)
+            if not affected:
+                idle.append(named[0])
+        if idle:
+            yield f"{name}= has no effect for {_names(graph, idle)}: {_why_idle(heads, arguments)}."
+        for graph_group in groups:
+            ratios = list(dict.fromkeys(ratios_of.get(id(graph_group), ())))
+            if len(ratios) > 1:
+                fields = " + ".join(map(field_name, graph_group.fields))
+                listed = ", ".join(f"{ratio:g}" for ratio in ratios)
+                yield (
+                    f"{name}= has the ratios {listed} for layers that lose the same channels "
+                    f"({fields}); Torch-Pruning takes that of the first of them. Give them one "
+                    "ratio."
+                )
+
+
+def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
+    """Return why the ratio of a layer decides nothing."""
+    if heads:
+        return "no heads that are pruned are split out of what it puts out"
+    way = " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
+    return f"nothing that it puts out is pruned{way}"
+
+
+def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
+    """Return the names of up to three layers and how many more there are."""
+    names = {module: name for name, module in graph.pretrained.named_modules()}
+    shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
+    return listed(shown)
+
+
+def _count_heads(view: ModelView, arguments: dict[str, Any]) -> None:
+    """Set ``num_heads`` to what the model splits its layers into; warn of other counts."""
+    given = arguments.get("num_heads") or {}
+    counts = {module: count for _, module, count in view.head_layers()}
+    names = {module: name for name, module, _ in view.head_layers()}
+    for module, count in given.items():
+        if count != (own := counts.setdefault(module, count)):
+            warn(
+                f"num_heads= says {count} heads for {names[module]}, which has {own}: that is "
+                "taken."
+            )
+    arguments["num_heads"] = counts
+
+
+def _largest_head_ratio(arguments: Mapping[str, Any]) -> float:
+    """Return the largest head ratio among a pruner's arguments; 0 if none is given."""
+    by_layer = (arguments.get("head_pruning_ratio_dict") or {}).values()
+    return float(max([arguments.get("head_pruning_ratio") or 0.0, *by_layer]))
+
+
+def _names_root_types(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a pruner prunes layers of fewer types than by Torch-Pruning's default."""
+    types = set(arguments.get("root_module_types") or ())
+    return bool(types) and not types >= {ops.TORCH_CONV, ops.TORCH_LINEAR}
+
+
+def _wanted_by(
+    arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool, wrapped: bool
+) -> Wanted:
+    """Return what a pruner's arguments and a hook's settings ask for.
+
+    As in Torch-Pruning, heads are pruned if there is a ratio for them, and head dims if
+    ``num_heads=`` names layers.
+
+    Args:
+        arguments: the pruner's.
+        settings: the hook's.
+        cheapest: if no field is named, inner widths are pruned; else every width inside the model.
+        wrapped: another module reads the model's outputs.
+    """
+    named = cheapest or settings.prune is not None or settings.gqa is not None
+    heads = bool(arguments.get("prune_num_heads"))
+    heads = heads and (named or _largest_head_ratio(arguments) > 0)
+    dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
+    return Wanted(settings.prune, heads, settings.gqa, dims, wrapped=wrapped, cheapest=cheapest)
+
+
+def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
+    """Return the widths that stay because a pruner's arguments keep one of their layers.
+
+    One field sets all groups of a width: if one group has to stay, all of them have to.
+
+    Returns:
+        The fields of each such width -> the reason.
+    """
+    types = tuple(arguments.get("root_module_types") or ())
+    if (
+        not arguments.get("ignored_layers")
+        and not _names_root_types(arguments)
+        and not (arguments.get("num_heads") and arguments.get("prune_num_heads"))
+        and arguments.get("prune_head_dims", True)
+    ):
+        return {}
+    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
+    ignored = list(arguments.get("ignored_layers") or ())
+    modules = [m for item in ignored if isinstance(item, nn.Module) for m in item.modules()]
+    parameters = [item for item in ignored if isinstance(item, nn.Parameter)]
+    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
+    graph.build_dependency(view.model, ignored_params=parameters)
+    groups = iter(graph.graph_groups)
+    result: dict[tuple[FieldPath, ...], str] = {}
+    for width in offered:
+        of_width = [next(groups) for _ in width.groups]
+        every = [graph.refusal_of(graph_group, modules, types) for graph_group in of_width]
+        if refusals := [refusal for refusal in every if refusal is not None]:
+            others = ", and one config field sets them all" if len(refusals) < len(of_width) else ""
+            result[width.fields] = f"{refusals[0].reason}{others}."
+            continue
+        layers = [graph.outputs_of(graph_group) for graph_group in of_width]
+        reason = _why_heads_stay(view, width, layers, arguments)
+        if reason is not None:
+            result[width.fields] = reason
+    return result
+
+
+def _with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[FieldPath, ...]]:
+    """Return the fields of the widths that layers in ``pruning_ratio_dict`` have as their outputs.
+
+    A module with parts names none of them: it reads and writes the residual stream too.
+    """
+    keys = arguments.get("pruning_ratio_dict") or {}
+    named = {layer for key in keys for layer in (key if isinstance(key, tuple) else (key,))}
+    if not named:
+        return []
+    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
+    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
+    graph.build_dependency(view.model)
+    return list(
+        dict.fromkeys(
+            group.fields
+            for group in graph.graph_groups
+            if named & {*graph.outputs_of(group).values()}
+        )
+    )
+
+
+def _why_heads_stay(
+    view: ModelView, width: Width, layers: list[dict[str, nn.Module]], arguments: Mapping[str, Any]
+) -> str | None:
+    """Return why a width that changes attention heads stays; ``None``: it may be pruned.
+
+    ``layers``: for each group of the width, the layers that lose outputs, by name.
+    """
+    split = [
+        {name: layer for name, layer in group.items() if view.field_map.splits_of(name)}
+        for group in layers
+    ]
+    if not any(split):
+        return None
+    if not set(width.fields) & view.field_map.count_fields():
+        if arguments.get("prune_head_dims", True):
+            return None
+        name = next(name for group in split for name in group)
+        return f"heads of {name} become smaller with it, and prune_head_dims=False."
+    named = arguments.get("num_heads") or {}
+    missing = [group for group in split if group and not any(m in named for m in group.values())]
+    if named and missing:
+        return f"num_heads= does not name {next(iter(missing[0]))}."
+    return None
