@@ -315,8 +315,9 @@ _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}
 class DefaultDtype(TorchFunctionMode):
     """While open, ``dtype`` is what this thread's new floating point tensors are of by default.
 
-    What torch computes of whole numbers alone (their quotient) is computed in torch's own default
-    dtype, and then converted.
+    What torch computes of whole numbers and numbers of Python's (a quotient, a mask times the
+    least number of a dtype) is computed with the whole numbers converted to ``dtype``, as torch
+    converts them to its default: in torch's own default it could overflow.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -330,12 +331,24 @@ class DefaultDtype(TorchFunctionMode):
             if kwargs.get("dtype") is None and kwargs.get("out") is None:
                 kwargs["dtype"] = self.dtype
             return func(*args, **kwargs)
+        if func is torch.where and _holds(given, _is_float) and not _holds(given, _says_dtype):
+            condition, *values = args  # where torch's own default would overflow, it raises
+            return func(condition, *(torch.as_tensor(v, dtype=self.dtype) for v in values))
         output = func(*args, **kwargs)
         default = torch.get_default_dtype()
         if default is self.dtype or not isinstance(output, Tensor) or output.dtype is not default:
             return output
-        asked_for = func in _CASTS or _holds(given, _says_dtype)
-        return output if asked_for else output.to(self.dtype)
+        if func in _CASTS or _holds(given, _says_dtype):  # that dtype is asked for
+            return output
+        args = self._converted(args)
+        output = func(*args, **{name: self._converted(value) for name, value in kwargs.items()})
+        return output.to(self.dtype) if output.dtype is default else output
+
+    def _converted(self, value: Any) -> Any:
+        """Return a value with its tensors of whole numbers in the dtype."""
+        if type(value) in (list, tuple):
+            return type(value)(map(self._converted, value))
+        return value.to(self.dtype) if isinstance(value, Tensor) else value
 
 
 def _holds(values: Iterable[Any], wanted: Callable[[Any], bool]) -> bool:

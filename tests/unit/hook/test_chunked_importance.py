@@ -34,9 +34,7 @@ def test_importances_in_pieces_are_the_same(dtype: torch.dtype, monkeypatch: pyt
     monkeypatch.setattr(unit_choice, "PIECE", 20_000)
     split = 0
     for group in groups_of(pruner):
-        split += sum(
-            len(list(unit_choice._pieces(item, (nn.Linear,), True))) > 1 for item in group
-        )
+        split += sum(len(list(unit_choice._pieces(item, (nn.Linear,), True))) > 1 for item in group)
         for importance in IMPORTANCES:
             whole = importance(group)
             parts = unit_choice._in_pieces(importance, group)

@@ -198,6 +198,32 @@ def test_a_default_dtype_for_one_thread_is_torchs_own(number: int, dtype: torch.
     assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
 
 
+LEAST = torch.finfo(torch.float64).min  # too large for float32
+COMPUTED: list[Any] = [
+    lambda: torch.tensor([0, 1]) * LEAST,  # TimesFM's mask of padding
+    lambda: LEAST * torch.tensor([False, True]),
+    lambda: torch.where(torch.tensor([True, False]), LEAST, 0.0),
+    lambda: torch.where(torch.tensor([True, False]), torch.tensor(3), LEAST),
+    lambda: torch.tensor([1, 2]) / torch.tensor([3, 3]),
+    lambda: torch.stack([torch.tensor([1, 2]) / 3, torch.tensor([1, 2]).exp()]),
+    lambda: torch.add(torch.tensor([1, 2]), other=0.1),
+    lambda: torch.tensor([1, 2]).new_tensor([0.1, 2]),
+]
+
+
+@pytest.mark.parametrize("number", range(len(COMPUTED)))
+def test_whole_numbers_are_computed_with_in_the_default_dtype(number: int) -> None:
+    with DefaultDtype(torch.float64):
+        made = COMPUTED[number]()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wanted = COMPUTED[number]()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype is wanted.dtype
+    assert torch.equal(made, wanted)
+
+
 def test_log_lines_of_one_thread_are_dropped(lines: Lines) -> None:
     logger = logging.getLogger("transformers.models")
     with no_log_lines(logging.ERROR):
