@@ -30,9 +30,11 @@ REASONING = (
     "cli/values.py",
     "checkpoint/*.py",
     "planning/preflight.py",
-    "planning/refusals.py",
+    "planning/plan.py",
 )
 """Modules whose reasons reach the user as they are: in reports, warnings and notes."""
+NO_REASONS = {"a head ratio of", "values decide what is computed"}
+"""What ``planning/plan.py`` says beside its reasons: of a target, and why FLOPs are not counted."""
 _LEAST = 12  # letters: a shorter piece says nothing by itself
 _EDGES = " .,:;?()="
 _DEPTH = 4  # a reason comes through so many functions before it is raised
@@ -68,7 +70,8 @@ class _Module:
                 if node not in seen:
                     seen.add(node)
                     for value in (*self._said(node), *self._reasons(node)):
-                        for text in self._texts(value, scope, _DEPTH):
+                        texts = set(self._texts(value, scope, _DEPTH)) - NO_REASONS
+                        for text in sorted(texts):
                             yield Message(text, f"{self.path.relative_to(PACKAGE)}:{value.lineno}")
 
     def _said(self, node: ast.AST) -> list[ast.expr]:
