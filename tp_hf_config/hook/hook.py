@@ -180,10 +180,10 @@ class HFConfigSyncHook:
         from ..planning.pruner_graph import graph_for
 
         arguments |= on_standin(arguments["model"], arguments)
-        if self.plan is not None:
-            self.plan.check_fits(arguments["model"])
-            arguments |= _planned(arguments, self.plan.of_pruner())
         with layers_listed(arguments["model"], self.layers):
+            if self.plan is not None:
+                self.plan.check_fits(arguments["model"])
+                arguments |= _planned(arguments, self.plan.of_pruner())
             graph, self._graph_reason = graph_for(
                 arguments, self._settings, self.make_inputs, self._cheapest
             )

@@ -18,7 +18,6 @@ from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import view_of
 from ..forward.find_recipe import dry_pass
 from ..forward.run_recipe import MakeInputs
-from ..graph.layer_fields import layers_listed
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import name_in_all_layers
@@ -127,6 +126,8 @@ class Plan(Report):
     def check_fits(self, model: nn.Module) -> None:
         """Raise if a model is not as the one that the plan was made of, or the class refuses it.
 
+        Where layers may differ, they have entries of their own now (``layers_listed``).
+
         Raises:
             ConfigSyncError: the class refuses what is planned.
             UnsupportedModelError: the model has another class or config.
@@ -134,9 +135,8 @@ class Plan(Report):
         if self.refusal is not None:
             words = " ".join(line.strip() for line in refusal_lines(self.refusal))
             raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
-        with layers_listed(model, self.settings.layers):
-            view = view_of(model, self.make_inputs)
-            name = type(view.model).__name__
+        view = view_of(model, self.make_inputs)
+        name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
                 f"this plan was made for a {self.model} with another config than the one of this "
