@@ -79,14 +79,15 @@ class PruneSettings:
             head_pruning_ratio: as in ``plan``.
             others: the other attributes.
         """
-        if prune == INNER:
-            prune, ratios = None, ratios or None
-        fields = prune or ratios or ()
-        names = (fields,) if isinstance(fields, str) else tuple(fields)
+        if prune == INNER or (prune is None and ratios is None):
+            names = None
+        else:
+            fields = prune or ratios or ()
+            names = (fields,) if isinstance(fields, str) else tuple(fields)
         if prune_num_heads is None:
             prune_num_heads = bool(gqa or head_pruning_ratio)
         return cls(
-            prune=None if prune is None and ratios is None else names,
+            prune=names,
             ratios=dict(ratios or {}),
             prune_num_heads=prune_num_heads,
             gqa=gqa,

@@ -57,6 +57,22 @@ def test_what_is_pruned(settings: Any, arguments: Any, expected: dict[str, int])
     assert pruned(model, HFConfigSyncHook(**settings), **arguments) == expected
 
 
+def test_inner_widths_without_a_ratio_of_their_own_get_the_pruners() -> None:
+    first, second, third = (zoo.build("bart") for _ in range(3))
+    settings: dict[str, Any] = {"prune": "inner", "ratios": {"encoder_ffn_dim": 0.25}}
+    planned = plan(first, pruning_ratio=0.5, **settings)
+    expected = {"encoder_ffn_dim": 72, "decoder_ffn_dim": 40}
+    assert {n: v for w in planned.widths for n, v in w.after.items()} == expected
+    assert pruned(second, HFConfigSyncHook(**settings), pruning_ratio=0.5) == expected
+    assert pruned(third, HFConfigSyncHook(plan=planned)) == expected
+
+
+def test_a_ratio_of_a_width_that_is_not_pruned_is_refused() -> None:
+    hook = HFConfigSyncHook(prune="inner", ratios={"hidden_size": 0.25})
+    with pytest.raises(UnsupportedModelError, match="hidden_size is not among the fields to prune"):
+        pruner_of(small.llama(), hook)
+
+
 def test_inner_is_every_width_where_there_is_no_inner_one() -> None:
     model, twin = zoo.build("swin"), zoo.build("swin")
     assert pruned(model, HFConfigSyncHook(prune="inner")) == pruned(twin, HFConfigSyncHook())
