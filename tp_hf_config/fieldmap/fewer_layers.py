@@ -8,6 +8,7 @@ layer that stays is built as it was, and everything around the layers too.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations, islice, product
 from typing import Any
@@ -139,6 +140,7 @@ class _Search:
         self._kinds = kinds_in(model)[name]
         # changes that give the list its new length, or are refused, and where their setting stands
         self._bases: list[tuple[FieldPath, Change]] = []
+        self._results: dict[str, bool | None] = {}  # of configs that were tried, by their JSON
         self._reason = ""
         self._refused = ""
 
@@ -179,18 +181,26 @@ class _Search:
         It may with others beside ``node``, where its setting stands; with ``None``, a rule is in
         it.
         """
-        built = self._builder.build(with_values(self._data, change))
+        data = with_values(self._data, change)
+        key = json.dumps(data, default=repr)
+        if key not in self._results:
+            self._results[key] = self._result(data)
+            if node is not None and self._results[key] is None:
+                self._bases.append((node, change))
+        return self._results[key]
+
+    def _result(self, data: dict[str, Any]) -> bool | None:
+        """Return what ``_try`` returns of a config, and note the first refusal and difference."""
+        built = self._builder.build(data)
         if isinstance(built, Refusal):
             self._refused = self._refused or built.reason
-        else:
-            reason = self._kept.difference(built)
-            if reason is None:
-                return True
-            if not self._kept.has_length(built):
-                return False
-            self._reason = self._reason or reason
-        if node is not None:
-            self._bases.append((node, change))
+            return None
+        reason = self._kept.difference(built)
+        if reason is None:
+            return True
+        if not self._kept.has_length(built):
+            return False
+        self._reason = self._reason or reason
         return None
 
     def _lists(self, node: FieldPath, counted: Change) -> Iterator[Change]:
