@@ -178,7 +178,7 @@ def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
         out,
         {"pruning_ratio": RATIO},
         importance="magnitude",
-        compensate=False,
+        refit=False,
         stream=True,
     )
     return {"text": str(prune_checkpoint(job))}

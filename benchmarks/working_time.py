@@ -86,7 +86,7 @@ def measure(size: Size, tokens: int) -> str:
         example_inputs=None,
         importance=calibration.importance(),
         pruning_ratio=0.2,
-        hooks=[HFConfigSyncHook(prune="intermediate_size", compensate=calibration)],
+        hooks=[HFConfigSyncHook(prune="intermediate_size", refit=calibration)],
     )
     began = time.perf_counter()
     pruner.step()

@@ -56,7 +56,7 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     # The pruned model is wrapped as this one was.
-    hook = HFConfigSyncHook(prune="intermediate_size", rebuild=shard)
+    hook = HFConfigSyncHook(prune="intermediate_size", shard=shard)
     pruner = tp.pruner.MetaPruner(
         model,
         example_inputs=None,
@@ -71,7 +71,7 @@ def main() -> None:
             model(input_ids=batch, labels=batch).loss.backward()
         with optimizer_follows(model, optimizer):
             pruner.step()
-        model = hook.rebuilt_model
+        model = hook.sharded_model
         console.print(str(hook.last_report), soft_wrap=True)
         if step == 1:
             check_same(gathered(model), apply_cuts(whole, hook.cuts).state_dict(), "the cut model")

@@ -104,7 +104,7 @@ def make_pruner(
     model: PreTrainedModel, args: argparse.Namespace, calibration: Calibration | None
 ) -> tuple[tp.pruner.MetaPruner, HFConfigSyncHook]:
     """Whole heads, and the hidden size with them; the FFN by a share of its own."""
-    hook = HFConfigSyncHook(ratios={"intermediate_size": args.ffn}, compensate=calibration)
+    hook = HFConfigSyncHook(ratios={"intermediate_size": args.ffn}, refit=calibration)
     pruner = tp.pruner.MetaPruner(
         model,
         example_inputs=None,

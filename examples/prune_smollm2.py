@@ -175,7 +175,7 @@ class Cut:
     def hook(self, calibration: Calibration | None = None) -> HFConfigSyncHook:
         """Return a hook that prunes this and no other width, with refits by a calibration."""
         return HFConfigSyncHook(
-            prune=tuple(self.widths), ratios=self.widths, gqa=self.gqa, compensate=calibration
+            prune=tuple(self.widths), ratios=self.widths, gqa=self.gqa, refit=calibration
         )
 
 

@@ -269,7 +269,7 @@ _KINDS: dict[str, _Kind] = {
     "PreTrainedTokenizerBase": _function("a tokenizer (AutoTokenizer.from_pretrained(folder))"),
     "MakeInputs": _function("a function of a config that returns a dict of inputs"),
     "Scheduler": _function("a function of the final ratio and the number of steps"),
-    "Rebuild": _function("a function of a module, which makes your fully_shard calls"),
+    "Shard": _function("a function of a module, which makes your fully_shard calls"),
     "Callable": _function("a function"),
     "Data": _data,
 }

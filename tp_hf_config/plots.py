@@ -1,6 +1,6 @@
 """Plots of reports and allocations, with matplotlib's object interface: no window, no global state.
 
-A report is anything with ``fields``, ``groups``, ``parameters`` and ``compensation``.
+A report is anything with ``fields``, ``groups``, ``parameters`` and ``refits``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
     _check_any(reports)
     panels = {"config fields": field_changes(reports), "layers": layer_changes(reports)}
     heights = [max(len(changes), 1) for changes in panels.values()]
-    refits = [r.compensation for r in reports if r.compensation and r.compensation.layers]
+    refits = [r.refits for r in reports if r.refits and r.refits.layers]
     heights += [8] * bool(refits)
     figure = _figure((9, _ROW * sum(heights) + 2))
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})

@@ -192,7 +192,7 @@ def prune_by_layer(model: Model, tokenizer: Tokenizer, field: str) -> None:
         model,
         example_inputs=None,
         importance=importance_of(model, tokenizer),
-        hooks=[HFConfigSyncHook(prune=field, layers="differ")],
+        hooks=[HFConfigSyncHook(prune=field, per_layer=True)],
         **settings,
     )
     pruner.step()

@@ -209,7 +209,7 @@ def modes_of(rng: Random, model: nn.Module) -> Iterator[Mode]:
 
 def layered_modes(rng: Random, model: nn.Module) -> Iterator[Mode]:
     """Layers that differ in widths and in heads, layers dropped, and one after the other."""
-    differ = {"layers": "differ"}
+    differ = {"per_layer": True}
     steps = rng.choice(_STEPS)
     yield Mode("differ", differ, {**differing_settings(rng, model), "iterative_steps": steps})
     heads = {**_settings(rng), "head_pruning_ratio": _ratio(rng), "global_pruning": True}

@@ -46,7 +46,7 @@ def pruned(
     cut = copy.deepcopy(model)
     calibration = _OfACopy(measured, cut)
     of_hook = {name: value for name, value in settings.items() if name in _OF_HOOK}
-    hook = HFConfigSyncHook(**of_hook, compensate=calibration if refit else None)
+    hook = HFConfigSyncHook(**of_hook, refit=calibration if refit else None)
     pruner = tp.pruner.MetaPruner(
         cut,
         example_inputs=None,
@@ -57,7 +57,7 @@ def pruned(
     pruner.step()
     cut.zero_grad()
     report = hook.last_report
-    return cut, None if report is None else report.compensation
+    return cut, None if report is None else report.refits
 
 
 def both_ways(
@@ -78,7 +78,7 @@ def both_ways(
     del cut
     refitted, found = pruned(model, settings, importance, measured, True, seed)
     row["refitted"] = score(refitted)
-    row["compensation"] = {
+    row["refits"] = {
         "weights": len(found.layers),
         "used": sum(layer.used for layer in found.layers),
         "measure": found.measure,

@@ -217,7 +217,7 @@ class Language:
             allocation = replace(allocation, widths=dict.fromkeys(allocation.widths, mean))
         model = copy.deepcopy(self.loaded[0])
         calibration = self.calibration.on_copy(model)
-        hook = HFConfigSyncHook(plan=allocation, compensate=calibration)
+        hook = HFConfigSyncHook(plan=allocation, refit=calibration)
         pruner = tp.pruner.MetaPruner(
             model,
             example_inputs=None,

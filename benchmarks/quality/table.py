@@ -107,7 +107,7 @@ def page(rows: list[Row], head: dict[str, Any], scale: Scale) -> str:
         f"on a CPU (threads: {' or '.join(map(str, threads))}); {measured} of {wanted} rows.",
         "Nothing is trained anywhere on this page. *Cut only*: channels are removed. *Cut and",
         "refitted*: the weights that read them are refitted in closed form before,",
-        "`HFConfigSyncHook(compensate=calibrate(model, ...))`, whichever importance chose the",
+        "`HFConfigSyncHook(refit=calibrate(model, ...))`, whichever importance chose the",
         "channels. Everything, row by row, is in [quality.json](quality.json).",
         "",
     ]
@@ -178,7 +178,7 @@ def _unpruned(row: Row) -> tuple[str, ...]:
 
 
 def _refits(row: Row) -> tuple[str, str]:
-    found = row["compensation"]
+    found = row["refits"]
     foretold = [found[key] for key in ("cut", "refit", "after") if found[key] is not None]
     return f"{found['used']} of {found['weights']}", ", ".join(f"{kl:.3f}" for kl in foretold)
 

@@ -130,7 +130,7 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
         ]
         given = {"global_pruning": True} if how == GLOBAL else {"ignored_layers": firsts}
         saved = folder / f"{type(model).__name__}-{how}"  # names the package of the code in it
-        outcome, why = attempt(case, pruned, saved, layers="differ", **given)
+        outcome, why = attempt(case, pruned, saved, per_layer=True, **given)
         if outcome == "failed":
             return LayerTrial(outcome, f"{how}: {why}")
         if outcome == "works" and layer_lists(type(pruned)):

@@ -284,7 +284,7 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "written. *some*: some of several fields go. *defaults*: by half in one step with",
             '`HFConfigSyncHook(prune="inner")`. *layers differ*: the same comparison after',
             "ranking all layers together, or after keeping the first of them whole, with",
-            '`layers="differ"`. *a layer dropped*: one layer of every list gone by `drop_layers`;',
+            "`per_layer=True`. *a layer dropped*: one layer of every list gone by `drop_layers`;",
             "the model computes what it did with that layer passing on what it is given. Classes",
             "without layers have no entry. The reasons, field by field, are in",
             "[support.json](support.json).",

@@ -75,7 +75,7 @@ def run_of(case: Case) -> Run:
     """Prune a case's model; once, for all tests that ask about it."""
     model = layer_zoo.build(case.model)
     original = copy.deepcopy(model)
-    hook = HFConfigSyncHook(prune=layer_zoo.FIELDS[case.model], layers="differ")
+    hook = HFConfigSyncHook(prune=layer_zoo.FIELDS[case.model], per_layer=True)
     pruner = tp.pruner.MetaPruner(
         model,
         example_inputs=None,
@@ -165,13 +165,13 @@ def test_a_class_without_such_layers_is_refused(name: str) -> None:
     stock = type(model)
     before = model.config.to_json_string()
     with pytest.raises(
-        UnsupportedModelError, match=r"layers='differ': .* no width that is its single layers' own"
+        UnsupportedModelError, match=r"per_layer=True: .* no width that is its single layers' own"
     ):
         tp.pruner.MetaPruner(
             model,
             example_inputs=None,
             importance=tp.importance.GroupMagnitudeImportance(),
-            hooks=[HFConfigSyncHook(layers="differ")],
+            hooks=[HFConfigSyncHook(per_layer=True)],
         )
     assert type(model) is stock
     assert model.config.to_json_string() == before
@@ -182,7 +182,7 @@ def test_uniform_layers_refuse_it_before_the_cut_and_say_what_allows_it(name: st
     model = zoo.build(name)
     shapes = [parameter.shape for parameter in model.parameters()]
     with pytest.raises(
-        ConfigSyncError, match=r"Or let every layer .*: layers='differ' of HFConfigSyncHook"
+        ConfigSyncError, match="Or let every layer have widths of its own: per_layer=True."
     ):
         tp.pruner.MetaPruner(
             model,

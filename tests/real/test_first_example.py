@@ -32,7 +32,7 @@ def test_the_first_example_leaves_a_model_that_speaks(
     model = names["model"].eval()
     config = model.config
     assert (config.hidden_size, config.intermediate_size) == (576, 1344)
-    result = hooks_of(names["pruner"])[0].last_report.compensation
+    result = hooks_of(names["pruner"])[0].last_report.refits
     assert result.refit < 0.5
     for windows in evaluated:
         before, after = (prune_smollm2.perplexity(m, windows) for m in (unpruned, model))

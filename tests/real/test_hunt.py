@@ -124,7 +124,7 @@ def test_layers_dropped_and_made_to_differ_load_by_every_auto_class(
     one = subject(hunt, tmp_path, {**BASE, "num_hidden_layers": 4})
     settings = {"pruning_ratio": 0.3, "iterative_steps": 1, "ignored_layers": []}
     settings["ignored_layers"] = [one.model.model.layers[2]]
-    prune = {"prune": "intermediate_size", "layers": "differ"}
+    prune = {"prune": "intermediate_size", "per_layer": True}
     mode = hunt["trying"].Mode("both", prune, settings, {"model.layers": [1]})
     said = hunt["trying"].tried(one, mode, tmp_path / "case")
     assert (said["outcome"], said["why"]) == ("works", "")

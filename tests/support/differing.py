@@ -28,7 +28,7 @@ def pruned(
     model = layer_zoo.build(name)
     lists = layer_lists_of(model)
     firsts = [model.base_model.get_submodule(found.name)[0] for found in lists]
-    hook, of_pruner = small.split(prune=tuple(fields), layers="differ", **settings)
+    hook, of_pruner = small.split(prune=tuple(fields), per_layer=True, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = tp.pruner.MetaPruner(

@@ -39,7 +39,7 @@ class Case:
     steps: int = 1
     ignored: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    layers: str = "uniform"
+    per_layer: bool = False
     own_data: bool = False
 
 
@@ -52,7 +52,7 @@ CASES = {
     OF_OWN_DATA: Case("llama", tp.importance.GroupTaylorImportance, steps=2, own_data=True),
     "llama, calibrated": Case("llama", None, steps=2),
     "llama, layers differ": Case(
-        "llama", steps=2, settings={"prune": "intermediate_size"}, layers="differ"
+        "llama", steps=2, settings={"prune": "intermediate_size"}, per_layer=True
     ),
     "gemma2, tied": Case("gemma2"),
     "mixtral, heads": Case("mixtral", settings={"prune_num_heads": True, "gqa": "group"}),
@@ -106,9 +106,9 @@ def run(
     if case.importance is None:
         calibration = calibrate(model, [batch(seed) for seed in range(24)])
     hook, of_pruner = small.split(
-        rebuild=shard,
-        compensate=calibration,
-        layers=case.layers,
+        shard=shard,
+        refit=calibration,
+        per_layer=case.per_layer,
         distributed=shard is None and rank is not None,
         **case.settings,
     )
@@ -117,7 +117,7 @@ def run(
         model,
         example_inputs=None,
         ignored_layers=ignored,
-        global_pruning=case.layers == "differ",
+        global_pruning=case.per_layer,
         importance=case.importance() if case.importance else calibration.importance(),
         pruning_ratio=0.5,
         head_pruning_ratio=0.5 if "gqa" in case.settings else 0.0,
@@ -130,7 +130,7 @@ def run(
         train(wrap(model), optimizer, [seed + step for seed in seeds], backward)
         with optimizer_follows(model, optimizer):
             pruner.step()
-        model = hook.rebuilt_model or model
+        model = hook.sharded_model or model
         if accelerator is not None:
             accelerator._models = [model]
         train(wrap(model), optimizer, [seed + step + 10 for seed in seeds], backward)
@@ -171,8 +171,8 @@ def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, An
     return {
         "measurement": of_measurement(calibration),
         "kept": {name: hook.cuts.kept(name) for name in hook.cuts.edits},
-        "refits": report.compensation.to_dict() | {"seconds": 0.0},
-        "tensors": snapshot(hook.rebuilt_model or model),
+        "refits": report.refits.to_dict() | {"seconds": 0.0},
+        "tensors": snapshot(hook.sharded_model or model),
     }
 
 

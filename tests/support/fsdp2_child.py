@@ -147,7 +147,7 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
     results["prunable"] = str(prunable(model)).splitlines()[0]
     fields = small.inside(model)
     results["plan"] = plan(model, prune=fields, pruning_ratio=0.5).after.parameters
-    results["no rebuild"] = refusal(lambda: pruner_of(model, HFConfigSyncHook()))
+    results["no shard"] = refusal(lambda: pruner_of(model, HFConfigSyncHook()))
     results["drop_layers"] = refusal(lambda: drop_layers(model, [0]))
     inside = nn.ModuleDict({"inner": model})
     results["inside"] = refusal(lambda: pruner_of(inside, HFConfigSyncHook()))
@@ -172,7 +172,7 @@ def own_data(rank: int) -> dict[str, Any]:
     """Every rank measures data of its own: experts are read here that are not read there."""
     model = sharded("mixtral")
     calibration = calibrate(model, data_of(rank))
-    hook = HFConfigSyncHook(rebuild=shard, compensate=calibration)
+    hook = HFConfigSyncHook(shard=shard, refit=calibration)
     results = cut_by(calibration, model, hook)
     model = sharded()
     first_alone = calibrate(model, data_of(0) if rank == 0 else [])
@@ -190,7 +190,7 @@ def copies(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {"trained": came_to(model, optimizer, hook)}
     model = zoo.build("mixtral")
     calibration = calibrate(model, data_of(rank), distributed=True)
-    hook = HFConfigSyncHook(distributed=True, compensate=calibration)
+    hook = HFConfigSyncHook(distributed=True, refit=calibration)
     results["calibrated"] = cut_by(calibration, model, hook)
     model = zoo.build("llama")
     wrapped, before = DistributedDataParallel(model), snapshot(model)
@@ -252,29 +252,29 @@ def failing(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     model = sharded()
     before = snapshot(model)
-    hook = HFConfigSyncHook(rebuild=shard)
+    hook = HFConfigSyncHook(shard=shard)
     pruner = pruner_of(model, hook, tp.importance.RandomImportance())
     if rank == 0:
         model.config.architectures = ["LlamaForCausalLM"]  # save_pretrained sets it where it runs
     torch.manual_seed(rank)
     results["other channels"] = refusal(pruner.step)
-    results["untouched"] = hook.rebuilt_model is model and all(
+    results["untouched"] = hook.sharded_model is model and all(
         torch.equal(before[name], value) for name, value in snapshot(model).items()
     )
     torch.manual_seed(0)
     results["again, with one seed"] = refusal(pruner.step)
-    results["pruned"] = hook.rebuilt_model.config.hidden_size
+    results["pruned"] = hook.sharded_model.config.hidden_size
 
     def fails_on_rank_1(module: Any) -> None:
         if rank == 1:
             raise MemoryError("no room for shards")
         shard(module)
 
-    failing_hook = HFConfigSyncHook(rebuild=fails_on_rank_1)
-    results["rebuild fails"] = refusal(pruner_of(model, failing_hook).step)
-    hook = HFConfigSyncHook(rebuild=shard)
+    failing_hook = HFConfigSyncHook(shard=fails_on_rank_1)
+    results["shard fails"] = refusal(pruner_of(model, failing_hook).step)
+    hook = HFConfigSyncHook(shard=shard)
     results["a new pruner after it"] = refusal(pruner_of(model, hook).step)
-    results["pruned after it"] = hook.rebuilt_model.config.hidden_size
+    results["pruned after it"] = hook.sharded_model.config.hidden_size
     return results
 
 
@@ -291,7 +291,7 @@ def held() -> dict[str, Any]:
         return result
 
     standin.whole = gathered
-    hook = HFConfigSyncHook(rebuild=shard)
+    hook = HFConfigSyncHook(shard=shard)
     pruner = pruner_of(model, hook)
     pruner.step()
     standin.whole = gather
@@ -302,7 +302,7 @@ def held() -> dict[str, Any]:
 
 def absent(rank: int, folder: Path) -> str:
     """Rank 1 comes to the step when the process group's timeout is over."""
-    pruner = pruner_of(sharded(), HFConfigSyncHook(rebuild=shard))
+    pruner = pruner_of(sharded(), HFConfigSyncHook(shard=shard))
     while rank == 1 and not (folder / "said").exists():
         time.sleep(0.1)
     said = refusal(pruner.step)

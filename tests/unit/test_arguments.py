@@ -60,13 +60,12 @@ def pruner(**arguments: Any) -> Any:
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
     # what a hook is told
-    (lambda: HFConfigSyncHook(compensate=True), f"compensate=True{MEASURED} or None"),
-    (lambda: HFConfigSyncHook(compensate=M), f"compensate=a LlamaForCausalLM{MEASURED} or None"),
+    (lambda: HFConfigSyncHook(refit=True), f"refit=True{MEASURED} or None"),
+    (lambda: HFConfigSyncHook(refit=M), f"refit=a LlamaForCausalLM{MEASURED} or None"),
     (lambda: HFConfigSyncHook(strict="yes"), f"strict='yes'{SWITCH}"),
-    (lambda: HFConfigSyncHook(layers="same"), "layers='same': expected 'uniform' or 'differ'"),
-    (lambda: HFConfigSyncHook(layers=["differ"]), "layers=['differ']: expected 'uniform' or 'diff"),
+    (lambda: HFConfigSyncHook(per_layer="differ"), f"per_layer='differ'{SWITCH}"),
     (lambda: HFConfigSyncHook(make_inputs={"input_ids": 1}), "make_inputs={'input_ids': 1}: expec"),
-    (lambda: HFConfigSyncHook(rebuild=M), "rebuild=a LlamaForCausalLM: expected a function of"),
+    (lambda: HFConfigSyncHook(shard=M), "shard=a LlamaForCausalLM: expected a function of"),
     (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
     (lambda: HFConfigSyncHook().register(M), "pruner=a LlamaForCausalLM: expected a pruner of"),
     # widths and ratios

@@ -127,7 +127,7 @@ def calibrate(
 
     Returns:
         The calibration: its ``importance()`` is for pruners, itself for
-        ``HFConfigSyncHook(compensate=...)``.
+        ``HFConfigSyncHook(refit=...)``.
 
     Raises:
         CalibrationError: the data does not fit the model, there is none where it is needed, or

@@ -185,7 +185,7 @@ def advice(importance: Any, model: Any) -> str | None:
         f"{type(importance).__name__} ranks {type(model).__name__} by the size of its weights, "
         "which often takes what a language model needs most. Rank it by what its channels carry: "
         "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
-        "hooks=[HFConfigSyncHook(compensate=calibration)]"
+        "hooks=[HFConfigSyncHook(refit=calibration)]"
     )
 
 

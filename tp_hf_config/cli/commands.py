@@ -20,7 +20,7 @@ from ..model.surroundings import quiet_transformers
 from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
 from ..pipeline.output import check_target
 from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
-from ..planning.settings import Gqa, Layers
+from ..planning.settings import Gqa
 from . import values
 from .command import Command, UsageError, could_not_tell
 from .output import DONE, FAILED, PROGRAM, UNKNOWN, Shown
@@ -67,7 +67,7 @@ Fields = Annotated[
 Ratios = Annotated[Any, _value("a share for each field", "FIELD=R,...", values.ratios)]
 HeadRatio = Annotated[float | None, _value("the share of heads to prune", "R", values.share)]
 OfHeads = Annotated[Gqa | None, Option(help="query heads of every key/value group, or groups")]
-OfLayers = Annotated[Layers | None, Option(help="differ: each layer may get widths of its own")]
+PerLayer = Annotated[bool, Option("--per-layer", help="each layer may get widths of its own")]
 Target = Annotated[
     float | None, _value("parameters to keep (100M), or a share (0.8)", "N", values.amount)
 ]
@@ -94,7 +94,7 @@ Text = Annotated[
         values.calibration,
     ),
 ]
-OnlyCut = Annotated[bool, Option("--no-compensate", help="do not refit the remaining weights")]
+OnlyCut = Annotated[bool, Option("--no-refit", help="do not refit the remaining weights")]
 Dtypes = Literal["float32", "float16", "bfloat16", "float64"]
 Stream = Annotated[
     bool | None,
@@ -196,7 +196,7 @@ def plan(
     ratios: Ratios = None,
     head_pruning_ratio: HeadRatio = None,
     gqa: OfHeads = None,
-    layers: OfLayers = None,
+    per_layer: PerLayer = False,
     target_params: Target = None,
     steps: Steps = 1,
     round_to: RoundTo = None,
@@ -240,7 +240,7 @@ def prune(
     ratios: Ratios = None,
     head_pruning_ratio: HeadRatio = None,
     gqa: OfHeads = None,
-    layers: OfLayers = None,
+    per_layer: PerLayer = False,
     target_params: Target = None,
     steps: Steps = 1,
     round_to: RoundTo = None,
@@ -251,7 +251,7 @@ def prune(
     importance: First = None,
     calibration: Text = None,
     tokens: Annotated[int | None, _number("how many of that text; default: 12,288")] = None,
-    no_compensate: OnlyCut = False,
+    no_refit: OnlyCut = False,
     recover: Annotated[int, _number("updates of distillation from the unpruned model", 0)] = 0,
     device: Annotated[str, Option(metavar="D", help="where to compute (cpu, cuda)")] = "cpu",
     dtype: Annotated[Dtypes | None, Option(help="of the weights; default: as stored")] = None,
@@ -265,7 +265,7 @@ def prune(
     """Prune a model and write it, once it is proved to load again."""
     given = {part.name: ctx.params[part.name] for part in fields(Job) if part.name in ctx.params}
     drop_from, dropped = drop_layers or (None, 0)
-    given |= {"drop_layers": dropped, "drop_from": drop_from, "compensate": not no_compensate}
+    given |= {"drop_layers": dropped, "drop_from": drop_from, "refit": not no_refit}
     given |= {"widths": values.widths_of(ctx.params), "command": shlex.join([PROGRAM, *ctx.obj])}
     job = Job(source=_found(model, trust_remote_code), **given)
     with could_not_tell():

@@ -18,9 +18,9 @@ _AMOUNTS = {"pruning_ratio", "ratios", "target_params", "head_pruning_ratio"}
 """The options that say how much of a width to prune."""
 _OF_WIDTHS = (*_AMOUNTS, "prune", "gqa", "round_to", "max_pruning_ratio")
 """The options that ``tp_hf_config.plan`` takes as they are."""
-_NEED_AMOUNT = {"layers", "ranking", "steps", "round_to", "max_pruning_ratio"}
+_NEED_AMOUNT = {"per_layer", "ranking", "steps", "round_to", "max_pruning_ratio"}
 _ALLOCATED = {"pruning_ratio", "ratios", "head_pruning_ratio", "gqa", "max_pruning_ratio"}
-_ALLOCATED |= {"ranking", "layers", "no_compensate"}
+_ALLOCATED |= {"ranking", "no_refit"}
 
 
 def place(text: str) -> str:
@@ -141,8 +141,8 @@ def widths_of(options: Mapping[str, Any]) -> dict[str, Any]:
     widths = {name: given[name] for name in _OF_WIDTHS if name in given}
     if amounts == {"head_pruning_ratio"}:
         widths["prune"] = ()
-    if given.get("layers") == "differ" or "allocate" in given:
-        widths["layers"] = "differ"
+    if "per_layer" in given or "allocate" in given:
+        widths["per_layer"] = True
     return {**widths, "iterative_steps": options["steps"]}
 
 
@@ -152,8 +152,7 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
     ratios, fields = given.get("ratios", {}), given.get("prune", ())
     without = ", ".join(field for field in fields if field not in ratios)
     if "allocate" in given:
-        decided = _ALLOCATED - ({"layers"} if given.get("layers") == "differ" else set())
-        for name in sorted(given.keys() & decided):
+        for name in sorted(given.keys() & _ALLOCATED):
             yield f"--allocate finds each layer's width, and refits: leave {_typed(name)} out"
         if not target:
             yield "--allocate finds widths for a size: add --target-params 0.8"

@@ -26,15 +26,7 @@ from ..model.config_json import changed_values, field_name
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
 from ..reports import short
-from .edits import (
-    NOT_RECORDED,
-    Edit,
-    Refit,
-    RefitInPlace,
-    RefitNotRecorded,
-    Selection,
-    edited,
-)
+from .edits import REFITTED, Edit, NotKept, RefitInPlace, Selection, edited
 
 FORMAT = "tp_hf_config cut list 1"
 _TABLE, _CHECKSUM = "cut_list", "sha256"
@@ -66,25 +58,25 @@ class CutList:
         )
         text = f"{self.model}: {changes or 'the config stays'}; {len(self.edits)} tensors are cut"
         text += f", {refitted} refitted" if refitted else ""
-        return text if self.is_complete else f"{text} (how is not recorded)"
+        return text
 
     def __repr__(self) -> str:
         return short(self, str(self))
 
     @property
     def is_complete(self) -> bool:
-        """True if it can be saved and carried out: no refit is missing."""
+        """True if it can be saved and carried out: no weight was refitted."""
         edits = (edit for edits in self.edits.values() for edit in edits)
-        return not any(isinstance(edit, RefitNotRecorded) for edit in edits)
+        return not any(isinstance(edit, NotKept) for edit in edits)
 
     def check_complete(self) -> None:
         """Raise if it cannot be saved and carried out.
 
         Raises:
-            ValueError: weights were refitted, and nobody asked the hook to record how.
+            ValueError: weights were refitted: a cut list holds cuts alone.
         """
         if not self.is_complete:
-            raise ValueError(NOT_RECORDED)
+            raise ValueError(REFITTED)
 
     def changes(self) -> list[tuple[tuple[Any, ...], Any, Any]]:
         """Return the config fields that change: path, old value, new value."""
@@ -157,8 +149,6 @@ class CutList:
     def load(cls, path: str | PathLike[str]) -> CutList:
         """Read a cut list that :meth:`save` wrote, and check all of it; no code is run.
 
-        The file is mapped: the system reads refits when they are used.
-
         Raises:
             CheckpointError: the file cannot be read, is no cut list, or is not as it was saved.
         """
@@ -187,15 +177,12 @@ class CutList:
                 return f"it cuts {name}, which the model does not have"
             sizes = list(shapes[name])
             for edit in edits:
-                if isinstance(edit, RefitInPlace):
-                    needed = {edit.dim: edit.refit.size}
-                else:
-                    positions = edit.positions if isinstance(edit, Selection) else {}
-                    needed = {dim: int(kept[-1]) + 1 for dim, kept in positions.items()}
-                for dim, size in needed.items():
-                    if dim >= len(sizes) or size > sizes[dim]:
-                        return f"it needs {size} positions along dimension {dim} of {name}: {sizes}"
                 for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
+                    needed = int(kept[-1]) + 1
+                    if dim >= len(sizes) or needed > sizes[dim]:
+                        return (
+                            f"it needs {needed} positions along dimension {dim} of {name}: {sizes}"
+                        )
                     sizes[dim] = len(kept)
         return None
 
@@ -245,31 +232,15 @@ def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
         if not positions or not all(dim.isdecimal() for dim in positions):
             return "expected the dimensions of which positions are kept"
         return next(filter(None, (_not_rising(key, tensors) for key in positions.values())), None)
-    kinds = {"dim": int, "part": (int, type(None)), "size": int}
-    if not _has(entry, {"refit": dict}) or not _has(
-        entry["refit"], {**kinds, "kept": str, "targets": str, "share": str}
-    ):
-        return "expected what is kept, or a refit"
-    data = entry["refit"]
-    wrong = _not_rising(data["kept"], tensors) or _not_rising(data["targets"], tensors)
-    share = tensors.get(data["share"])
-    if wrong is None and (data["dim"] < 0 or (data["part"] or 0) < 0):
-        return "a dimension or a part is below 0"
-    if wrong is None:
-        kept, targets = tensors[data["kept"]], tensors[data["targets"]]
-        if max(int(kept[-1]), int(targets[-1])) >= data["size"]:
-            return f"positions are not below {data['size']}"
-        if share is None or share.shape != (len(kept), len(targets)):
-            return f"expected shares of shape {[len(kept), len(targets)]}"
-    return wrong
+    return "expected what is kept"
 
 
 def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
-    """True if data is an object of these keys with values of these types; a bool is no number."""
+    """True if data is an object of these keys with values of these types."""
     return (
         isinstance(data, dict)
         and data.keys() == kinds.keys()
-        and all(isinstance(data[k], kinds[k]) and data[k] is not True for k in kinds)
+        and all(isinstance(data[key], kind) for key, kind in kinds.items())
     )
 
 
@@ -289,7 +260,7 @@ def _joined(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ..
     for edit in (*first, *second):
         if edits and isinstance(edit, Selection) and isinstance(edits[-1], Selection):
             edits[-1] = edits[-1].then(edit)
-        elif not isinstance(edit, RefitNotRecorded) or edit not in edits:
+        elif not isinstance(edit, NotKept) or edit not in edits:
             edits.append(edit)
     return tuple(edits)
 
@@ -299,27 +270,19 @@ def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     def stored(values: Tensor) -> str:
         values = values.detach().cpu().contiguous()
-        for name, other in tensors.items() if values.ndim == 1 else ():
-            if other.ndim == 1 and torch.equal(other, values):
+        for name, other in tensors.items():
+            if torch.equal(other, values):
                 return name
         tensors[str(len(tensors))] = values
         return str(len(tensors) - 1)
 
-    if isinstance(edit, Selection):
-        return {"keep": {str(dim): stored(kept) for dim, kept in edit.positions.items()}}
-    assert isinstance(edit, RefitInPlace)  # check_complete
-    refit = edit.refit
-    parts = {key: stored(getattr(refit, key)) for key in ("kept", "targets", "share")}
-    return {"refit": {"dim": edit.dim, "part": edit.part, "size": refit.size, **parts}}
+    assert isinstance(edit, Selection)  # check_complete
+    return {"keep": {str(dim): stored(kept) for dim, kept in edit.positions.items()}}
 
 
 def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     """Return the edit that :func:`_described` described."""
-    if "keep" in entry:
-        return Selection({int(dim): tensors[key] for dim, key in entry["keep"].items()})
-    data = entry["refit"]
-    kept, targets, share = (tensors[data[key]] for key in ("kept", "targets", "share"))
-    return RefitInPlace(data["dim"], data["part"], Refit(kept, targets, share, data["size"]))
+    return Selection({int(dim): tensors[key] for dim, key in entry["keep"].items()})
 
 
 def edits_of(

@@ -123,19 +123,19 @@ class RefitInPlace:
 
 
 @dataclass(frozen=True)
-class RefitNotRecorded:
-    """The channels that stay got refitted weights, and how is not known any more."""
+class NotKept:
+    """The channels that stay got refitted weights, and how is not kept: it is as large as they."""
 
     def of(self, values: Tensor) -> Tensor:
         """Raise, for whoever has not asked the cut list."""
-        raise ValueError(NOT_RECORDED)
+        raise ValueError(REFITTED)
 
 
-NOT_RECORDED = (
-    "weights were refitted, and their refits are not in the cut list. Record them as you prune: "
-    "HFConfigSyncHook(compensate=..., record_refits=True)"
+REFITTED = (
+    "weights were refitted, and a cut list says what was cut alone. Save the pruned model "
+    "(save_pretrained), or prune without refit= where a cut list is to be carried out elsewhere"
 )
-Edit = Selection | RefitInPlace | RefitNotRecorded
+Edit = Selection | RefitInPlace | NotKept
 
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:

@@ -38,19 +38,19 @@ _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
-def layers_listed(module: nn.Module, layers: str = "differ") -> Iterator[None]:
+def layers_listed(module: nn.Module, per_layer: bool = True) -> Iterator[None]:
     """While open, every layer of the model in a module has entries of its own in the config.
 
     The model computes the same.  Afterwards, only what differs stays in the config; if nothing
-    does, the model is of its stock class, with the config that it had. With ``"uniform"`` nothing
-    changes, unless the model's layers differ already.
+    does, the model is of its stock class, with the config that it had. Without ``per_layer``
+    nothing changes, unless the model's layers differ already.
 
     Raises:
         UnsupportedModelError: no layers of the model can have entries, or this version of
             Transformers reads none.
     """
     model: Any = find_pretrained(module)[1]
-    if model in _listed or (layers == "uniform" and not layer_lists(type(model))):
+    if model in _listed or not (per_layer or layer_lists(type(model))):
         yield
         return
     listed = ListedLayers(model, _keys(model))
@@ -95,14 +95,14 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
     name = type(model).__name__
     if not entries_supported():
         raise UnsupportedModelError(
-            f"layers='differ': {name} would need a config with {KEY}, which Transformers reads "
-            "from 5.15 on. Install a newer one, or keep layers='uniform'"
+            f"per_layer=True: {name} would need a config with {KEY}, which Transformers reads "
+            "from 5.15 on. Install a newer one, or leave it out"
         )
     lists = layer_lists_of(model)
     if not lists:
         raise UnsupportedModelError(
-            f"layers='differ': {name} has no list of layers that are each built from a config "
-            "which counts them (num_hidden_layers). Keep layers='uniform'"
+            f"per_layer=True: {name} has no list of layers that are each built from a config "
+            "which counts them (num_hidden_layers). Leave it out"
         )
     if not layer_lists(type(model)):
         _check_importable(model)
@@ -116,8 +116,8 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
                 keys.setdefault(field[:-1], {})[str(field[-1])] = field_map.values[field]
     if not keys:
         raise UnsupportedModelError(
-            f"layers='differ': {name} has no width that is its single layers' own and that "
-            f"{type(model.config).__name__} could set for each. Keep layers='uniform'"
+            f"per_layer=True: {name} has no width that is its single layers' own and that "
+            f"{type(model.config).__name__} could set for each. Leave it out"
         )
     return keys
 
@@ -130,8 +130,8 @@ def _check_importable(model: Any) -> None:
         if package in _NO_PACKAGES:
             where = "code that came with the model" if package != "__main__" else "in a script"
             raise UnsupportedModelError(
-                f"layers='differ': {cls.__name__} is {where} ({cls.__module__}), from where no "
-                "saved model could import it. Keep layers='uniform', or put the class into a "
+                f"per_layer=True: {cls.__name__} is {where} ({cls.__module__}), from where no "
+                "saved model could import it. Leave it out, or put the class into a "
                 "package that is installed"
             )
 

@@ -38,7 +38,7 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: the model is another one than the cut list was made for.
         ConfigSyncError: the class builds other shapes from the new config than the cuts leave.
-        ValueError: refits are missing in the cut list.
+        ValueError: weights were refitted, and a cut list holds cuts alone.
     """
     check_fits(model, cuts)
     cuts.check_complete()

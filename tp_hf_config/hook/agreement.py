@@ -12,7 +12,7 @@ from ..model.locate import find_pretrained
 from ..model.ranks import Decision, differing
 
 if TYPE_CHECKING:
-    from ..calibration.compensation import Compensation
+    from ..calibration.held_out import Refits
     from .report import GroupCut
 
 _Parts = Iterable[tuple[str, str]]
@@ -58,7 +58,7 @@ class Agreement:
         )
         self.on(step(pruner), parts, failure)
 
-    def on_refits(self, pruner: Any, refits: Compensation) -> None:
+    def on_refits(self, pruner: Any, refits: Refits) -> None:
         """Compare which weights are refitted."""
         used = [(layer.weight, layer.part) for layer in refits.layers if layer.used]
         self.on(f"the refits of {step(pruner)}", [("which weights are refitted", _digest(used))])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..graph.cut_list import CutList, explained
-from ..graph.edits import Edit, RefitInPlace, RefitNotRecorded
+from ..graph.edits import Edit, NotKept, RefitInPlace
 from ..model.config_json import config_json
 from ..model.layer_class import stock_class
-from ..model.lazy_tensor import LazyTensor
 from ..model.shapes import Shapes, shapes
 
 
@@ -46,12 +45,10 @@ class CutLog:
         """Follow the model from now on."""
         self._before = _State.of(self.model())
 
-    def take(self, edits: Mapping[str, tuple[Edit, ...]], record_refits: bool) -> CutList | None:
+    def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> CutList | None:
         """Add what was cut since the last call, and return it; ``None``: nothing, or not all.
 
-        Args:
-            edits: what was done to each tensor.
-            record_refits: keep how weights were refitted.
+        ``edits``: what was done to each tensor.
         """
         model: Any = self.model()
         before, self._before = self._before, _State.of(model)
@@ -60,15 +57,10 @@ class CutLog:
             self.total = None
         if not self._known or not edits:
             return None
-        # the refits of weights that are gathered from shards are held in any case
-        refits = record_refits or any(isinstance(p, LazyTensor) for p in model.parameters())
-        kept = {name: tuple(_recorded(done, refits)) for name, done in edits.items()}
+        kept = {
+            name: tuple(NotKept() if isinstance(edit, RefitInPlace) else edit for edit in done)
+            for name, done in edits.items()
+        }
         step = CutList(before.model, before.config, self._before.config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)
         return step
-
-
-def _recorded(edits: tuple[Edit, ...], refits: bool) -> Iterator[Edit]:
-    """Yield edits as a cut list keeps them, with or without how weights were refitted."""
-    for edit in edits:
-        yield edit if refits or not isinstance(edit, RefitInPlace) else RefitNotRecorded()

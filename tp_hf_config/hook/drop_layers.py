@@ -92,7 +92,7 @@ def drop_layers(
     if calibration is not None:
         calibration.check_measures(live)
     before = config_json(live.config, use_diff=False)
-    with layers_listed(live, "uniform"):  # the entries of single layers, where layers differ
+    with layers_listed(live, per_layer=False):  # the entries of single layers, where layers differ
         dropping = _Dropping(live, which)
         influence: tuple[float, ...] = ()
         notes: tuple[str, ...] = ()

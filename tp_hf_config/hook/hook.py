@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arguments import Share, check_arguments
 from ..errors import CalibrationWarning, ConfigSyncError, warn
-from ..planning.settings import INNER, Gqa, Layers, PruneSettings
+from ..planning.settings import INNER, Gqa, PruneSettings
 from . import registration
 from .report import SyncReport
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .cut_log import CutLog
     from .follow import Follower
     from .pending_prunes import Done, PendingPrunes
-    from .rebuilding import Rebuild, Rebuilding
+    from .rebuilding import Rebuilding, Shard
     from .refits import StepRefits
     from .unit_choice import UnitChoice
 
@@ -59,26 +59,23 @@ class HFConfigSyncHook:
             ``"query"``: the same number of query heads from every key/value group, key/value heads
             stay; ``"group"``: whole key/value groups. Default: with ``prune_num_heads=True``, query
             heads if a group has several.
+        per_layer: each layer may have widths of its own, as global and isomorphic ranking,
+            ``pruning_ratio_dict`` and ignored layers leave them; the config gets
+            ``per_layer_config``, the model the class that builds its layers from it (saved with the
+            model, loaded with ``trust_remote_code=True``), and both go again once all layers agree.
+        refit: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before every cut
+            the weights that read pruned channels are refitted by least squares, where held-out data
+            says that it helps. The report says by how much.
         plan: what :func:`~tp_hf_config.plan` or :func:`~tp_hf_config.allocate` returned for this
-            model, in the place of ``prune``, ``ratios``, ``gqa``, ``layers`` and ``make_inputs``.
-            The pruner gets the plan's ratios and steps.
+            model, in the place of ``prune``, ``ratios``, ``gqa``, ``per_layer`` and
+            ``make_inputs``. The pruner gets the plan's ratios and steps.
         strict: do exactly what the settings ask for, or raise when the hook is attached, where the
             class does not accept it. By default the hook does the nearest that the class accepts
             and says so in the report. Settings that no config could describe raise in either case,
             before any weight is touched.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
             class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
-        layers: ``"uniform"``: all layers keep the same widths. ``"differ"``: each may have its own,
-            as global and isomorphic ranking, ``pruning_ratio_dict`` and ignored layers leave them;
-            the config gets ``per_layer_config``, the model the class that builds its layers from it
-            (saved with the model, loaded with ``trust_remote_code=True``), and both go again
-            once all layers agree.
-        compensate: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before
-            every cut the weights that read pruned channels are refitted by least squares, where
-            held-out data says that it helps. The report says by how much.
-        record_refits: keep what was refitted for ``cuts``; without, the cut list of a compensated
-            step cannot be saved or carried out.
-        rebuild: for a model under FSDP2: a function that wraps the pruned model, whose parameters
+        shard: for a model under FSDP2: a function that wraps the pruned model, whose parameters
             are on the meta device then, as your own code wrapped the model (``fully_shard``).
         distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
             before each cut all compare what they would cut. Under FSDP2 they always do.
@@ -96,26 +93,24 @@ class HFConfigSyncHook:
         prune: str | Iterable[str] | None = None,
         ratios: Mapping[str, Share] | None = None,
         gqa: Gqa | None = None,
+        per_layer: bool = False,
+        refit: Calibration | None = None,
         plan: Plan | Allocation | None = None,
         strict: bool = False,
         make_inputs: MakeInputs | None = None,
-        compensate: Calibration | None = None,
-        layers: Layers = "uniform",
-        rebuild: Rebuild | None = None,
-        record_refits: bool = False,
+        shard: Shard | None = None,
         distributed: bool = False,
     ) -> None:
         if plan is not None:
-            _check_plan_alone(prune, ratios, gqa, make_inputs, layers != "uniform")
-            layers, make_inputs = plan.settings.layers, getattr(plan, "make_inputs", None)
+            _check_plan_alone(prune, ratios, gqa, make_inputs, per_layer)
+            per_layer, make_inputs = plan.settings.per_layer, getattr(plan, "make_inputs", None)
         self.plan = plan
-        self._settings = PruneSettings.of(prune, ratios or None, None, gqa, layers=layers)
+        self._settings = PruneSettings.of(prune, ratios or None, None, gqa, per_layer=per_layer)
         self._cheapest = prune == INNER
         if plan is not None:
             self._settings, self._cheapest = plan.settings, True
-        self.layers, self.strict, self.make_inputs = layers, strict, make_inputs
-        self.compensate, self.record_refits = compensate, record_refits
-        self.rebuild, self.distributed = rebuild, distributed
+        self.per_layer, self.strict, self.make_inputs = per_layer, strict, make_inputs
+        self.refit, self.shard, self.distributed = refit, shard, distributed
         self.reports: list[SyncReport] = []
         self._graph_reason, self._parameters = "", 0
         self._follower: Follower | None = None
@@ -143,8 +138,8 @@ class HFConfigSyncHook:
         return None if self._cut_log is None else self._cut_log.total
 
     @property
-    def rebuilt_model(self) -> nn.Module | None:
-        """Return a model under FSDP2 as it is now, pruned and wrapped by ``rebuild``.
+    def sharded_model(self) -> nn.Module | None:
+        """Return a model under FSDP2 as it is now, pruned and wrapped by ``shard``.
 
         The model that was sharded first stays as it was. ``None``: the pruner prunes in place.
         """
@@ -180,7 +175,7 @@ class HFConfigSyncHook:
         from ..planning.pruner_graph import graph_for
 
         arguments |= on_standin(arguments["model"], arguments)
-        with layers_listed(arguments["model"], self.layers):
+        with layers_listed(arguments["model"], self.per_layer):
             if self.plan is not None:
                 self.plan.check_fits(arguments["model"])
                 arguments |= _planned(arguments, self.plan.of_pruner())
@@ -194,7 +189,7 @@ class HFConfigSyncHook:
         """Start to follow a pruner; ``register`` calls this.
 
         Raises:
-            CalibrationError: ``compensate`` was measured on another model.
+            CalibrationError: ``refit`` was measured on another model.
             ConfigSyncError: no config could describe what the pruner's settings leave; with
                 ``strict``, also if that is not what they ask for, or if another live model holds
                 the config.
@@ -221,8 +216,8 @@ class HFConfigSyncHook:
         self._agreement = Agreement(standin is not None, self.distributed)
         self._rebuilding = None
         if standin is not None:
-            self._rebuilding = Rebuilding(standin, self.rebuild, self._agreement)
-        with layers_listed(pruner.model, self.layers):
+            self._rebuilding = Rebuilding(standin, self.shard, self._agreement)
+        with layers_listed(pruner.model, self.per_layer):
             cut_log = self._attach(pruner)
         cut_log.begin()
 
@@ -240,8 +235,8 @@ class HFConfigSyncHook:
         from .unit_choice import UnitChoice
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
-        if self.compensate is not None:
-            self.compensate.check_measures(follower.model)
+        if self.refit is not None:
+            self.refit.check_measures(follower.model)
         elif (better := advice(pruner.importance, follower.model)) is not None:
             warn(better, CalibrationWarning)
         with ExitStack() as undo:
@@ -264,7 +259,7 @@ class HFConfigSyncHook:
         self._choice, pruner.DG.choose = choice, choice.groups
         self._refits = StepRefits(self, follower, self._agreement)
         self._pending = PendingPrunes(
-            pruner, follower, self._agreement, self.layers, self._refits, self._sync
+            pruner, follower, self._agreement, self.per_layer, self._refits, self._sync
         )
         pruner.DG.recorded.settle = self._pending.settle
         self._parameters = follower.model.num_parameters()
@@ -357,7 +352,7 @@ class HFConfigSyncHook:
         try:
             if failure is not None:
                 raise failure
-            with layers_listed(self._follower.pruner.model, self.layers):
+            with layers_listed(self._follower.pruner.model, self.per_layer):
                 report = self._follower.follow(report, done.groups)
             notes = list(report.notes)
             if stepped and self._choice is not None:
@@ -373,12 +368,12 @@ class HFConfigSyncHook:
             parameters=(before, self._parameters),
             seconds=time.perf_counter() - started,
             error=None if failure is None else str(failure),
-            compensation=self._refits.taken(synced=failure is None),
+            refits=self._refits.taken(synced=failure is None),
         )
         self.reports.append(report)
         cuts = None
         if failure is None and self._cut_log is not None:
-            cuts = self._cut_log.take(done.edits, self.record_refits)
+            cuts = self._cut_log.take(done.edits)
         if self._rebuilding is not None:
             self._rebuilding.carry_out(self._follower.pruner, done.groups, cuts, failure)
         elif failure is not None:
@@ -386,8 +381,8 @@ class HFConfigSyncHook:
         return report
 
     def __repr__(self) -> str:
-        names = ("plan", "strict", "layers", "compensate", "record_refits", "make_inputs")
-        given = {name: getattr(self, name) for name in (*names, "rebuild", "distributed")}
+        names = ("plan", "strict", "per_layer", "refit", "make_inputs")
+        given = {name: getattr(self, name) for name in (*names, "shard", "distributed")}
         if self.plan is None:
             asked = self._settings
             prune = INNER if self._cheapest else asked.prune and ", ".join(asked.prune)
@@ -395,7 +390,7 @@ class HFConfigSyncHook:
         settings = ", ".join(
             f"{name}={value if isinstance(value, (bool, str)) else '...'}"
             for name, value in given.items()
-            if value not in (None, False, "uniform")
+            if value not in (None, False)
         )
         state = "attached to no pruner"
         if self._follower is not None:
@@ -443,7 +438,7 @@ def _check_plan_alone(*others: Any) -> None:
     if any(others):
         raise ValueError(
             "HFConfigSyncHook(plan=...): the plan says what is pruned, so leave out prune=, "
-            "ratios=, gqa=, layers= and make_inputs=, or the plan"
+            "ratios=, gqa=, per_layer= and make_inputs=, or the plan"
         )
 
 

@@ -18,7 +18,6 @@ from ..graph.layer_fields import layers_listed
 from ..graph.recorded_prunes import Place, kept_positions
 from ..model.fill import LiveCut
 from ..model.shapes import Shapes, shapes
-from ..planning.settings import Layers
 from .agreement import Agreement
 from .follow import Follower
 from .refits import StepRefits
@@ -53,7 +52,7 @@ class PendingPrunes:
         pruner: the pruner.
         follower: proves that a config describes what is left.
         agreement: compares what the ranks are about to cut.
-        layers: whether layers may get widths of their own.
+        per_layer: whether each layer may get widths of its own.
         refits: refits what a step cuts.
         sync: makes the config follow a cut, and reports; gets True for a step, what was cut, and
             why what is recorded cannot be carried out.
@@ -64,12 +63,12 @@ class PendingPrunes:
         pruner: Any,
         follower: Follower,
         agreement: Agreement,
-        layers: Layers,
+        per_layer: bool,
         refits: StepRefits,
         sync: Callable[[bool, Done, ConfigSyncError | None], SyncReport],
     ):
         self._pruner, self._follower, self._agreement = pruner, follower, agreement
-        self._layers, self._refits, self._sync = layers, refits, sync
+        self._per_layer, self._refits, self._sync = per_layer, refits, sync
         self.recorded = pruner.DG.recorded
         self._undo_choice: Callable[[], None] = lambda: None
         self._reason = ""
@@ -190,7 +189,7 @@ class PendingPrunes:
 
     def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
         """Prove, refit, cut and sync what is recorded; return why it has to wait, if it may."""
-        with layers_listed(self._pruner.model, self._layers):
+        with layers_listed(self._pruner.model, self._per_layer):
             groups, pruned = self.recorded.groups(), self.groups()
             kept = kept_positions(self._follower.model, groups)
             remaining = shapes_left(self._follower.model, kept)

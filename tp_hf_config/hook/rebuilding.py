@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .report import GroupCut
 
-Rebuild = Callable[[Any], nn.Module | None]
+Shard = Callable[[Any], nn.Module | None]
 
 
 class Rebuilding:
@@ -33,7 +33,7 @@ class Rebuilding:
 
     Args:
         standin: the stand-in that is pruned.
-        rebuild: wraps a new module, whose parameters are on the meta device, as the user does.
+        shard: wraps a new module, whose parameters are on the meta device, as the user does.
         agreement: compares what the ranks do.
 
     Attributes:
@@ -43,14 +43,14 @@ class Rebuilding:
         UnsupportedModelError: there is no function that wraps.
     """
 
-    def __init__(self, standin: StandIn, rebuild: Rebuild | None, agreement: Agreement):
-        if rebuild is None:
+    def __init__(self, standin: StandIn, shard: Shard | None, agreement: Agreement):
+        if shard is None:
             raise UnsupportedModelError(
                 f"{type(standin.model).__name__} is under fully_shard (FSDP2). Its weights cannot "
                 "be cut in place: pass a function that makes your fully_shard calls on the pruned "
-                "model, HFConfigSyncHook(rebuild=shard)"
+                "model, HFConfigSyncHook(shard=shard)"
             )
-        self._standin, self._rebuild = standin, rebuild
+        self._standin, self._shard = standin, shard
         self.model: nn.Module = standin.sharded
         self._agreement = agreement
 
@@ -105,12 +105,12 @@ class Rebuilding:
         buffers = dict(new.named_buffers())
         device = next(old.parameters()).device
         try:
-            wrapped = self._rebuild(new) or new
+            wrapped = self._shard(new) or new
             if any(parameter.is_meta for parameter in new.parameters()):
                 new.to_empty(device=device)
         except Exception as error:
             failure = error
-        self._agreement.on(f"rebuild= of {step(pruner)}", failure=failure)
+        self._agreement.on(f"shard= of {step(pruner)}", failure=failure)
         for name, buffer in buffers.items():
             module, key = owner(new, name)
             module._buffers[key] = buffer

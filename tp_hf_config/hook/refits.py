@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..calibration.calibrate import Calibration
-from ..calibration.compensation import NOTICEABLE, TOO_MUCH, Compensating, Compensation, in_words
+from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refits, Refitting, in_words
 from ..errors import CalibrationWarning, UnsupportedModelError, warn
 from ..fieldmap.model_view import ModelView, view_of
 from ..graph.config_graph import ConfigGraph
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 class RefitSettings(Protocol):
     """What a hook says of refits; it may change between steps."""
 
-    compensate: Calibration | None
-    record_refits: bool
+    refit: Calibration | None
 
 
 class StepRefits:
@@ -44,7 +43,7 @@ class StepRefits:
     def __init__(self, settings: RefitSettings, follower: Follower, agreement: Agreement):
         self._settings, self._follower, self._agreement = settings, follower, agreement
         self._pruner = follower.pruner
-        self._compensating: Compensating | None = None
+        self._refitting: Refitting | None = None
 
     def solve(
         self, groups: Sequence[ConfigGroup], remaining: Shapes
@@ -53,25 +52,25 @@ class StepRefits:
 
         ``remaining``: the shapes that the step leaves.
         """
-        if self._settings.compensate is None:
+        if self._settings.refit is None:
             return {}
-        compensating = Compensating(self._settings.compensate, groups)
-        self._agreement.on_refits(self._pruner, compensating.result)
-        self._compensating = compensating
+        refitting = Refitting(self._settings.refit, groups)
+        self._agreement.on_refits(self._pruner, refitting.result)
+        self._refitting = refitting
         told = _advice_before(
-            self._follower.view, self._settings.compensate, compensating, groups, remaining
+            self._follower.view, self._settings.refit, refitting, groups, remaining
         )
         if told is not None:
             warn(told, CalibrationWarning)
-        return compensating.edits
+        return refitting.edits
 
-    def taken(self, synced: bool) -> Compensation | None:
+    def taken(self, synced: bool) -> Refits | None:
         """Return what the refits of the step that ends came to; ``None`` if there are none.
 
         ``synced``: True if a config describes what is left.
         """
-        compensating, self._compensating = self._compensating, None
-        return None if compensating is None else compensating.finished(synced)
+        refitting, self._refitting = self._refitting, None
+        return None if refitting is None else refitting.finished(synced)
 
 
 _MOST = 0.9  # of a width: as much is no alternative
@@ -80,7 +79,7 @@ _MOST = 0.9  # of a width: as much is no alternative
 def _advice_before(
     view: ModelView,
     calibration: Calibration,
-    compensating: Compensating,
+    refitting: Refitting,
     groups: Sequence[ConfigGroup],
     remaining: Shapes,
 ) -> str | None:
@@ -89,11 +88,11 @@ def _advice_before(
     Args:
         view: the model.
         calibration: what was measured of it.
-        compensating: the refits of the step.
+        refitting: the refits of the step.
         groups: the groups that it prunes.
         remaining: the shapes that it leaves.
     """
-    expected = compensating.result.expected
+    expected = refitting.result.expected
     if expected is None or expected <= TOO_MUCH:
         return None
     before = {name: parameter.numel() for name, parameter in view.model.named_parameters()}
@@ -105,9 +104,9 @@ def _advice_before(
         f"under {NOTICEABLE} is hardly noticeable."
     ]
     if not is_lazy(view.model):
-        parts += _from_inner_widths(view, calibration, compensating, groups, gone)
+        parts += _from_inner_widths(view, calibration, refitting, groups, gone)
     parts.append(
-        f"{_spread(compensating)}allocate(model, calibration, target_params={after}) takes most "
+        f"{_spread(refitting)}allocate(model, calibration, target_params={after}) takes most "
         "from the layers that miss it least (in the shell: --allocate --target-params "
         f"{after / sum(before.values()):.2f})"
     )
@@ -117,7 +116,7 @@ def _advice_before(
 def _from_inner_widths(
     view: ModelView,
     calibration: Calibration,
-    compensating: Compensating,
+    refitting: Refitting,
     groups: Sequence[ConfigGroup],
     gone: int,
 ) -> Iterator[str]:
@@ -131,8 +130,8 @@ def _from_inner_widths(
     others = {group.graph_group.fields for group in groups} - {width.fields for width in widths}
     if not others or not 0 < share <= _MOST:
         return
-    cost = compensating.expected_of([*_lowest(view, calibration, widths, share)])
-    if cost < (compensating.result.expected or 0.0):
+    cost = refitting.expected_of([*_lowest(view, calibration, widths, share)])
+    if cost < (refitting.result.expected or 0.0):
         named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
         fields = ", ".join(f'"{name}"' for name in named)
         yield (
@@ -155,9 +154,9 @@ def _lowest(
         yield graph.group_at(graph_group, order.tolist())
 
 
-def _spread(compensating: Compensating) -> str:
+def _spread(refitting: Refitting) -> str:
     """Return how differently layers change, as the beginning of a sentence; empty: too few do."""
-    layers = sorted(compensating.result.layers, key=lambda layer: layer.refit)
+    layers = sorted(refitting.result.layers, key=lambda layer: layer.refit)
     if len(layers) < 2:
         return ""
     least, most = layers[0], layers[-1]

@@ -14,7 +14,7 @@ from ..reports import Report, short
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..calibration.compensation import Compensation
+    from ..calibration.held_out import Refits
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +36,7 @@ class SyncReport(Report):
         error: why no config fits; ``None`` if one does.
         inputs: an input for encoder states, which an encoder outside the model makes -> the
             channels that the model still reads, as numbered when the hook was attached.
-        compensation: what the refits of ``HFConfigSyncHook(compensate=)`` come to.
+        refits: what the refits of ``HFConfigSyncHook(refit=)`` come to.
     """
 
     step: int
@@ -52,7 +52,7 @@ class SyncReport(Report):
     notes: Sequence[str] = ()
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    compensation: Compensation | None = None
+    refits: Refits | None = None
 
     def title(self) -> str:
         """Return what was pruned, and what the config says now."""
@@ -79,8 +79,8 @@ class SyncReport(Report):
         yield f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
         for name, channels in self.inputs.items():
             yield f"  {name}: give it {len(channels)} channels now, report.inputs says which"
-        if self.compensation is not None:
-            yield f"  {self.compensation}"
+        if self.refits is not None:
+            yield f"  {self.refits}"
         yield from (f"  note: {note}" for note in self.notes)
 
     def plot(self, path: str | PathLike[str]) -> Figure:

@@ -161,7 +161,7 @@ def _sharded(what: str, by_fsdp: bool) -> str:
     if by_fsdp:
         return (
             f"{what} is sharded by fully_shard (FSDP2). A pruner that is constructed with "
-            "HFConfigSyncHook(rebuild=shard) prunes it, where shard(module) makes your fully_shard "
+            "HFConfigSyncHook(shard=shard) prunes it, where shard(module) makes your fully_shard "
             "calls; anything else wants the whole model in one process."
         )
     return (

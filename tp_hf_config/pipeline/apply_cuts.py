@@ -75,7 +75,7 @@ def apply_cuts(
     Raises:
         CheckpointError: the cut list cannot be read.
         UnsupportedModelError: it was made for another class or config.
-        ValueError: weights were refitted, and their refits are not in it.
+        ValueError: weights were refitted, and a cut list holds cuts alone.
         ConfigSyncError: the class does not build what it leaves.
         PipelineError: the folder cannot be read or written; nothing is at ``out``.
     """

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..hook.report import SyncReport
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
-    from ..planning.settings import Layers
     from .companions import Copied
     from .proofs import Proof, SameOutputs
 
@@ -61,7 +60,7 @@ class Job:
             steps.
         device: torch's name of the device to compute on.
         dtype: torch's name of the weights' dtype; ``None``: as they are stored.
-        compensate: refit the weights that read pruned channels, where there is a text.
+        refit: refit the weights that read pruned channels, where there is a text.
         seed: the seed of everything that is random.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
         overwrite: replace a model that is in ``out``.
@@ -86,7 +85,7 @@ class Job:
     recover: int = 0
     device: str = "cpu"
     dtype: str | None = None
-    compensate: bool = True
+    refit: bool = True
     seed: int = 0
     max_shard_size: str | None = None
     overwrite: bool = False
@@ -99,10 +98,9 @@ class Job:
     command: str = ""
 
     @property
-    def layers(self) -> Layers:
-        """Whether all layers keep the same widths, or each may get its own."""
-        layers: Layers = self.widths.get("layers", "uniform")
-        return layers
+    def per_layer(self) -> bool:
+        """Whether each layer may get widths of its own."""
+        return bool(self.widths.get("per_layer"))
 
     @property
     def steps(self) -> int:

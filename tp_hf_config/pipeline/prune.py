@@ -391,7 +391,7 @@ def run_steps(
             recover(model, material, job.recover, progress, "recovery")
         return ()
     calibration = None if material is None else material.calibration
-    hook = HFConfigSyncHook(plan=widths, compensate=calibration if choice.compensate else None)
+    hook = HFConfigSyncHook(plan=widths, refit=calibration if choice.refit else None)
     name: Any = choice.importance
     if name in _OF_TORCH_PRUNING:
         importance = getattr(tp.importance, _OF_TORCH_PRUNING[name])()
@@ -460,7 +460,7 @@ def _write(
     notes += _lost_perplexities(before, after)
     notes += [*rotary_notes, *copied.notes]
     notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
-    if job.layers == "differ" and layerwise is None:
+    if job.per_layer and layerwise is None:
         notes.append("all layers have the same widths in the end: the class is the stock one")
     held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(

@@ -39,7 +39,7 @@ def save_sharded(
     rotary fields that Transformers 4 reads. The folder appears whole or not at all.
 
     Args:
-        model: the model, as ``hook.rebuilt_model``.
+        model: the model, as ``hook.sharded_model``.
         folder: the folder to write.
         overwrite: replace a model folder that is there.
         max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.

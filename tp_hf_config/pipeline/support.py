@@ -41,7 +41,7 @@ from ..model.surroundings import (
     same_random_state,
 )
 from ..model.tensors import saved_buffers
-from ..planning.settings import INNER, Layers
+from ..planning.settings import INNER
 from ..reports import Report, Rows, short
 from ..schema import versions
 from ..twin.masked_check import (
@@ -341,7 +341,7 @@ def attempt(
     pruned: Any,
     folder: Path,
     steps: int = 1,
-    layers: Layers = "uniform",
+    per_layer: bool = False,
     prune: str | Sequence[str] = INNER,
     **given: Any,
 ) -> tuple[Outcome, str]:
@@ -352,7 +352,7 @@ def attempt(
         pruned: the copy, which is pruned in place.
         folder: where to save.
         steps: the number of steps.
-        layers: whether layers may get widths of their own.
+        per_layer: whether each layer may get widths of its own.
         prune: what the hook prunes.
         given: other arguments of the pruner.
 
@@ -362,7 +362,7 @@ def attempt(
     import torch_pruning as tp
 
     tiny = case.tiny
-    hook = HFConfigSyncHook(prune=prune, make_inputs=tiny.recipe.make_inputs, layers=layers)
+    hook = HFConfigSyncHook(prune=prune, make_inputs=tiny.recipe.make_inputs, per_layer=per_layer)
     try:
         with _quiet():
             pruner = tp.pruner.MetaPruner(

@@ -67,7 +67,7 @@ class Choice:
             package; ``own``: the model writes it; ``None``: the model is not run.
         text: the text; empty if the model writes it.
         tokenizer: the model's tokenizer; ``None`` if it is not needed, or there is none.
-        compensate: the weights that read pruned channels are refitted.
+        refit: the weights that read pruned channels are refitted.
         drops: layers are dropped, by their influence on the text.
         asked: the user asked for something that takes a text; otherwise the job goes without where
             the model does not run on it.
@@ -78,7 +78,7 @@ class Choice:
     origin: Origin | None = None
     text: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
-    compensate: bool = False
+    refit: bool = False
     drops: bool = False
     asked: bool = False
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Choice:
     @property
     def measures(self) -> bool:
         """True if what weights read of the text is measured, for an importance or refits."""
-        return self.origin is not None and (self.compensate or self.importance in CALIBRATED)
+        return self.origin is not None and (self.refit or self.importance in CALIBRATED)
 
     def without_text(self, reason: str) -> Choice:
         """Return what the job does where no text can be had; a note says why."""
@@ -113,7 +113,7 @@ class Choice:
             "importance": self.importance if widths else None,
             "calibration": text,
             "tokens": job.tokens,
-            "compensate": self.compensate if self.origin and widths else None,
+            "refit": self.refit if self.origin and widths else None,
             "recover": job.recover or None,
             "device": job.device,
             "dtype": job.dtype,
@@ -142,19 +142,19 @@ def choose(
     asked = bool(need) or job.calibration is not None
     writes = class_writes_text(model_class, config)
     _check_text(job, need, model_class, writes)
-    if not asked and not (writes and (job.compensate or job.importance is None)):
+    if not asked and not (writes and (job.refit or job.importance is None)):
         if writes and job.importance == "magnitude":
             warnings.warn(
                 f"--importance magnitude ranks {model_class.__name__} by the size of its weights, "
                 "which often takes what a language model needs most. Leave --importance out, or "
-                "at least --no-compensate",
+                "at least --no-refit",
                 CalibrationWarning,
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
     choice = Choice(
         job.importance or "wanda",
-        compensate=job.compensate,
+        refit=job.refit,
         drops=bool(job.drop_layers),
         asked=asked,
     )
@@ -459,7 +459,7 @@ def _calibration(
     """Measure a model on as many windows as the job says; if layers are dropped, do that later."""
     chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
     batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
-    calibration = calibrate(model, batches, measure=False, refits=job.compensate)
+    calibration = calibrate(model, batches, measure=False, refits=job.refit)
     if not job.drop_layers:
         measure(calibration, progress)
     return calibration

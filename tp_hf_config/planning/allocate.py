@@ -19,7 +19,7 @@ from torch import nn
 
 from ..arguments import Count, Positive, Share, check_arguments
 from ..calibration.calibrate import Calibration
-from ..calibration.compensation import Difference, run_as_cut, run_held_out
+from ..calibration.held_out import Difference, run_as_cut, run_held_out
 from ..calibration.importance import Kind
 from ..calibration.refit import StepRefits
 from ..errors import UnsupportedModelError
@@ -87,7 +87,7 @@ class Allocation(Report):
     def settings(self) -> PruneSettings:
         """Return what a hook is asked to prune that carries it out."""
         ratios = self.ratios
-        return PruneSettings(tuple(ratios), ratios=ratios, layers="differ")
+        return PruneSettings(tuple(ratios), ratios=ratios, per_layer=True)
 
     def of_pruner(self) -> dict[str, Any]:
         """Return the arguments that a pruner needs to carry it out: none, steps are free."""
@@ -169,7 +169,7 @@ def allocate(
         round_to: a multiple that widths keep.
 
     Returns:
-        The allocation. ``HFConfigSyncHook(plan=allocation, compensate=calibration)`` carries it
+        The allocation. ``HFConfigSyncHook(plan=allocation, refit=calibration)`` carries it
         out.
 
     Raises:

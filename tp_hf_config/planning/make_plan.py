@@ -35,7 +35,7 @@ from .plan import (
     working_time,
 )
 from .selection import Chosen, Wanted, check_ratios, choose
-from .settings import Gqa, Layers, PruneSettings, Scheduler
+from .settings import Gqa, PruneSettings, Scheduler
 from .trajectory import MovingWidth, Trajectory, multiples_of, unit_counts_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def plan(
     max_pruning_ratio: Share = 1.0,
     iterative_pruning_ratio_scheduler: Scheduler | None = None,
     target_params: Positive | None = None,
-    layers: Layers = "uniform",
+    per_layer: bool = False,
     model_class: type[PreTrainedModel] | None = None,
     make_inputs: MakeInputs | None = None,
 ) -> Plan:
@@ -92,7 +92,7 @@ def plan(
         target_params: how many parameters may be left: a share of them (up to 1), or a number. One
             ratio is then found for all widths that ``ratios`` does not name, and for pruned heads
             if ``head_pruning_ratio`` is 0.
-        layers: ``"differ"``: every layer may get widths of its own; ``ratios`` may then name those
+        per_layer: every layer may get widths of its own; ``ratios`` may then name those
             of single layers too (``"per_layer_config.3.intermediate_size"``).
         model_class: the class of a config. Default: the one that the config names, else the first
             that exists of a causal or other language model, a classifier and a base model.
@@ -106,7 +106,7 @@ def plan(
     Raises:
         UnsupportedModelError: there is not exactly one Hugging Face model, a field cannot be
             pruned, or ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: a ratio is outside 0 to 1 or no width follows it, ``layers`` or ``gqa`` is
+        ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is
             unknown, heads are both asked for and ruled out, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
@@ -121,10 +121,10 @@ def plan(
         round_to=round_to,
         max_pruning_ratio=max_pruning_ratio,
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
-        layers=layers,
+        per_layer=per_layer,
     )
     model = standin_of(module_of(model_or_config, model_class))
-    with layers_listed(model, layers):
+    with layers_listed(model, per_layer):
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))
         wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=bool(view.prefix))

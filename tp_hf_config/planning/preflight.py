@@ -136,10 +136,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     }
     problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
     if problem is not None and may_differ(view.model):
-        problem += (
-            " Or let every layer have widths of its own: layers='differ' of "
-            "HFConfigSyncHook, in the shell --layers differ."
-        )
+        problem += " Or let every layer have widths of its own: per_layer=True."
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []

@@ -12,9 +12,6 @@ Gqa = Literal["query", "group"]
 ``"query"``: the same number of query heads from every group; ``"group"``: whole groups.
 """
 
-Layers = Literal["uniform", "differ"]
-"""Whether all layers keep the same widths, or each may get its own."""
-
 INNER = "inner"
 """In the place of a field's name: the inner widths, of feed-forward layers and experts."""
 
@@ -31,7 +28,7 @@ class PruneSettings:
             inside the model.
         ratios: config field -> its own ratio.
         prune_num_heads: whether attention heads are pruned.
-        layers: whether layers may get widths of their own.
+        per_layer: whether each layer may get widths of its own.
 
     Raises:
         ValueError: heads are ruled out although ``gqa`` or ``head_pruning_ratio`` is set.
@@ -47,7 +44,7 @@ class PruneSettings:
     round_to: int | None = None
     max_pruning_ratio: float = 1.0
     iterative_pruning_ratio_scheduler: Scheduler | None = None
-    layers: Layers = "uniform"
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         ratio = self.head_pruning_ratio
@@ -110,7 +107,7 @@ class PruneSettings:
 
     def of_pruner(self) -> dict[str, Any]:
         """Return the settings that are arguments of a pruner, without those that say nothing."""
-        own = ("prune", "ratios", "gqa", "layers")
+        own = ("prune", "ratios", "gqa", "per_layer")
         return {k: v for k, v in vars(self).items() if k not in own and v is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def test_magnitude_on_a_language_model_is_warned_of() -> None:
         "GroupMagnitudeImportance ranks LlamaForCausalLM by the size of its weights, which often "
         "takes what a language model needs most. Rank it by what its channels carry: "
         "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
-        "hooks=[HFConfigSyncHook(compensate=calibration)]"
+        "hooks=[HFConfigSyncHook(refit=calibration)]"
     )
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.warns(CalibrationWarning, match=re.escape(advice)) as told:
@@ -36,8 +36,8 @@ def test_others_are_not(name: str) -> None:
     hook = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "llama":  # what compensates needs no other ranking
-            hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 2)))
+        if name == "llama":  # what refits needs no other ranking
+            hook = HFConfigSyncHook(refit=calibrate(model, calibrated.batches(model, 2)))
         warnings.simplefilter("error", CalibrationWarning)
         calibrated.pruner_of(model, hook, importance=importance)
         taylor = tp.importance.GroupTaylorImportance()

@@ -272,11 +272,11 @@ def test_weights_on_one_storage_are_told_apart() -> None:
     states = []
     for model in (apart, together):
         calibration = calibrate(model, calibrated.batches(model, 10))
-        hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+        hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
         calibrated.pruner_of(model, hook, importance=calibration.importance()).step()
-        compensation = hook.reports[0].compensation
-        assert compensation is not None
-        states.append((model.state_dict(), [one.weight for one in compensation.layers]))
+        refits = hook.reports[0].refits
+        assert refits is not None
+        states.append((model.state_dict(), [one.weight for one in refits.layers]))
     (first, weights), (second, others) = states
     assert weights == others
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -335,7 +335,7 @@ def test_more_passes_give_the_same() -> None:
         statistics = calibration.readings.statistics.values()
         assert sum(each.gram is not None for each in statistics) == grams
         ratios = {"intermediate_size": 0.5, "hidden_size": 0.25}
-        hook = HFConfigSyncHook(ratios=ratios, compensate=calibration)
+        hook = HFConfigSyncHook(ratios=ratios, refit=calibration)
         calibrated.pruner_of(model, hook).step()
         weights.append(list(model.parameters()))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights, strict=True))
@@ -353,7 +353,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
     assert statistics is not None
     assert statistics.gram is not None
     assert statistics.gram.dtype == torch.float32
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = HFConfigSyncHook(refit=calibration)
     calibrated.pruner_of(model, hook).step()
     assert model.dtype == torch.bfloat16
 
@@ -387,7 +387,7 @@ def test_a_model_that_accelerate_dispatched_is_measured_and_refitted_alike() -> 
         model = llama()
         if dispatched:
             model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
-        hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+        hook = HFConfigSyncHook(refit=calibrate(model, calibrated.batches(model, 10)))
         calibrated.pruner_of(model, hook).step()
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

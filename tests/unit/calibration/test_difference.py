@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BackboneOutput
 
 from tp_hf_config import CalibrationError
-from tp_hf_config.calibration.compensation import Difference
+from tp_hf_config.calibration.held_out import Difference
 
 
 def change(before: Any, now: Any) -> tuple[str, float]:

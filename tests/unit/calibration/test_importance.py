@@ -115,11 +115,11 @@ def test_greedy_removal_with_a_refit_beats_others(name: str, settings: dict[str,
         model = calibrated.build(name)
         calibration = calibrate(model, calibrated.batches(model))
         calibration.held_out = calibration.train
-        hook = HFConfigSyncHook(**settings, compensate=calibration)
+        hook = HFConfigSyncHook(**settings, refit=calibration)
         ratios = {"head_pruning_ratio": 0.5} if "gqa" in settings else {}
         importance = calibration.importance(kind)
         calibrated.pruner_of(model, hook, importance=importance, **ratios).step()
-        result = hook.reports[0].compensation
+        result = hook.reports[0].refits
         assert result is not None
         errors[kind] = sum(layer.refit for layer in result.layers)
     assert errors["obs"] <= errors["wanda"] * 1.001

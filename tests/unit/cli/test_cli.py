@@ -97,7 +97,7 @@ WRONG = {
     "prune x --out y --drop-layers 0": "'0': expected a whole number, 1 or more",
     "prune x --out y --drop-layers 2 --steps 4": "say how much to prune: --pruning-ratio 0.2, ",
     "prune x --out y --drop-layers 2 --round-to 8": "; or leave --round-to out",
-    "prune x --out y --drop-layers 1 --layers differ": "; or leave --layers out",
+    "prune x --out y --drop-layers 1 --per-layer": "; or leave --per-layer out",
     "prune x --out y --drop-layers 1 --ranking isomorphic": "; or leave --ranking out",
     "prune x --out y --ranking global --target-params 0.8": "--ranking gives each layer a ",
     "prune x --out y --allocate": "--allocate finds widths for a size: add --target-params 0.8",
@@ -110,8 +110,7 @@ WRONG = {
             "--gqa query",
             "--max-pruning-ratio 0.5",
             "--ranking global",
-            "--layers uniform",
-            "--no-compensate",
+            "--no-refit",
         )
     },
     "export whole --out new --to onnx": "'onnx' is not one of 'padded', 'decilm', 'gguf'",
@@ -226,10 +225,10 @@ def test_values() -> None:
 @pytest.mark.parametrize(
     ("typed", "settings"),
     [
-        ("", {"importance": None, "calibration": None, "compensate": True, "stream": None}),
+        ("", {"importance": None, "calibration": None, "refit": True, "stream": None}),
         ("--importance obs --no-stream", {"importance": "obs", "stream": False}),
         ("--calibration own", {"calibration": "own"}),
-        ("--no-compensate --recover 8", {"compensate": False, "recover": 8}),
+        ("--no-refit --recover 8", {"refit": False, "recover": 8}),
         ("--drop-layers decoder=2", {"drop_layers": 2, "drop_from": "decoder"}),
         ("--steps 3 --round-to 8", {"steps": 3}),
     ],

@@ -63,7 +63,7 @@ class TestWhatIsWritten:
         said = "the ratios ask for num_attention_heads 2.8"
         code, printed, _ = shell(capsys, "plan", models / "llama-gqa", *heads)
         assert (code, said in printed) == (0, True)
-        typed = ("prune", models / "llama-gqa", "--out", out, *heads, "--no-compensate")
+        typed = ("prune", models / "llama-gqa", "--out", out, *heads, "--no-refit")
         code, printed, _ = shell(capsys, *typed, "--importance", "magnitude", "--json")
         found = json.loads(printed)
         assert code == 0
@@ -88,7 +88,7 @@ class TestWhatIsWritten:
         assert list(found["perplexity"]) == ["before", "after"]
         assert list(found["perplexity_second_text"]) == ["before", "after"]
         assert found["settings"]["calibration"] == "text.txt"
-        assert [step["compensation"] is None for step in found["steps"]] == [False, False]
+        assert [step["refits"] is None for step in found["steps"]] == [False, False]
         for line in ("step 1/2: recovery: 2 windows", "step 2/2: recovery: 3 windows"):
             assert line in errors.splitlines()
         assert sorted(folders.content(out)) == [
@@ -276,9 +276,7 @@ class TestWhatIsWritten:
     def test_gguf(self, capsys: Any, tmp_path: Path) -> None:
         out = tmp_path / "out"
         typed = ("prune", gguf_file(), "--out", out, "--ratios", "intermediate_size=0.1", "--json")
-        code, printed, errors = shell(
-            capsys, *typed, "--importance", "magnitude", "--no-compensate"
-        )
+        code, printed, errors = shell(capsys, *typed, "--importance", "magnitude", "--no-refit")
         assert code == 0, errors
         found = json.loads(printed)
         assert found["fields"] == {"intermediate_size": {"old": 1536, "new": 1382}}
@@ -305,7 +303,7 @@ class TestCalibrated:
     def refitted(self, found: Any) -> list[set[str]]:
         """Of each step, the weights that were refitted."""
         return [
-            {layer["weight"] for layer in step["compensation"]["layers"] if layer["used"]}
+            {layer["weight"] for layer in step["refits"]["layers"] if layer["used"]}
             for step in found["steps"]
         ]
 
@@ -320,16 +318,16 @@ class TestCalibrated:
         settings = found["settings"]
         assert settings["importance"] == "wanda"
         assert settings["calibration"] == "shipped text"
-        assert settings["compensate"] is True
+        assert settings["refit"] is True
         assert "calibrating: 196 windows" in errors
         assert self.refitted(found) == [self.DOWN]
         assert found["perplexity"] is None
         before, after = found["perplexity_second_text"].values()
         assert after == pytest.approx(before, rel=1e-5)
-        cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-compensate")
+        cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-refit")
         assert cut["settings"]["importance"] == "wanda"
-        assert cut["settings"]["compensate"] is False
-        assert cut["steps"][0]["compensation"] is None
+        assert cut["settings"]["refit"] is False
+        assert cut["steps"][0]["refits"] is None
         assert cut["perplexity_second_text"]["before"] == before
         assert abs(cut["perplexity_second_text"]["after"] / before - 1) > 1e-3
         card = (out / "README.md").read_text().splitlines()
@@ -338,7 +336,7 @@ class TestCalibrated:
             f"{after:.1f} after.",
             "| importance | `wanda` |",
             "| calibration | `shipped text` |",
-            "| compensate | `True` |",
+            "| refit | `True` |",
         ):
             assert line in card
 
@@ -392,24 +390,24 @@ class TestCalibrated:
         kinds = ("wanda", "activation", "flap", "obs", "magnitude")
         chosen = {kind: gone(kind) for kind in kinds}
         assert len(set(chosen.values())) == len(kinds)
-        assert chosen["wanda"] == gone("wanda", "--no-compensate")
+        assert chosen["wanda"] == gone("wanda", "--no-refit")
 
     def test_magnitude(self, capsys: Any, models: Path, tmp_path: Path) -> None:
-        """Refitted all the same; with --no-compensate the model is not run at all."""
+        """Refitted all the same; with --no-refit the model is not run at all."""
         more = ("--importance", "magnitude")
         found, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "one", *more)
         assert found["settings"]["calibration"] == "shipped text"
         assert self.refitted(found) == [self.DOWN]
-        more += ("--no-compensate",)
+        more += ("--no-refit",)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "two", *more)
-        assert not {"calibration", "compensate"} & set(found["settings"])
+        assert not {"calibration", "refit"} & set(found["settings"])
         assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
-        assert found["steps"][0]["compensation"] is None
+        assert found["steps"][0]["refits"] is None
         assert not [line for line in errors if line.startswith("calibrating")]
         assert [line for line in errors if line.startswith("warning")] == [
             "warning: --importance magnitude ranks LlamaForCausalLM by the size of its weights, "
             "which often takes what a language model needs most. Leave --importance out, or at "
-            "least --no-compensate"
+            "least --no-refit"
         ]
 
     def test_every_step_is_measured(
@@ -546,7 +544,7 @@ class TestDroppedLayers:
             ((), []),
             (("--ratios", "intermediate_size=0.25"), [3]),
             (
-                ("--ratios", "intermediate_size=0.25", "--importance", "random", "--no-compensate"),
+                ("--ratios", "intermediate_size=0.25", "--importance", "random", "--no-refit"),
                 [],
             ),
         ],

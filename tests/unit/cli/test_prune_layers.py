@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"),
 ]
-GLOBAL = ("--layers", "differ", "--ranking", "global")
+GLOBAL = ("--per-layer", "--ranking", "global")
 FFN = ("--prune", "intermediate_size", "--pruning-ratio", "0.3")
 FILE = "modeling_layerwise_llama.py"
 
@@ -90,7 +90,7 @@ class TestRanked:
             "from transformers import AutoModelForCausalLM",
             'model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)',
             f"| intermediate_size | {' '.join(map(str, widths))} |",
-            "| layers | `differ` |",
+            "| per_layer | `True` |",
             "| ranking | `global` |",
         ):
             assert line in card.splitlines()
@@ -134,7 +134,7 @@ class TestRanked:
 
         monkeypatch.setattr(tp.pruner, "MetaPruner", noted)
         out = tmp_path / "out"
-        common = ("prune", models / "llama", "--out", out, "--layers", "differ", *FFN)
+        common = ("prune", models / "llama", "--out", out, "--per-layer", *FFN)
         code, _, errors = shell(capsys, *common, *typed)
         assert code == 0, errors
         assert given == [arguments] * (2 if typed else 1)
@@ -148,9 +148,8 @@ class TestRanked:
             "tp-hf-config prune: BasePruner of LlamaForCausalLM: the 4 groups of intermediate_size "
             "are ranked together, so they lose different numbers, and one config field cannot say "
             "that. Use global_pruning=False, isomorphic=False, and no two of them under one key of "
-            "pruning_ratio_dict. Or let every layer have widths of its own: layers='differ' of "
-            "HFConfigSyncHook, in the shell --layers differ. Nothing is "
-            "pruned yet. tp_hf_config.plan(model, ...) shows what settings give."
+            "pruning_ratio_dict. Or let every layer have widths of its own: --per-layer. "
+            "Nothing is pruned yet. tp_hf_config.plan(model, ...) shows what settings give."
         )
         assert "calibrating" not in errors
         assert os.listdir(tmp_path) == []
@@ -160,7 +159,7 @@ class TestRanked:
 class TestByRatio:
     def test_of_a_single_layer(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        typed = ("prune", models / "llama", "--out", out, "--layers", "differ", "--json")
+        typed = ("prune", models / "llama", "--out", out, "--per-layer", "--json")
         code, printed, errors = shell(
             capsys, *typed, "--ratios", "per_layer_config.2.intermediate_size=0.5"
         )
@@ -179,7 +178,7 @@ class TestByRatio:
 
     def test_that_leaves_all_alike(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        typed = ("prune", models / "llama", "--out", out, "--layers", "differ", *FFN)
+        typed = ("prune", models / "llama", "--out", out, "--per-layer", *FFN)
         code, printed, errors = shell(capsys, *typed)
         assert code == 0, errors
         assert (
@@ -192,11 +191,11 @@ class TestByRatio:
         assert hf.AutoConfig.from_pretrained(out).intermediate_size == 67
 
     def test_a_plan_has_a_row_for_each_layer(self, capsys: Any, models: Path) -> None:
-        typed = ("plan", models / "llama", "--layers", "differ", *FFN, "--json")
+        typed = ("plan", models / "llama", "--per-layer", *FFN, "--json")
         code, printed, errors = shell(capsys, *typed)
         assert code == 0, errors
         found = json.loads(printed)
-        assert found["settings"]["layers"] == "differ"
+        assert found["settings"]["per_layer"] is True
         assert [(width["name"], *width["after"].values()) for width in found["widths"]] == [
             (f"per_layer_config.{number}.intermediate_size", 67) for number in range(4)
         ]
@@ -224,7 +223,7 @@ class TestAllocated:
         assert found["parameters"] == found["allocation"]["parameters"]
         before, after = found["parameters"].values()
         assert 0.84 * before < after <= 0.85 * before
-        assert found["steps"][0]["compensation"]["layers"]
+        assert found["steps"][0]["refits"]["layers"]
         assert found["proof"] == {"tensors": 1, "numbers": 8 * tiny.VOCAB}
         card = (out / "README.md").read_text().splitlines()
         assert "| allocate | `True` |" in card
@@ -355,8 +354,8 @@ class TestCodeThatComesWithAModel:
         typed = ("prune", folder, "--out", tmp_path / "out", *GLOBAL, *FFN, "--trust-remote-code")
         code, _, errors = shell(capsys, *typed)
         assert code == 1
-        assert "layers='differ': Own is code that came with the model (transformers_modules." in (
+        assert "--per-layer: Own is code that came with the model (transformers_modules." in (
             errors
         )
-        assert "from where no saved model could import it. Keep layers='uniform', or put" in errors
+        assert "from where no saved model could import it. Leave it out, or put" in errors
         assert not (tmp_path / "out").exists()

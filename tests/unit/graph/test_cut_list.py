@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tp_hf_config import (
     calibrate,
 )
 from tp_hf_config.graph import cut_list
-from tp_hf_config.graph.edits import RefitInPlace, Selection
+from tp_hf_config.graph.edits import Selection
 from tp_hf_config.model.config_json import config_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
@@ -52,13 +51,13 @@ def prune(model: Any, hook: HFConfigSyncHook, **settings: Any) -> None:
         pruner.step()
 
 
-def refitted(model: Any, iterative_steps: int = 1, **settings: Any) -> CutList:
+def refitted(model: Any) -> CutList:
     """What a pruner with refits cuts from a model."""
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 99, (2, 32), generator=generator)} for _ in range(10)]
     calibration = calibrate(model, batches)
-    hook = HFConfigSyncHook(prune="inner", compensate=calibration, **settings)
-    prune(model, hook, importance=calibration.importance(), iterative_steps=iterative_steps)
+    hook = HFConfigSyncHook(prune="inner", refit=calibration)
+    prune(model, hook, importance=calibration.importance())
     assert hook.cuts is not None
     return hook.cuts
 
@@ -100,33 +99,23 @@ class TestCarriedOut:
     def test_where_layers_differ(self, tmp_path: Path) -> None:
         model = small.llama(num_hidden_layers=3)
         before = copy.deepcopy(model)
-        hook = HFConfigSyncHook(prune="intermediate_size", layers="differ")
+        hook = HFConfigSyncHook(prune="intermediate_size", per_layer=True)
         prune(model, hook, pruning_ratio_dict={model.model.layers[0]: 0.5})
         assert model.config.is_heterogeneous
         assert hook.cuts is not None
         hook.cuts.save(tmp_path / "cuts.safetensors")
         assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
 
-    @pytest.mark.parametrize("name", ["llama", "mixtral"])
-    def test_with_refits(self, name: str, tmp_path: Path) -> None:
-        model = zoo.build(name)
-        before = copy.deepcopy(model)
-        cuts = refitted(model, iterative_steps=2, record_refits=True)
-        every = [edit for of_one in cuts.edits.values() for edit in of_one]
-        assert any(isinstance(edit, RefitInPlace) for edit in every)
-        cuts.save(tmp_path / "cuts.safetensors")
-        assert_same(model, apply_cuts(before, tmp_path / "cuts.safetensors"))
-
-    def test_refits_that_nobody_asked_for(self, tmp_path: Path) -> None:
-        """A cut list without them is neither saved nor carried out."""
+    def test_of_refitted_weights_is_refused(self, tmp_path: Path) -> None:
+        """It holds cuts alone, so that it is neither saved nor carried out."""
         model = zoo.build("llama")
         before = copy.deepcopy(model)
         unchanged = copy.deepcopy(before)
         cuts = refitted(model)
         name = "model.layers.0.mlp.down_proj.weight"
-        assert str(cuts).endswith(" refitted (how is not recorded)")
+        assert str(cuts).endswith(" refitted")
         assert cuts.kept(name)[1].tolist() == refitted(zoo.build("llama")).kept(name)[1].tolist()
-        message = re.escape("HFConfigSyncHook(compensate=..., record_refits=True)")
+        message = "weights were refitted, and a cut list says what was cut alone"
         with pytest.raises(ValueError, match=message):
             cuts.save(tmp_path / "cuts.safetensors")
         with pytest.raises(ValueError, match=message):
@@ -231,7 +220,7 @@ class TestTheList:
             ),
             (
                 lambda t, _: t["edits"].update(a=[{}]),
-                "a: expected what is kept, or a refit",
+                "a: expected what is kept",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"x": "0"}}]),

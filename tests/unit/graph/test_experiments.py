@@ -384,7 +384,7 @@ def test_layers_that_differ_are_experimented_with_once(monkeypatch: pytest.Monke
         global_pruning=True,
         importance=tp.importance.GroupMagnitudeImportance(),
         iterative_steps=3,
-        hooks=[HFConfigSyncHook(layers="differ", prune="intermediate_size")],
+        hooks=[HFConfigSyncHook(per_layer=True, prune="intermediate_size")],
     )
     for _ in range(3):
         pruner.step()

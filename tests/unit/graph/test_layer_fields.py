@@ -22,6 +22,6 @@ def test_a_class_that_no_saved_model_could_import(module: str, where: str) -> No
     """The generated file would import it; in its own process that works, in no other."""
     own = type("Own", (hf.LlamaForCausalLM,), {"__module__": module})
     model = own(small.llama().config)
-    with pytest.raises(UnsupportedModelError, match=rf"layers='differ': Own is {where}"):
-        plan(model, layers="differ", ratios={"intermediate_size": 0.5})
+    with pytest.raises(UnsupportedModelError, match=rf"per_layer=True: Own is {where}"):
+        plan(model, per_layer=True, ratios={"intermediate_size": 0.5})
     assert type(model) is own

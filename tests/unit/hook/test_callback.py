@@ -122,7 +122,7 @@ class TestTrainer:
                 gqa="query",
                 head_pruning_ratio=0.5,
                 global_pruning=True,
-                layers="differ",
+                per_layer=True,
             )
 
         def loaded(folder: Path) -> Any:

@@ -301,7 +301,7 @@ class TestState:
 def _differing() -> Any:
     """A Llama of four layers whose feed-forward widths differ."""
     model = deep_zoo.build("llama")
-    hook = HFConfigSyncHook(layers="differ", prune=("intermediate_size",))
+    hook = HFConfigSyncHook(per_layer=True, prune=("intermediate_size",))
     tp.pruner.MetaPruner(
         model,
         example_inputs=None,

@@ -147,11 +147,11 @@ def test_one_whole_weight_at_a_time(ranks: list[dict[str, Any]]) -> None:
 
 
 MESSAGES = {
-    "no rebuild": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2). Its "
+    "no shard": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2). Its "
     "weights cannot be cut in place: pass a function that makes your fully_shard calls on the "
-    "pruned model, HFConfigSyncHook(rebuild=shard)",
+    "pruned model, HFConfigSyncHook(shard=shard)",
     "drop_layers": "UnsupportedModelError: LlamaForCausalLM: model.embed_tokens.weight is sharded "
-    "by fully_shard (FSDP2). A pruner that is constructed with HFConfigSyncHook(rebuild=shard) "
+    "by fully_shard (FSDP2). A pruner that is constructed with HFConfigSyncHook(shard=shard) "
     "prunes it, where shard(module) makes your fully_shard calls; anything else wants the whole "
     "model in one process.",
     "inside": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2) and inside a "
@@ -199,7 +199,7 @@ def assert_close(
 def cut_alone() -> dict[str, Any]:
     """What the data of both ranks prunes in one process."""
     calibration = measured_alone("mixtral", 2)
-    return cut_by(calibration, calibration.model, HFConfigSyncHook(compensate=calibration))
+    return cut_by(calibration, calibration.model, HFConfigSyncHook(refit=calibration))
 
 
 def assert_decided_as_alone(result: dict[str, Any]) -> None:
@@ -372,11 +372,11 @@ def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:
 
 def test_a_rank_that_cannot_wrap(ranks: list[dict[str, Any]]) -> None:
     first, second = (results["failures"] for results in ranks)
-    assert first["rebuild fails"] == (
-        "TrainingError: rank 1 at rebuild= of step 1: no room for shards. The sharded model is as "
+    assert first["shard fails"] == (
+        "TrainingError: rank 1 at shard= of step 1: no room for shards. The sharded model is as "
         "it was."
     )
-    assert second["rebuild fails"] == "MemoryError: no room for shards"
+    assert second["shard fails"] == "MemoryError: no room for shards"
     for failures in (first, second):
         assert failures["a new pruner after it"] == "nothing was raised"
         assert failures["pruned after it"] == 32

@@ -632,7 +632,7 @@ def test_report_to_json():
         "parameters": {"before": 23200, "after": 15096},
         "notes": [],
         "inputs": {},
-        "compensation": None,
+        "refits": None,
         "error": None,
     }
     assert SCHEMA_VERSION == 1
@@ -882,8 +882,8 @@ def test_what_a_hook_keeps_does_not_grow_with_widths_nor_its_cut_list_with_steps
 
 
 def test_repr_says_settings_and_state():
-    hook = HFConfigSyncHook(strict=True, layers="differ", make_inputs=lambda config: {})
-    settings = "HFConfigSyncHook(strict=True, layers=differ, make_inputs=...)"
+    hook = HFConfigSyncHook(strict=True, per_layer=True, make_inputs=lambda config: {})
+    settings = "HFConfigSyncHook(strict=True, per_layer=True, make_inputs=...)"
     assert repr(hook) == f"{settings}: attached to no pruner, 0 reports"
     hook, pruner = attached(small.llama(), iterative_steps=2)
     groups = list(pruner.step(interactive=True))

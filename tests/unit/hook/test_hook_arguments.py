@@ -100,7 +100,7 @@ def test_a_pruner_that_contradicts_a_plan_is_refused(name: str) -> None:
 
 def test_a_plan_stands_alone() -> None:
     made = plan(small.llama(), pruning_ratio=0.25)
-    for more in ({"prune": "inner"}, {"ratios": {"hidden_size": 0.5}}, {"layers": "differ"}):
+    for more in ({"prune": "inner"}, {"ratios": {"hidden_size": 0.5}}, {"per_layer": True}):
         with pytest.raises(ValueError, match="the plan says what is pruned"):
             HFConfigSyncHook(plan=made, **more)  # type: ignore[arg-type]
 

@@ -104,7 +104,7 @@ CASES = [
     ("settings", "importance", "cls"), CASES, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_as_torch_pruning(settings: str, importance: str, cls: Any) -> None:
-    hook = HFConfigSyncHook(layers="differ")
+    hook = HFConfigSyncHook(per_layer=True)
     followed = pruned([hook], cls, IMPORTANCES[importance], SETTINGS[settings])
     alone = pruned([], cls, IMPORTANCES[importance], SETTINGS[settings])
     assert hook.last_report is not None

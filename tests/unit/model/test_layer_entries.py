@@ -280,7 +280,7 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
             model,
             example_inputs=None,
             importance=tp.importance.MagnitudeImportance(),
-            hooks=[HFConfigSyncHook(layers="differ")],
+            hooks=[HFConfigSyncHook(per_layer=True)],
         )
 
 

@@ -94,7 +94,7 @@ config = transformers.LlamaConfig(
 model = transformers.LlamaForCausalLM(config)
 calibration = tp_hf_config.calibrate(model, torch.randint(3, 40, (4, 1, 8)))
 ratios = {"intermediate_size": 0.5}
-hook = tp_hf_config.HFConfigSyncHook(ratios=ratios, compensate=calibration)
+hook = tp_hf_config.HFConfigSyncHook(ratios=ratios, refit=calibration)
 pruner = torch_pruning.pruner.MetaPruner(
     model,
     example_inputs=None,

@@ -119,7 +119,7 @@ def _pruned(model: Any) -> None:
         model,
         example_inputs=None,
         importance=tp.importance.RandomImportance(),
-        hooks=[HFConfigSyncHook(layers="differ", prune="inner")],
+        hooks=[HFConfigSyncHook(per_layer=True, prune="inner")],
     ).step()
 
 

@@ -47,10 +47,10 @@ def chosen(folder: Path, **settings: Any) -> Choice:
 class TestChosen:
     @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
     @pytest.mark.parametrize(
-        ("name", "settings", "importance", "origin", "compensate", "asked"),
+        ("name", "settings", "importance", "origin", "refit", "asked"),
         [
             ("llama-gqa", {}, "wanda", "shipped", True, False),
-            ("llama-gqa", {"compensate": False}, "wanda", "shipped", False, False),
+            ("llama-gqa", {"refit": False}, "wanda", "shipped", False, False),
             ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True, False),
             ("llama-gqa", {"importance": "random"}, "random", "shipped", True, False),
             ("llama-gqa", {"importance": "taylor"}, "taylor", "shipped", True, True),
@@ -61,7 +61,7 @@ class TestChosen:
             ("llama-gqa", {"calibration": FILE}, "wanda", "file", True, True),
             (
                 "llama-gqa",
-                {"importance": "magnitude", "compensate": False},
+                {"importance": "magnitude", "refit": False},
                 "magnitude",
                 None,
                 False,
@@ -69,7 +69,7 @@ class TestChosen:
             ),
             (
                 "llama-gqa",
-                {"importance": "magnitude", "compensate": False, "calibration": FILE},
+                {"importance": "magnitude", "refit": False, "calibration": FILE},
                 "magnitude",
                 "file",
                 False,
@@ -93,14 +93,14 @@ class TestChosen:
         settings: dict[str, Any],
         importance: str,
         origin: str | None,
-        compensate: bool,
+        refit: bool,
         asked: bool,
     ) -> None:
         found = chosen(models / name, **settings)
-        assert (found.importance, found.origin, found.compensate, found.asked) == (
+        assert (found.importance, found.origin, found.refit, found.asked) == (
             importance,
             origin,
-            compensate,
+            refit,
             asked,
         )
         text = {"shipped": shipped_text(), "file": "w1 w2"}.get(str(origin), "")
@@ -113,10 +113,10 @@ class TestChosen:
         ("settings", "calibrates"),
         [
             ({}, True),
-            ({"compensate": False}, True),
+            ({"refit": False}, True),
             ({"importance": "taylor"}, True),
-            ({"importance": "taylor", "compensate": False}, False),
-            ({"importance": "magnitude", "compensate": False}, False),
+            ({"importance": "taylor", "refit": False}, False),
+            ({"importance": "magnitude", "refit": False}, False),
             ({"importance": "magnitude"}, True),
         ],
     )
@@ -129,10 +129,10 @@ class TestChosen:
         message = (
             "--importance magnitude ranks LlamaForCausalLM by the size of its weights, which often "
             "takes what a language model needs most. Leave --importance out, or at least "
-            "--no-compensate"
+            "--no-refit"
         )
         with pytest.warns(CalibrationWarning) as warned:
-            chosen(models / "llama-gqa", importance="magnitude", compensate=False)
+            chosen(models / "llama-gqa", importance="magnitude", refit=False)
         assert [str(one.message) for one in warned] == [message]
 
     @pytest.mark.parametrize("importance", [None, "magnitude", "random"])
@@ -263,14 +263,14 @@ def test_the_settings_of_the_card(models: Path) -> None:
     def settings(name: str, **given: Any) -> dict[str, Any]:
         return chosen(models / name, **given).settings(job_of(models / name, **given))
 
-    def done(importance: str, calibration: str, compensate: bool = True) -> dict[str, Any]:
-        own = {"importance": importance, "calibration": calibration, "compensate": compensate}
+    def done(importance: str, calibration: str, refit: bool = True) -> dict[str, Any]:
+        own = {"importance": importance, "calibration": calibration, "refit": refit}
         return own | plain
 
     assert settings("llama-gqa") == done("wanda", "shipped text")
     assert settings("llama-gqa", calibration="own") == done("wanda", "own")
     assert settings("bert", calibration=FILE) == done("wanda", "text.txt")
-    assert settings("llama-gqa", compensate=False) == done("wanda", "shipped text", False)
+    assert settings("llama-gqa", refit=False) == done("wanda", "shipped text", False)
     assert settings("vit") == {"importance": "magnitude", **plain}
     assert settings("llama-gqa", drop_layers=2, drop_from="model.layers") == {
         "drop_layers": "model.layers=2",
@@ -281,7 +281,7 @@ def test_the_settings_of_the_card(models: Path) -> None:
     assert list(recovered) == [
         "importance",
         "calibration",
-        "compensate",
+        "refit",
         "recover",
         "device",
         "dtype",

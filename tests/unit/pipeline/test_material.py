@@ -94,7 +94,7 @@ class TestShippedText:
 
     def test_it_is_calibrated_on_and_the_second_is_asked_about(self, tokenizer: Any) -> None:
         model = tiny.build("llama-gqa")
-        choice = Choice("wanda", "shipped", shipped_text(), tokenizer, compensate=True)
+        choice = Choice("wanda", "shipped", shipped_text(), tokenizer, refit=True)
         material, said = gathered(model, choice)
         calibration = material.calibration
         assert calibration is not None
@@ -117,7 +117,7 @@ class TestWindows:
 
     def test_a_file_keeps_windows_that_decide_nothing(self, tokenizer: Any) -> None:
         model = tiny.build("llama-gqa")
-        choice = Choice("wanda", "file", self.text, tokenizer, compensate=True)
+        choice = Choice("wanda", "file", self.text, tokenizer, refit=True)
         material, _ = gathered(model, choice)
         assert material.calibration is not None
         held_out = set(read(tokenizer, material.held_out))
@@ -135,8 +135,8 @@ class TestWindows:
     def test_own(self) -> None:
         """It needs no tokenizer; then there is no second text."""
         model = tiny.build("llama-gqa")
-        one, said = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
-        other, _ = gathered(model, Choice("obs", "own", compensate=True), seed=3, tokens=620)
+        one, said = gathered(model, Choice("obs", "own", refit=True), seed=3, tokens=620)
+        other, _ = gathered(model, Choice("obs", "own", refit=True), seed=3, tokens=620)
         assert one.calibration is not None
         assert other.calibration is not None
         assert one.calibration.train[0]["input_ids"].shape == (1, SIZE)
@@ -208,12 +208,12 @@ class TestObjective:
         monkeypatch.setattr(model, "forward", forward)
         reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
         assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
-        choice = Choice("wanda", "own", compensate=True)
+        choice = Choice("wanda", "own", refit=True)
         monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
         note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
         found = prune._gathered(job(), choice, model, Progress())
         assert found == (Choice("magnitude", notes=(note,)), None)
-        asked = Choice("wanda", "own", compensate=True, asked=True)
+        asked = Choice("wanda", "own", refit=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
             prune._gathered(job(), asked, model, Progress())
         assert str(refused.value) == (

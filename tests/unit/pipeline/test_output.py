@@ -126,7 +126,7 @@ class TestGenerationConfig:
         folder = folders.save("llama-gqa", tmp_path / "model")
         data = {"temperature": 0.9, "top_p": 0.6}
         (folder / "generation_config.json").write_text(json.dumps(data))
-        settings: dict[str, Any] = {"importance": "magnitude", "compensate": False}
+        settings: dict[str, Any] = {"importance": "magnitude", "refit": False}
         source = Source("model", str(folder))
         return Job(source, tmp_path / "out", {"pruning_ratio": 0.25}, **settings)
 

@@ -63,7 +63,7 @@ def saved(name: str, folder: Path, **options: Any) -> Path:
 
 def job(folder: Path, out: Path, **settings: Any) -> Job:
     source = Source(str(folder), str(folder))
-    settings = {"importance": "magnitude", "compensate": False, "stream": True, **settings}
+    settings = {"importance": "magnitude", "refit": False, "stream": True, **settings}
     return Job(source, out, settings.pop("widths", {"pruning_ratio": 0.25}), **settings)
 
 
@@ -120,14 +120,14 @@ class TestTheSameBytes:
             tmp_path / "model",
             tmp_path,
             importance="wanda",
-            compensate=True,
+            refit=True,
             calibration=tmp_path / "text.txt",
             tokens=600,
             widths={"pruning_ratio": 0.25, "iterative_steps": 2},
         )
         assert_same_bytes(tmp_path)
         assert streamed.perplexity == whole.perplexity
-        refits = [report.compensation for report in streamed.steps]
+        refits = [report.refits for report in streamed.steps]
         assert any(refit is not None and any(one.used for one in refit.layers) for refit in refits)
 
     @pytest.mark.usefixtures("in_files")
@@ -276,7 +276,7 @@ WIDE: dict[str, tuple[type[hf.PreTrainedModel], Any]] = {
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("mixtral", {"importance": "magnitude", "compensate": False}),
+        ("mixtral", {"importance": "magnitude", "refit": False}),
         ("llama", {"importance": "wanda", "tokens": 250}),
     ],
 )

@@ -61,7 +61,7 @@ def test_it_is_carried_out_to_the_letter(tmp_path: Path) -> None:
         model,
         example_inputs=None,
         importance=calibration.importance(),
-        hooks=[HFConfigSyncHook(plan=allocation, compensate=calibration)],
+        hooks=[HFConfigSyncHook(plan=allocation, refit=calibration)],
     )
     pruner.step()
     widths = layer_zoo.widths(model, ("intermediate_size",))["intermediate_size"]

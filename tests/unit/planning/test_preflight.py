@@ -310,7 +310,7 @@ class TestGlobalRanking:
             importance=tp.importance.MagnitudeImportance(normalizer=None),
             global_pruning=True,
             pruning_ratio=0.4,
-            hooks=[HFConfigSyncHook(prune="num_local_experts", layers="differ")],
+            hooks=[HFConfigSyncHook(prune="num_local_experts", per_layer=True)],
         ).step()
         left = [layer.mlp.router.weight.shape[0] for layer in model.model.layers]
         assert left == [2, 4]

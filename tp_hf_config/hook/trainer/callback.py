@@ -48,7 +48,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         at: instead of ``every``: the optimizer steps after which to prune, one for each of the
             ``iterative_steps``.
         settings: arguments of :class:`~tp_hf_config.HFConfigSyncHook` (``prune``, by default
-            ``"inner"``, ``ratios``, ``layers``, ``plan``, ...) and of the default pruner
+            ``"inner"``, ``ratios``, ``per_layer``, ``plan``, ...) and of the default pruner
             (``pruning_ratio``, ``iterative_steps``, ``importance``, ...).
 
     Attributes:
@@ -118,11 +118,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._checked = False
         if saved is None:
             self.pruner = self._make_pruner(model)
-            self._unpruned = full_config(model, sync_hook_of(self.pruner).layers)
+            self._unpruned = full_config(model, sync_hook_of(self.pruner).per_layer)
         else:
             self.pruner, changed = pruner_at(saved, model, self._make_pruner)
             replace(optimizer, {old: (new, Origin(old, {})) for old, new in changed.items()})
-            self._unpruned = with_values(full_config(model, saved.layers), dict(saved.fields))
+            self._unpruned = with_values(full_config(model, saved.per_layer), dict(saved.fields))
         self.hook = sync_hook_of(self.pruner)
         reason = self._schedule_problem(state.max_steps)
         if reason is not None:

@@ -37,7 +37,7 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
     Args:
         model: the module whose parameters the optimizer has; under FSDP2, the one that is sharded
-            now. The optimizer has those of ``hook.rebuilt_model`` afterwards.
+            now. The optimizer has those of ``hook.sharded_model`` afterwards.
         optimizer: the optimizer, or accelerate's wrapper around it.
 
     Raises:

@@ -21,7 +21,6 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values
 from ...model.locate import find_pretrained
 from ...model.tensors import owner, saved_buffers
-from ...planning.settings import Layers
 from ..apply import Changes, all_or_nothing, difference, write
 from ..hook import HFConfigSyncHook
 from ..registration import hooks_of
@@ -41,7 +40,7 @@ class Progress:
         history: what was pruned, as ``pruner.pruning_history()`` returns it.
         fields: the config fields that pruning changed, with their values before the first step.
         scopes: ranking scope -> the channels that the pruner counted in it at its first step.
-        layers: whether layers may have widths of their own.
+        per_layer: whether each layer may have widths of its own.
         settings: the pruner's own numbers and switches, which a resumed run has to have too.
     """
 
@@ -49,7 +48,7 @@ class Progress:
     history: list[tuple[str, bool, list[int]]]
     fields: list[tuple[FieldPath, Any]]
     scopes: dict[str, int]
-    layers: Layers = "uniform"
+    per_layer: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,13 +59,13 @@ class Progress:
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
         """Return the progress from the JSON of :meth:`to_dict`."""
         fields = [(tuple(field), value) for field, value in data["fields"]]
-        layers, settings = data.get("layers", "uniform"), data.get("settings", {})
-        return cls(data["step"], data["history"], fields, data["scopes"], layers, settings)
+        per_layer, settings = data.get("per_layer", False), data.get("settings", {})
+        return cls(data["step"], data["history"], fields, data["scopes"], per_layer, settings)
 
 
-def full_config(model: nn.Module, layers: Layers) -> dict[str, Any]:
+def full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
     """Return the JSON of a model's config, with every default and the entries of all layers."""
-    with layers_listed(model, layers):
+    with layers_listed(model, per_layer):
         return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
@@ -83,12 +82,12 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
     pruned = {name for report in hook.reports for name in report.fields}
     fields = [
         (field, value)
-        for field, value in changed_values(full_config(pruner.model, hook.layers), unpruned)
+        for field, value in changed_values(full_config(pruner.model, hook.per_layer), unpruned)
         if field_name(field) in pruned  # saving a model sets other fields too
     ]
     scopes = dict(pruner._scope_initial_channels)
     settings = settings_of(pruner)
-    return Progress(pruner.current_step, history, fields, scopes, hook.layers, settings)
+    return Progress(pruner.current_step, history, fields, scopes, hook.per_layer, settings)
 
 
 def settings_of(pruner: Any) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def pruner_at(
     _, pretrained = find_pretrained(model)
     names = dict(pretrained.named_parameters(remove_duplicate=False))
     buffers = saved_buffers(pretrained)
-    with layers_listed(model, progress.layers), all_or_nothing() as changes:
+    with layers_listed(model, progress.per_layer), all_or_nothing() as changes:
         _widen(changes, pretrained, progress)
         pruner = build(model)
         hook = sync_hook_of(pruner)

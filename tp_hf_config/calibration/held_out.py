@@ -318,7 +318,7 @@ class Refitted:
 
 
 @dataclass
-class Compensation:
+class Refits:
     """What the refits of one step come to; ``str`` gives a line or two.
 
     Attributes:
@@ -373,7 +373,7 @@ def in_words(change: float) -> str:
     return f"do not expect good answers without training (over {TOO_MUCH})"
 
 
-class Compensating:
+class Refitting:
     """Refits one step of a pruner: solve and try now, apply in the cut, measure afterwards.
 
     Args:
@@ -389,7 +389,7 @@ class Compensating:
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
         self._outputs = Difference(calibration.ranks)
-        self.result = Compensation()
+        self.result = Refits()
         using = self._worth_it() if calibration.holds_out() else self._told_enough()
         self._note_unfitted()
         self.edits: dict[str, list[RefitInPlace]] = {}
@@ -487,7 +487,7 @@ class Compensating:
         run_as_cut(other, set(other.refits), self._outputs.compare, "held-out data, another cut")
         return self._outputs.mean()
 
-    def finished(self, synced: bool) -> Compensation:
+    def finished(self, synced: bool) -> Refits:
         """Return what the refits came to, once the step is over.
 
         ``synced``: True if a config describes what is left. It is run on held-out data then.

@@ -21,8 +21,8 @@ from tp_hf_config import (
     UnsupportedModelError,
     calibrate,
 )
-from tp_hf_config.calibration import compensation
-from tp_hf_config.calibration.compensation import Compensation
+from tp_hf_config.calibration import held_out
+from tp_hf_config.calibration.held_out import Refits
 from tp_hf_config.calibration.linear_ops import Consumer
 
 pytestmark = [
@@ -73,7 +73,7 @@ def test_units_that_others_make_up_for_leave_no_trace(name: str) -> None:
     hook = HFConfigSyncHook(**EXACT[name])
     pruner = calibrated.pruner_of(model, hook)
     calibrated.duplicate(model, pruner, calibrated.chosen(pruner), data)
-    hook.compensate = calibrate(model, data, ridge=0.0)
+    hook.refit = calibrate(model, data, ridge=0.0)
     inputs = zoo.inputs(model)
     before = calibrated.outputs(model, inputs)
     plain = copy.deepcopy(model)
@@ -94,9 +94,9 @@ def test_no_layer_is_worse_than_its_plain_cut(name: str) -> None:
     data = calibrated.batches(model, 12)
     calibration = calibrate(model, data)
     calibration.held_out = calibration.train
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = HFConfigSyncHook(refit=calibration)
     calibrated.pruner_of(model, hook).step()
-    report = hook.reports[0].compensation
+    report = hook.reports[0].refits
     assert report is not None
     assert report.layers
     worse = [layer for layer in report.layers if layer.refit > layer.cut * (1 + 1e-6)]
@@ -112,7 +112,7 @@ def test_a_refitted_model_is_the_same_after_a_reload(name: str, collector: Any) 
     model = calibrated.build(name, torch.float32)
     plain = copy.deepcopy(model)
     calibrated.pruner_of(plain).step()
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model, 10)))
+    hook = HFConfigSyncHook(refit=calibrate(model, calibrated.batches(model, 10)))
     calibrated.pruner_of(model, hook).step()
     assert model.config.to_dict() == plain.config.to_dict()
     assert_reloaded(collector.reloaded(model, zoo.inputs(model)))
@@ -127,7 +127,7 @@ def test_two_runs_give_the_same_bits() -> None:
     for _ in range(2):
         model = llama()
         calibration = calibrate(model, calibrated.batches(model, 10))
-        hook = HFConfigSyncHook(compensate=calibration)
+        hook = HFConfigSyncHook(refit=calibration)
         importance = calibration.importance("obs")
         calibrated.pruner_of(model, hook, importance=importance, iterative_steps=2).step()
         states.append(model.state_dict())
@@ -137,25 +137,25 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_what_is_foretold_of_the_model_is_what_comes() -> None:
     model = calibrated.build("llama")
-    hook = HFConfigSyncHook(compensate=calibrate(model, calibrated.batches(model)))
+    hook = HFConfigSyncHook(refit=calibrate(model, calibrated.batches(model)))
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert result.after == pytest.approx(result.refit, rel=1e-9)
     assert result.refit < result.cut
     assert str(result).startswith(f"{sum(layer.used for layer in result.layers)} of 13 weights")
-    assert hook.reports[0].to_dict()["compensation"]["layers"][0]["weight"]
+    assert hook.reports[0].to_dict()["refits"]["layers"][0]["weight"]
 
 
 def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     model = calibrated.build("llama")
     before = model.num_parameters()
     calibration = calibrate(model, calibrated.batches(model))
-    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
     pruner = calibrated.pruner_of(model, hook, pruning_ratio=0.25)
     with pytest.warns(CalibrationWarning, match="this step removes ") as warned:
         pruner.step()
-    result, after = hook.reports[0].compensation, model.num_parameters()
+    result, after = hook.reports[0].refits, model.num_parameters()
     text = str(warned[0].message)
     assert text.startswith(
         f"this step removes {before - after:,} of {before:,} parameters, and is expected to change "
@@ -170,7 +170,7 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
     calibration = calibrate(fresh, calibrated.batches(fresh))
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     importance = calibration.importance()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CalibrationWarning)  # it costs little, so nothing is said
@@ -180,7 +180,7 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
             pruning_ratio=int(ratio * 96) / 96,
             importance=importance,
         ).step()
-    assert hook.reports[0].compensation.refit == pytest.approx(other, rel=0.02)
+    assert hook.reports[0].refits.refit == pytest.approx(other, rel=0.02)
     assert other < result.refit
 
 
@@ -189,9 +189,9 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     [(0.09, "hardly noticeable"), (0.3, "noticeable, some training helps"), (0.6, "do not expect")],
 )
 def test_a_report_says_what_a_change_means(change: float, meaning: str) -> None:
-    told = str(Compensation(measure="KL", cut=1.0, refit=change)).splitlines()
+    told = str(Refits(measure="KL", cut=1.0, refit=change)).splitlines()
     assert told[1].strip().startswith(f"KL {change}: {meaning}")
-    assert len(str(Compensation(measure="squared error", cut=1.0, refit=change)).splitlines()) == 1
+    assert len(str(Refits(measure="squared error", cut=1.0, refit=change)).splitlines()) == 1
 
 
 @pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
@@ -203,9 +203,9 @@ def test_experts_read_what_the_norm_gives_the_kept_channels_alone(name: str) -> 
         model.get_input_embeddings().weight[:, 48:] *= 8
     calibration = calibrate(model, calibrated.batches(model))
     calibration.held_out = calibration.train[:8]
-    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
     calibrated.pruner_of(model, hook, pruning_ratio=0.25).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert any(layer.part is not None for layer in result.layers)
     assert result.after == pytest.approx(result.refit, rel=1e-6)
@@ -215,10 +215,10 @@ def test_what_the_plain_cut_would_come_to_is_foretold_too() -> None:
     model = calibrated.build("llama")
     calibration = calibrate(model, calibrated.batches(model, 16))
     plain = copy.deepcopy(model)
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = HFConfigSyncHook(refit=calibration)
     calibrated.pruner_of(model, hook).step()
     calibrated.pruner_of(plain).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     divergences = []
     for batch in calibration.held_out:
@@ -233,9 +233,9 @@ def test_a_refit_that_overfits_is_left_out() -> None:
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
     calibration = calibrate(model, calibrated.batches(model, 10), ridge=1e-12)
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert [layer.used for layer in result.layers] == [False, False]
     assert all(layer.refit > layer.cut for layer in result.layers)
@@ -250,9 +250,9 @@ def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
         model = calibrated.build("llama")
         ids = torch.randint(3, 80, (16, length), generator=torch.Generator().manual_seed(0))
         calibration = calibrate(model, [{"input_ids": ids}])
-        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
         calibrated.pruner_of(model, hook).step()
-        result = hook.reports[0].compensation
+        result = hook.reports[0].refits
         assert result is not None
         assert result.cut is None
         used.append(([layer.used for layer in result.layers], result.notes))
@@ -272,9 +272,9 @@ def test_an_expert_that_no_held_out_token_reaches_needs_eight_tokens_a_channel(
     ids = torch.randint(3, 80, (rows, 60), generator=torch.Generator().manual_seed(0))
     calibration = calibrate(model, [{"input_ids": row[None]} for row in ids])
     calibration.held_out = [{"input_ids": torch.tensor([[5]])}]
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     unreached = [layer for layer in result.layers if layer.cut == layer.refit == 0]
     assert len(unreached) == 4  # a token goes to two of four experts
@@ -290,13 +290,13 @@ def test_refits_that_make_the_whole_model_worse_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = iter([0.1, 0.2, 0.1])  # cut, refitted, after the cut
-    monkeypatch.setattr(compensation.Difference, "mean", lambda self: next(changes))
+    monkeypatch.setattr(held_out.Difference, "mean", lambda self: next(changes))
     model = calibrated.build("llama")
     down = [layer.mlp.down_proj.weight[:, :48].clone() for layer in model.model.layers]
     calibration = calibrate(model, calibrated.batches(model))
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert result.notes == [
         "no weight is refitted: on held-out data the whole model changes more with refits (KL 0.2) "
@@ -311,13 +311,13 @@ def test_tied_heads_keep_their_embeddings() -> None:
     model = zoo.build("gemma2")
     embeddings = model.get_input_embeddings().weight.detach().clone()
     calibration = calibrate(model, calibrated.batches(model, 10))
-    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
     now = model.get_input_embeddings().weight
     assert now is model.get_output_embeddings().weight
     half = embeddings.shape[1] // 2
     assert torch.equal(now, embeddings[:, :half])
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert result.notes == [
         "not refitted, for it is the table of embeddings too: model.embed_tokens.weight"
@@ -336,7 +336,7 @@ def test_tied_heads_keep_embeddings_that_no_batch_looks_up() -> None:
     embeddings = model.get_input_embeddings().weight.detach().clone()
     calibration = calibrate(model, embedded(model))
     assert calibration.readings.tables == {"model.embed_tokens.weight"}
-    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
     half = embeddings.shape[1] // 2
     assert torch.equal(model.get_output_embeddings().weight, embeddings[:, :half])
@@ -344,9 +344,9 @@ def test_tied_heads_keep_embeddings_that_no_batch_looks_up() -> None:
 
 def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> None:
     model = llama()
-    hook = HFConfigSyncHook(prune="hidden_size", compensate=calibrate(model, embedded(model)))
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibrate(model, embedded(model)))
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert model.config.hidden_size == 32
     assert result.refit is not None
@@ -361,7 +361,7 @@ def test_an_interactive_step_refits_the_groups_that_are_pruned() -> None:
     model, other = llama(), llama()
     for each in (model, other):
         calibration = calibrate(each, calibrated.batches(each, 10))
-        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
         pruner = calibrated.pruner_of(each, hook)
         if each is other:
             pruner.step()
@@ -377,7 +377,7 @@ def test_a_group_that_the_user_leaves_keeps_its_weights() -> None:
     model = llama()
     weight = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     calibration = calibrate(model, calibrated.batches(model, 10))
-    hook = HFConfigSyncHook(prune=("intermediate_size", "hidden_size"), compensate=calibration)
+    hook = HFConfigSyncHook(prune=("intermediate_size", "hidden_size"), refit=calibration)
     pruner = calibrated.pruner_of(model, hook)
     for group in pruner.step(interactive=True):
         if group.graph_group.fields == (("hidden_size",),):
@@ -385,7 +385,7 @@ def test_a_group_that_the_user_leaves_keeps_its_weights() -> None:
     left = model.config.hidden_size
     assert left == len(weight) // 2
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight[:left])
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     readers = {layer.weight.split(".")[-2] for layer in result.layers}
     assert readers == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
@@ -395,7 +395,7 @@ def test_the_next_step_is_measured_anew() -> None:
     model = llama()
     calibration = calibrate(model, calibrated.batches(model, 10))
     first = calibration.readings
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = HFConfigSyncHook(refit=calibration)
     importance = calibration.importance()
     pruner = calibrated.pruner_of(model, hook, importance=importance, iterative_steps=2)
     pruner.step()
@@ -405,13 +405,13 @@ def test_the_next_step_is_measured_anew() -> None:
     pruner.step()
     assert calibration.readings is not first
     assert len(hook.reports) == 2
-    assert all(report.compensation is not None for report in hook.reports)
+    assert all(report.refits is not None for report in hook.reports)
 
 
 def test_a_refused_step_changes_no_weight() -> None:
     model = llama()
     calibration = calibrate(model, calibrated.batches(model, 10))
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     pruner = calibrated.pruner_of(model, hook)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.model.layers = model.model.layers[:1]
@@ -426,9 +426,9 @@ def test_weights_that_were_not_measured_are_named() -> None:
     calibration = calibrate(model, calibrated.batches(model, 10))
     name = "model.layers.0.mlp.down_proj.weight"
     del calibration.readings.leaders[Consumer(name, 1)]
-    hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     calibrated.pruner_of(model, hook).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert f"not refitted, for it was not measured: {name}" in result.notes
     assert [layer.weight for layer in result.layers] == [name.replace("0", "1")]
@@ -444,7 +444,7 @@ def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
     model, other = llama(), llama()
     for each, kind in ((model, Own), (other, tp.pruner.MetaPruner)):
         calibration = calibrate(each, calibrated.batches(each, 10))
-        hook = HFConfigSyncHook(prune="intermediate_size", compensate=calibration)
+        hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
         kind(
             each,
             example_inputs=None,
@@ -452,7 +452,7 @@ def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
             pruning_ratio=0.25,
             hooks=[hook],
         ).step()
-        assert hook.reports[0].compensation is not None
+        assert hook.reports[0].refits is not None
     first, second = model.state_dict(), other.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -461,15 +461,15 @@ def test_another_model_s_calibration_is_refused() -> None:
     model, other = llama(), llama()
     calibration = calibrate(other, calibrated.batches(other, 2))
     with pytest.raises(CalibrationError, match="is another model than the LlamaForCausalLM that"):
-        calibrated.pruner_of(model, HFConfigSyncHook(compensate=calibration))
+        calibrated.pruner_of(model, HFConfigSyncHook(refit=calibration))
 
 
 def test_any_importance_of_torch_pruning_can_be_refitted() -> None:
     model = llama()
     calibration = calibrate(model, calibrated.batches(model, 10))
-    hook = HFConfigSyncHook(compensate=calibration)
+    hook = HFConfigSyncHook(refit=calibration)
     importance = tp.importance.GroupMagnitudeImportance()
     calibrated.pruner_of(model, hook, importance=importance, pruning_ratio=0.25).step()
-    result = hook.reports[0].compensation
+    result = hook.reports[0].refits
     assert result is not None
     assert len(result.layers) == 13
