@@ -53,7 +53,7 @@ test: lint
 
 # All there is: the whole matrix, upstream's faults, several processes, and the oldest versions.
 test-all: lint
-	$(BIN)/pytest $(SIDE_BY_SIDE)
+	EXAMPLES=40 $(BIN)/pytest $(SIDE_BY_SIDE)
 	$(MAKE) test-oldest
 
 # For the inner loop: a case of most mechanisms, no linters.
@@ -98,7 +98,7 @@ FUZZ ?= 600
 fuzz: $(VENV)/.dev
 	$(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ)
 
-# The README's table of attention heads, from trying every mode of every class in it.
+# The table of attention heads, docs/recipes/heads.md, from trying every mode of every class in it.
 heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
 

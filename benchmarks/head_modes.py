@@ -4,7 +4,7 @@
 
 Every mode of every class in the list is carried out: half of the heads (or of every head's
 dimensions) go, and the config has to follow.  A cell names the config fields that moved.  The table
-is printed as Markdown; ``--write`` puts it between the marks in README.md.
+is printed as Markdown; ``--write`` puts it between the marks in docs/recipes/heads.md.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def between_marks(text: str) -> str:
 def main() -> None:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md, between its marks")
+    parser.add_argument("--write", action="store_true", help="into the page, between its marks")
     arguments = parser.parse_args()
     os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
     transformers.logging.set_verbosity_error()
@@ -174,10 +174,10 @@ def main() -> None:
     made = table()
     print(made)
     if arguments.write:
-        readme = ROOT / "README.md"
-        text = readme.read_text()
+        document = ROOT / "docs" / "recipes" / "heads.md"
+        text = document.read_text()
         before, _, rest = text.partition(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+        document.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these tasks")
     parser.add_argument("--folder", type=Path, help="where results lie")
     parser.add_argument("--written", action="store_true", help="try nothing more")
-    written = "put the figures into the README, and the results into docs/hunt.jsonl"
+    written = "put the figures into docs/random-configs.md, and the results into docs/hunt.jsonl"
     parser.add_argument("--write", action="store_true", help=written)
     options = parser.parse_args()
     pairs = [p for p in all_pairs() if not options.types or p.type in options.types]
@@ -58,7 +58,7 @@ def main() -> None:
     print("\n".join(listed(rows, BAD)))
     if options.write:
         hunt.keep()
-        write(rows, options.seed, places.ROOT / "README.md")
+        write(rows, options.seed, places.ROOT / "docs" / "random-configs.md")
 
 
 if __name__ == "__main__":

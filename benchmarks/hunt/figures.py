@@ -56,18 +56,18 @@ def listed(rows: list[Row], outcomes: tuple[str, ...]) -> list[str]:
     ]
 
 
-def write(rows: list[Row], seed: int, readme: Path) -> None:
-    """Put the figures between their markers in the README.
+def write(rows: list[Row], seed: int, document: Path) -> None:
+    """Put the figures between their markers in a page.
 
     Raises:
         ValueError: it has none.
     """
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = document.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN} ... {END}")
+        raise ValueError(f"{document} has no {BEGIN} ... {END}")
     named = ", ".join(f"{name} {number}" for name, number in versions().items())
     head = ("measured", f"{datetime.date.today().isoformat()}, {named}, seed {seed}")
     lines = [head, ("---", "---"), *totals(rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    document.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")

@@ -1,4 +1,4 @@
-"""The widths of layers that ``allocate`` found, as a picture for the documentation."""
+"""Pictures for the documentation: widths of layers, and perplexity against size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from jobs import Row
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw_widths(rows: list[Row], path: Path) -> None:
     """Draw the feed-forward width of every layer, one line for each mean; nothing without rows."""
     found = [row for row in rows if row.get("layer_widths") and row["variant"] == "allocated"]
     if not found:
@@ -28,3 +28,37 @@ def draw(rows: list[Row], path: Path) -> None:
     )
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
+
+
+def draw_perplexity(rows: list[Row], path: Path) -> None:
+    """Draw SmolLM2's perplexity against its parameters, feed-forward widths alone.
+
+    Nothing without the unpruned model.
+    """
+    unpruned = next((row for row in rows if row["subject"] == "unpruned"), None)
+    if unpruned is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    whole = (unpruned["parameters"], unpruned["whole"]["reference"])
+    uniform = [r for r in rows if r["variant"] == "wanda" and r["subject"] in ("ffn20", "ffn40")]
+    allocated = [r for r in rows if r["variant"] == "allocated"]
+    lines = (
+        ("cut only", "cut", uniform),
+        ("cut and refitted", "refitted", uniform),
+        ("a width for each layer, refitted", "refitted", allocated),
+    )
+    for label, way, found in lines:
+        points = sorted([whole, *((r["parameters"], r[way]["reference"]) for r in found)])
+        sizes, perplexities = zip(*points, strict=True)
+        axes.plot([size / 1e6 for size in sizes], perplexities, marker="o", label=label)
+    axes.plot([whole[0] / 1e6], [whole[1]], "o", color="black")
+    axes.annotate("unpruned", (whole[0] / 1e6, whole[1]), (-52, -14), textcoords="offset points")
+    axes.set_ylim(bottom=14)
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("perplexity")
+    axes.set_title("SmolLM2-135M, fewer feed-forward channels, no training", size=10)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from jobs import Job, Row, Scale, source
-from picture import draw
+from picture import draw_perplexity, draw_widths
 from rich.console import Console
 from rich.table import Table
 
@@ -92,7 +92,8 @@ def write(rows: list[Row], jobs: list[Job], scale: Scale, root: Path | None) -> 
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     (root / "docs" / "quality.json").write_text(text)
     (root / "docs" / "quality.md").write_text(page(rows, head, scale))
-    draw(rows, root / "docs" / "widths-by-layer.png")
+    draw_widths(rows, root / "docs" / "widths-by-layer.png")
+    draw_perplexity(rows, root / "docs" / "perplexity-by-size.svg")
 
 
 def page(rows: list[Row], head: dict[str, Any], scale: Scale) -> str:

@@ -2,8 +2,8 @@
 
 Each (task, model type) pair is pruned at tiny size in a process of its own, its widths and then its
 layers, and loaded again in another, all with limits of time and memory.  ``--columns layers`` (or
-``widths``) measures one of them alone.  Writes ``docs/support.json``, ``docs/support.md`` and the
-totals in the README.
+``widths``) measures one of them alone.  Writes ``docs/support.json`` and
+``docs/support.md``.
 
 A row says which state of the code it is of: of what a measurement runs, not the command line or
 exports.  Rows of this state, in the table or in ``.support/`` where finished pairs lie, are not

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from tp_hf_config.schema import SCHEMA_VERSION, versions
 
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 DEFAULTS = '`HFConfigSyncHook(prune="inner")`, in one step: pruned, saved, loaded'
 DIFFER = "layers differ: pruned, saved, loaded, of the pairs that run and have layers"
 DROPPED = "a layer dropped: saved, loaded, of the same pairs"
@@ -26,6 +25,16 @@ _SIGNS = {"works": "yes", "refused": "refused", "failed": "FAILED", "mixed": "so
 _NOT_BUILT = ("class", "build")
 _NOT_RUN = (*_NOT_BUILT, "learn", "run")
 _NO_END = "no end"
+_HOW = """\
+The widths of a pair get 170 seconds of processor time (`--seconds`), its layers as many more. A
+pair that does not end in them is measured once more with 600 (`--longer`): it still counts as one
+that did not end, and its row has what was done by then, or says how long it takes. How long it
+takes to learn a class, and to prove one field besides, is measured by itself (`--learning`), on the
+full-size default config. A run measures only rows that another state of the code made; it may be
+stopped at any time (`--minutes 60`), and the next one goes on. If the rows come from several states
+of the code, the line with the date says from how many. "Silently wrong" counts every width whose
+outputs are not those of the masked original or of the loaded model, from 1e-9 on. The same
+comparison is part of the proof, with other random weights: what would fail it is refused."""
 _QUICK = 2
 """Seconds in which nobody waits for long."""
 _CLASSES = re.compile(r"\b[A-Z]\w*[a-z][A-Z]\w*")
@@ -231,7 +240,7 @@ def silent(width: Result) -> bool:
 
 
 def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> None:
-    """Print the totals; with ``root``, write the page, the JSON and the README's totals too."""
+    """Print the totals; with ``root``, write the page and the JSON too."""
     rows = totals(results, pairs)
     shown = Table(show_header=False)
     for row in rows:
@@ -258,10 +267,6 @@ def write(results: list[Result], pairs: int, seed: int, root: Path | None) -> No
     text = json.dumps(head, indent=1)[:-2] + f',\n "pairs": [\n{lines}\n]\n}}\n'
     (folder / "support.json").write_text(text)
     (folder / "support.md").write_text(page(results, head, rows))
-    readme = root / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    quoted = f"{BEGIN}\n{_markdown([('measured', _dated(head)), *rows])}\n{END}"
-    readme.write_text(before + quoted + rest.partition(END)[2])
 
 
 def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]]) -> str:
@@ -290,6 +295,8 @@ def page(results: list[Result], head: dict[str, Any], rows: list[tuple[str, str]
             "[support.json](support.json).",
             "",
             _markdown([("", ""), *rows]),
+            "",
+            _HOW,
             "",
             "## Why widths are refused or fail",
             "",

@@ -17,7 +17,7 @@ from planned import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-from tp_hf_config import plan, prunable
+from tp_hf_config import prunable
 from tp_hf_config.cli.commands import app
 from tp_hf_config.cli.output import PROGRAM
 
@@ -56,7 +56,7 @@ def test_every_other_block_runs_alone(
 
 @pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.where)
 def test_what_is_shown_of_smollm2_is_what_comes(block: doc_blocks.Block) -> None:
-    names = {"model": SMOLLM2, "config": SMOLLM2, "plan": plan, "prunable": prunable}
+    names = {"model": SMOLLM2, "prunable": prunable}
     example = doctest.DocTestParser().get_doctest(block.code, names, block.where, "README.md", 0)
     told: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
@@ -66,7 +66,7 @@ def test_what_is_shown_of_smollm2_is_what_comes(block: doc_blocks.Block) -> None
 def test_its_commands_are_commands() -> None:
     """What begins a line with the program's name is parsed; nothing of it is run."""
     typed = re.findall(rf"^{PROGRAM} (.*)$", README, re.MULTILINE)
-    commands = ["prune", "check", "repair", "verify", "verify", "prune", "plan"]
+    commands = ["plan", "prune", "verify"]
     for line, name in zip(typed, commands, strict=True):
         command, *arguments = shlex.split(line, comments=True)
         assert command == name
@@ -75,5 +75,5 @@ def test_its_commands_are_commands() -> None:
 
 def test_no_block_of_code_is_passed_over() -> None:
     assert len(RUN) == 2
-    assert len(SHOWN) == 2
+    assert len(SHOWN) == 1
     assert README.count(">>> ") == sum(block.code.count(">>> ") for block in SHOWN)

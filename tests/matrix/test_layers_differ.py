@@ -89,6 +89,8 @@ def run_of(case: Case) -> Run:
     return Run(original, model, hook)
 
 
+OF_EVERY_KIND = ("llama", "gemma3", "mixtral", "deepseek_v3", "bart", "dinov2")
+"""Classes that ``make test`` runs: a decoder, entries of kinds, experts, two stacks, images."""
 WAYS = ("global", "isomorphic", "dict", "ignored")
 CASES = some_in_make_test(
     (
@@ -99,7 +101,7 @@ CASES = some_in_make_test(
         if case.steps == 3 or name in ("llama", "gpt_oss", "bert", "whisper")
         if (name, way) not in layer_zoo.REFUSED
     ),
-    lambda case: (case.way == "ignored" and case.steps == 3) or case.model == "llama",
+    lambda case: case.model in OF_EVERY_KIND if case.way == "ignored" else case.model == "llama",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch_pruning as tp
@@ -68,7 +69,7 @@ def head_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=int(os.environ.get("EXAMPLES", "12")),  # ``make test-all`` draws 40
     phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes
     deadline=None,
     derandomize=True,

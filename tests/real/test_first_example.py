@@ -18,6 +18,7 @@ FIRST = next(b for b in doc_blocks.blocks(README, "README.md") if b.language == 
 texts: Any = small.module_of(small.ROOT / "benchmarks" / "quality" / "texts.py")
 
 
+@pytest.mark.full
 def test_the_first_example_leaves_a_model_that_speaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

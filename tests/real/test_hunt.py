@@ -52,6 +52,7 @@ def subject(hunt: Any, tmp_path: Path, data: dict[str, Any]) -> Any:
     return hunt["trying"].subject_of(hf.Qwen3ForCausalLM, pair, data, Random(0), tmp_path)
 
 
+@pytest.mark.full
 def test_a_seed_draws_the_same_legal_config(hunt: Any) -> None:
     builder = Builder(hf.Qwen3ForCausalLM(hf.Qwen3Config(**BASE)))
     base = hf.Qwen3Config(**BASE).to_dict()
@@ -76,6 +77,7 @@ def test_a_pruned_model_is_the_masked_original(hunt: Any, tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.full
 def test_attention_in_one_function_is_scaled_by_the_new_head_dim(hunt: Any, tmp_path: Path) -> None:
     config = hf.WavLMConfig(
         hidden_size=48, num_attention_heads=2, intermediate_size=24, num_hidden_layers=2,
@@ -118,6 +120,7 @@ def test_what_is_wrong_is_seen(hunt: Any, tmp_path: Path) -> None:
         oracle.compare(one.model, model, one.inputs, fresh)
 
 
+@pytest.mark.full
 def test_layers_dropped_and_made_to_differ_load_by_every_auto_class(
     hunt: Any, tmp_path: Path
 ) -> None:
@@ -169,19 +172,19 @@ def test_the_figures_stand_between_their_marks(hunt: Any, tmp_path: Path) -> Non
         },
         {"type": "b", "modes": [], "code": "c2"},
     ]
-    readme = tmp_path / "README.md"
-    readme.write_text("before <!-- hunt:begin --> old <!-- hunt:end --> after")
-    hunt["figures"].write(rows, 5, readme)
-    text = readme.read_text()
+    document = tmp_path / "random-configs.md"
+    document.write_text("before <!-- hunt:begin --> old <!-- hunt:end --> after")
+    hunt["figures"].write(rows, 5, document)
+    text = document.read_text()
     assert text.startswith("before <!-- hunt:begin -->\n| measured | ")
     assert text.endswith("\n<!-- hunt:end --> after")
     assert "| random configs | 1 |\n| model types | 1 |" in text
     assert "| versions of the code they ran with | 1 |" in text
     assert "| prunings | 2 |" in text
     assert "| silently wrong | 1 |" in text
-    readme.write_text("no marks")
+    document.write_text("no marks")
     with pytest.raises(ValueError, match=r"has no <!-- hunt:begin --> \.\.\. <!-- hunt:end -->"):
-        hunt["figures"].write(rows, 5, readme)
+        hunt["figures"].write(rows, 5, document)
 
 
 def test_what_is_kept_counts_and_the_latest_of_a_config_is_taken(hunt: Any, tmp_path: Path) -> None:

@@ -38,18 +38,12 @@ from .layer_kinds import (
     names_in_code,
     rises,
 )
-from .lower_depth import (
-    FEATURES,
-    entries_of_kept,
-    of_every_config,
-    restated,
-)
+from .lower_depth import FEATURES, entries_of_kept, of_every_config, restated
 
 Change = dict[FieldPath, Any]
 """Field -> its new value."""
 _MOST_LISTS = 32
 """Combinations of lists that are tried for one setting that counts layers."""
-
 _MOST_RULES = 96
 """Restatements of rules that are tried for one such setting; each is a build."""
 _MOST_KINDS = 4
@@ -112,15 +106,14 @@ def settings_of_left(
     """
     settings: Change = {}
     for name in lists_of(model):
-        before, left = (_layers_in(all_shapes, name) for all_shapes in (shapes(model), live))
+        place = name.count(".") + 1  # of a layer's number in the names of its tensors
+        before, left = (
+            len({key.split(".")[place] for key in found if key.startswith(f"{name}.")})
+            for found in (shapes(model), live)
+        )
         change = config_without(builder, data, model, name, range(left)) if left < before else {}
         settings |= {} if isinstance(change, Refusal) else change
     return settings if builder.shapes_at(with_values(data, settings)) == live else {}
-
-
-def _layers_in(all_shapes: Shapes, name: str) -> int:
-    rest = [key.removeprefix(f"{name}.") for key in all_shapes if key.startswith(f"{name}.")]
-    return len({key.partition(".")[0] for key in rest})
 
 
 class _Search:
@@ -178,12 +171,10 @@ class _Search:
     def _try(self, node: FieldPath | None, change: Change) -> bool | None:
         """Return True if a change does it; None if it may with other fields; else False.
 
-        It may with others beside ``node``, where its setting stands; with ``None``, a rule is in
-        it.
+        It may with others beside ``node``, where its setting stands; ``None``: a rule is in it.
         """
         data = with_values(self._data, change)
-        key = json.dumps(data, default=repr)
-        if key not in self._results:
+        if (key := json.dumps(data, default=repr)) not in self._results:
             self._results[key] = self._result(data)
             if node is not None and self._results[key] is None:
                 self._bases.append((node, change))
@@ -195,8 +186,7 @@ class _Search:
         if isinstance(built, Refusal):
             self._refused = self._refused or built.reason
             return None
-        reason = self._kept.difference(built)
-        if reason is None:
+        if (reason := self._kept.difference(built)) is None:
             return True
         if not self._kept.has_length(built):
             return False

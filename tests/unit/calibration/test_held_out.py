@@ -59,8 +59,8 @@ _OWN_FLOAT32 = {"mamba2": 1e-5}
 
 
 OF_EVERY_KIND = (
-    ("llama", "gpt2", "mixtral", "deepseek_v3", "mamba2", "t5", "convnext", "wav2vec2"),
-    ("gemma3", "falcon", "gpt_oss", "deberta_v2", "swin", "timm_vit", "qwen2_vl"),
+    ("llama", "gpt2", "mixtral", "convnext"),
+    ("gemma3", "gpt_oss", "deberta_v2"),
 )
 """Those that ``make test`` runs: first of the exact ones, then of all."""
 
@@ -107,7 +107,7 @@ def test_no_layer_is_worse_than_its_plain_cut(name: str) -> None:
 ROUND_TRIPS = ("llama", "gpt2", "mixtral", "bert", "t5", "convnext")
 
 
-@pytest.mark.parametrize("name", calibrated.others_full(ROUND_TRIPS, ("mixtral", "t5")))
+@pytest.mark.parametrize("name", calibrated.others_full(ROUND_TRIPS, ("t5",)))
 def test_a_refitted_model_is_the_same_after_a_reload(name: str, collector: Any) -> None:
     model = calibrated.build(name, torch.float32)
     plain = copy.deepcopy(model)
@@ -195,7 +195,9 @@ def test_a_report_says_what_a_change_means(change: float, meaning: str) -> None:
 
 
 @pytest.mark.skipif(small.TRANSFORMERS < (5,), reason="Transformers 4 has a module for each expert")
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", calibrated.others_full(["mixtral", "qwen3_moe", "gpt_oss"], ["gpt_oss"])
+)
 def test_experts_read_what_the_norm_gives_the_kept_channels_alone(name: str) -> None:
     """They read some rows of it; what goes is loud, so the others get far more of the norm."""
     model = calibrated.build(name)

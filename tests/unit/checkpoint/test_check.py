@@ -435,6 +435,7 @@ def test_large_numbers_that_a_class_reads(
     assert read is None or str(found).startswith(f"{read} says 1,000,000,000, far above all that")
 
 
+@pytest.mark.full
 def test_a_70b_folder_of_holes(tmp_path: Path):
     config = hf.LlamaConfig(
         vocab_size=128256,
