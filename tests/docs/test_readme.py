@@ -17,7 +17,7 @@ from planned import SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-from tp_hf_config import prunable
+from tp_hf_config import plan, prunable
 from tp_hf_config.cli.commands import app
 from tp_hf_config.cli.output import PROGRAM
 
@@ -61,6 +61,12 @@ def test_what_is_shown_of_smollm2_is_what_comes(block: doc_blocks.Block) -> None
     told: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
     assert runner.run(example, out=told.append).failed == 0, "".join(told)
+
+
+def test_what_the_shell_says_of_smollm2_is_what_comes() -> None:
+    (shown,) = (b.code for b in doc_blocks.blocks(README, "README.md") if b.language == "text")
+    came = f"{plan(SMOLLM2, pruning_ratio=0.125)}\n"
+    assert doctest.OutputChecker().check_output(shown, came, doctest.ELLIPSIS), came
 
 
 def test_its_commands_are_commands() -> None:
