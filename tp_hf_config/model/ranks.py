@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -53,19 +52,9 @@ def differing(mine: Decision) -> Refusal | None:
     for rank, decision in enumerate(everyone):
         if decision.failure:
             return Refusal(f"rank {rank} at {decision.when}: {decision.failure}")
-    return next(
-        (
-            Refusal(_apart(everyone[0], decision, rank))
-            for rank, decision in enumerate(everyone)
-            if decision != everyone[0]
-        ),
-        None,
-    )
-
-
-def smallest(number: int) -> int:
-    """Return the smallest of all ranks' numbers; every rank has to call this."""
-    return min(gathered(number))
+        if decision != everyone[0]:
+            return Refusal(_apart(everyone[0], decision, rank))
+    return None
 
 
 def gathered(value: _T) -> list[_T]:
@@ -113,21 +102,20 @@ def _wait_for_all(when: str) -> Refusal | None:
     store = _get_default_store()
     if store is None:  # MPI has none
         return None
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     here = f"tp_hf_config {store.add(f'tp_hf_config calls of rank {rank}', 1)}"
-    timeout = _timeout()
-    store.set(f"{here}, rank {rank}", when)
-    if store.add(f"{here}, arrived", 1) == size:
-        store.set(f"{here}, all", "")
+    notes = [f"{here}, rank {other}" for other in range(dist.get_world_size())]
+    store.set(notes[rank], when)
     try:
-        store.wait([f"{here}, all"], timeout)
+        store.wait(notes)
     except RuntimeError:
-        missing = [r for r in range(size) if not store.check([f"{here}, rank {r}"])]
+        missing = [other for other, note in enumerate(notes) if not store.check([note])]
         if missing:
             store.set(f"{here}, given up", str(rank))
             who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed(missing)}"
+            seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
             return Refusal(
-                f"rank {rank} waited {timeout.total_seconds():.0f} seconds for the others at "
+                f"rank {rank} waited {seconds:.0f} seconds for the others at "
                 f"{when}, and {who} did not come. {_SAME_POINT}"
             )
     if store.check([f"{here}, given up"]):
@@ -137,19 +125,6 @@ def _wait_for_all(when: str) -> Refusal | None:
             f"{_SAME_POINT}"
         )
     return None
-
-
-def _timeout() -> datetime.timedelta:
-    """Return the timeout of the process group; torch's default if its backend does not tell."""
-    import torch.distributed as dist
-    from torch.distributed.constants import default_pg_timeout
-
-    group: Any = dist.group.WORLD
-    try:
-        timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
-    except (AttributeError, IndexError, RuntimeError):
-        return default_pg_timeout
-    return timeout
 
 
 def _apart(first: Decision, other: Decision, rank: int) -> str:
