@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, in_one_line
 from ..model.config_json import configs_of
-from ..model.ranks import Decision, differing, gathered, summed
+from ..model.ranks import agree, gathered, summed
 from ..model.sharded import Passes, behind, plain_class
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state
@@ -94,7 +94,7 @@ def agreed_ranks(
             raise failure
         return ALONE
     what = (("the settings", f"{type(model).__name__} {settings!r}"),)
-    _agree(Decision("calibrate", what), failure)
+    agree(CalibrationError, "calibrate", what, failure)
     data = gathered((len(batches), _digest(batches)))
     if not any(count for count, _ in data):
         raise CalibrationError("the calibration data has no batch on any rank: pass some")
@@ -102,15 +102,6 @@ def agreed_ranks(
     if source is not model and not all(count for count, _ in data):
         spare = next(chain(*gathered(batches[:1])))
     return Ranks(len(data), len(set(data)) > 1, next(source.parameters()).device, spare)
-
-
-def _agree(mine: Decision, failure: BaseException | None = None) -> None:
-    text = "" if failure is None else in_one_line(failure)
-    refusal = differing(replace(mine, failure=text))
-    if failure is not None:
-        raise failure
-    if refusal is not None:
-        raise CalibrationError(refusal.reason)
 
 
 def _digest(batches: Sequence[Batch]) -> str:
@@ -190,7 +181,7 @@ def _run_together(
 ) -> None:
     """Run every rank's batches, as many passes on each rank; if one cannot go on, all raise."""
     when = what or "a pass over held-out data"
-    _agree(Decision(f"the start of {when}"))
+    agree(CalibrationError, f"the start of {when}")
     failure: BaseException | None = None
     rest = max(gathered(len(batches))) - len(batches)
     for number, batch in enumerate(shown([*batches, *[ranks.spare] * rest], what)):
@@ -211,7 +202,7 @@ def _run_together(
             raise CalibrationError(
                 f"this rank lost the others in {when}: {in_one_line(error)}. Read their logs"
             ) from error
-    _agree(Decision(f"the end of {when}"), failure)
+    agree(CalibrationError, f"the end of {when}", failure=failure)
 
 
 def _run(

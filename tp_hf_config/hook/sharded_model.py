@@ -17,7 +17,7 @@ from ..model.config_json import changed_values, config_json
 from ..model.fill import note, note_successor
 from ..model.sharded import behind, divided_like, meta_copies, reshard, whole
 from ..model.tensors import owner, select
-from .agreement import Agreement, step
+from .agreement import Agreement
 from .apply import all_or_nothing, write_fields
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ShardedModel:
                 built = self._wrapped()
         except Exception as error:
             failure = error
-        self._agreement.on(f"shard= of {step(pruner)}", failure=failure)
+        self._agreement.on_build(pruner, failure)
         if built is not None:
             self._fill(built[0], CutList("", {}, {}, edits))
             self.model = built[1]

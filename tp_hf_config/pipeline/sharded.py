@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..arguments import check_arguments
-from ..errors import PipelineError, in_one_line
+from ..errors import PipelineError
 from ..graph.meta_copy import meta_copy_of
 from ..graph.rebuild import empty_copy
 from ..model.fill import fill
 from ..model.locate import find_pretrained
-from ..model.ranks import Decision, differing
+from ..model.ranks import agree, are_several
 from ..model.sharded import whole_tensor
 from .output import check_target, new_folder, save_model
 
@@ -49,14 +51,11 @@ def save_sharded(
     import torch.distributed as dist
 
     copy: Any = find_pretrained(meta_copy_of(model))[1]
-    target, failure = Path(folder), ""
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    try:
+    target = Path(folder)
+    writes = not are_several() or dist.get_rank() == 0
+    with _together("the start of save_sharded"):
         if writes:
             check_target(target, overwrite=overwrite)
-    except PipelineError as error:
-        failure = in_one_line(error)
-    _agree("the start of save_sharded", failure)
 
     def gathered(name: str, empty: Tensor) -> Tensor:
         values = whole_tensor(copy, name)  # all ranks gather it
@@ -64,17 +63,19 @@ def save_sharded(
 
     whole_model = empty_copy(copy)
     fill(whole_model, copy, gathered)
-    try:
+    with _together("the end of save_sharded"):
         if writes:
             with new_folder(target, overwrite=overwrite) as work:
                 save_model(whole_model, work, max_shard_size)
-    except PipelineError as error:
-        failure = in_one_line(error)
-    _agree("the end of save_sharded", failure)
     return target
 
 
-def _agree(when: str, failure: str = "") -> None:
-    refusal = differing(Decision(when, failure=failure))
-    if refusal is not None:
-        raise PipelineError(refusal.reason)
+@contextmanager
+def _together(when: str) -> Iterator[None]:
+    """Raise at the end of ``with`` on all ranks if one has failed there."""
+    failure: PipelineError | None = None
+    try:
+        yield
+    except PipelineError as error:
+        failure = error
+    agree(PipelineError, when, failure=failure)
