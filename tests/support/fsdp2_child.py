@@ -46,7 +46,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.multiprocessing import reductions
 from torch.nn.parallel import DistributedDataParallel
+from transformers import modeling_utils
 from transformers.utils import logging
 
 from tp_hf_config import (
@@ -57,8 +59,8 @@ from tp_hf_config import (
     prunable,
     save_sharded,
 )
-from tp_hf_config.graph import standin, taking_turns
-from tp_hf_config.pipeline import sharded as save
+from tp_hf_config.hook import sharded_model
+from tp_hf_config.model import sharded as shards
 
 
 @functools.cache
@@ -111,7 +113,7 @@ def full_disk(at: str) -> Iterator[None]:
 
     patched = (hf.PretrainedConfig, "save_pretrained", full)
     if at == "weights":
-        patched = (save, "save_file", full)
+        patched = (modeling_utils, "safe_save_file", full)
     with mock.patch.object(*patched):
         yield
 
@@ -181,6 +183,15 @@ def own_data(rank: int) -> dict[str, Any]:
     bad: Any = {"input_ids": torch.tensor([[0, zoo.VOCAB]])}
     results["bad data"] = refusal(lambda: calibrate(model, [*[bad] * rank, *data_of(0)]))
     results["after it"] = refusal(lambda: calibrate(model, data_of(rank)))
+
+    def breaks(*_: Any) -> None:
+        raise ValueError("broken")
+
+    layer = model.model.layers[0].mlp
+    handle = layer.register_forward_hook(breaks) if rank == 1 else nullcontext()
+    with handle:
+        results["broken layer"] = refusal(lambda: calibrate(model, data_of(rank)))
+    results["after that"] = refusal(lambda: calibrate(model, data_of(rank)))
     return results
 
 
@@ -282,19 +293,20 @@ def held() -> dict[str, Any]:
     """How many whole weights there are at once, and whether the old model is freed."""
     model = sharded()
     old, weights, most = weakref.ref(model), [], 0
-    gather = standin.whole
+    gather = shards.whole
 
     def gathered(tensor: Any) -> torch.Tensor:
         nonlocal most
-        weights.append(weakref.ref(result := gather(tensor)))
-        most = max(most, sum(weight() is not None for weight in weights))
+        result = gather(tensor)
+        weights.append(reductions.StorageWeakRef(result.untyped_storage()))
+        most = max(most, sum(not weight.expired() for weight in weights))
         return result
 
-    standin.whole = gathered
+    shards.whole = sharded_model.whole = gathered
     hook = HFConfigSyncHook(shard=shard)
     pruner = pruner_of(model, hook)
     pruner.step()
-    standin.whole = gather
+    shards.whole = sharded_model.whole = gather
     del model
     gc.collect()
     return {"gathered": len(weights), "at once": most, "old model": old() is not None}
@@ -312,15 +324,16 @@ def absent(rank: int, folder: Path) -> str:
 
 def dying(rank: int) -> str:
     """Rank 1 ends while both measure."""
+    model, passes = sharded(), []
 
-    read = taking_turns.Turns.read
-
-    def dies(turns: Any, number: int) -> torch.Tensor:
-        return read(turns, number) if turns.batch < 1 else os._exit(0)
+    def dies(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            os._exit(0)
 
     if rank == 1:
-        taking_turns.Turns.read = dies
-    return refusal(lambda: calibrate(sharded(), [batch(seed) for seed in range(3)]))
+        model.model.layers[1].register_forward_pre_hook(dies)
+    return refusal(lambda: calibrate(model, [batch(seed) for seed in range(3)]))
 
 
 def start(rank: int, size: int, store: Path, seconds: float) -> None:

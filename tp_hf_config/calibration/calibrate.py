@@ -11,8 +11,9 @@ from torch import nn
 from ..arguments import Count, check_arguments
 from ..errors import CalibrationError, CalibrationWarning, listed, warn
 from ..graph.edits import stack_dim
-from ..graph.standin import standin_behind, standin_of
+from ..graph.meta_copy import meta_copy_of
 from ..model.locate import check_has_data, check_plain, check_unwrapped
+from ..model.sharded import behind
 from .batches import (
     TOKENS,
     Batch,
@@ -94,8 +95,8 @@ def calibrate(
 
     Args:
         model: any model: one of Transformers, or a plain module. Under FSDP2 every rank has to call
-            this; it measures its own data, one gathered weight at a time, and all have the same
-            sums afterwards.
+            this: each runs the sharded model on its own data, and all have the same sums
+            afterwards.
         data: batches (dicts of the forward pass's arguments, or tensors for its first one), one
             such dict, or texts. For a causal language model it may be left out: a small text that
             ships with the package is taken then; ``"own"``: what the model writes itself, for
@@ -136,7 +137,7 @@ def calibrate(
             sharded by something else than FSDP2.
     """
     check_unwrapped(model)
-    model = standin_of(model)
+    model = meta_copy_of(model)
     check_has_data(model)
     for inner in models_in(model):
         check_plain(inner)
@@ -144,7 +145,7 @@ def calibrate(
         ridge = TEXT_RIDGE if writes_text(model) else RIDGE
     train, held_out = list[Batch](), list[Batch]()
     failure: Exception | None = None
-    empty = distributed or standin_behind(model) is not None
+    empty = distributed or behind(model) is not model
     try:
         train, held_out = _batches_of(model, data, tokenizer, tokens, seed, may_be_empty=empty)
     except Exception as error:  # also of the user's data; the other ranks have to know
@@ -203,7 +204,8 @@ def _text_of(
     whole: bool,
 ) -> Text:
     if data == "own":
-        return own_text(model, with_held_out(tokens), seed)
+        running: Any = behind(model)
+        return own_text(running, with_held_out(tokens), seed)
     if not takes_token_ids(model):
         raise CalibrationError(
             f"{type(model).__name__} takes no text: pass batches of what it takes, "

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import CalibrationError, listed
 from ..forward.output_tensors import tensors_in
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace, plain_cut
-from ..model.lazy_tensor import values_of
+from ..model.sharded import whole_tensor
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, watched_pass
@@ -232,12 +232,14 @@ def _add_errors(
 
     what = "held-out data, unpruned"
     _held_out_pass(step.calibration, visit, sources, after_batch, what)
-    for consumer in step.refits:
-        if step.alike[consumer] in firsts and consumer not in with_kernel:
-            values, at = consumer.matrix_of(model.get_parameter(consumer.parameter).detach())
-            weight = values_of(values).movedim(at, -1).flatten(0, -2)  # all ranks read it
+    judged = [c for c in step.refits if step.alike[c] in firsts and c not in with_kernel]
+    for name, consumers in groupby(judged, lambda consumer: consumer.parameter):
+        parameter = whole_tensor(model, name)  # all ranks gather it
+        for consumer in consumers:
             products = sums.of(step.alike[consumer])
             if products is not None:
+                values, at = consumer.matrix_of(parameter)
+                weight = values.movedim(at, -1).flatten(0, -2)
                 targets = step.refits[consumer].targets
                 weight = weight.index_select(-1, targets.to(weight.device)).to(products[0])
                 cut, refit = (float(((weight @ each) * weight).sum()) for each in products)

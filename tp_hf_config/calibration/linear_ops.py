@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.edits import matrix_of
+from ..model.sharded import is_dtensor
+from ..model.tensors import owner
 from .batches import models_in
 
 Select = Callable[..., Any]
@@ -99,11 +101,26 @@ class WatchedOps(TorchFunctionMode):
         super().__init__()
         self.visit, self._selected = visit, selected
         self._tables: set[str] = set()
-        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, parameter in model.named_parameters():
-            self._by_storage.setdefault(_storage(parameter), []).append((name, parameter))
-        for table in _input_tables(model):  # no pass looks them up if it gets embeddings
+        self._model = model
+        self._owners = [(name, *owner(model, name)) for name, _ in model.named_parameters()]
+        self._by_storage: dict[int, dict[str, Tensor]] = {}
+        self.locate(model)
+
+    def locate(self, part: nn.Module) -> None:
+        """Note where the parameters of a part of the model are now: FSDP2 gathers them there."""
+        inside = set(part.modules())
+        for name, module, key in self._owners:
+            parameter = module._parameters[key] if module in inside else None
+            if parameter is not None and not is_dtensor(parameter):
+                self._by_storage.setdefault(_storage(parameter), {})[name] = parameter
+        for table in _input_tables(self._model):  # no pass looks them up if it gets embeddings
             self._note_table(table)
+
+    def _parameters_at(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters in the storage of some values; FSDP2 frees those it has gathered."""
+        at = 0 if is_dtensor(values) else _storage(values)
+        found = self._by_storage.get(at, {})
+        yield from ((name, each) for name, each in found.items() if _storage(each) == at)
 
     def __torch_function__(
         self,
@@ -142,7 +159,7 @@ class WatchedOps(TorchFunctionMode):
 
     def _note_table(self, table: Any) -> None:
         if isinstance(table, Tensor):
-            for name, parameter in self._by_storage.get(_storage(table), ()):
+            for name, parameter in self._parameters_at(table):
                 if _overlap(table, parameter):
                     self._tables.add(name)
 
@@ -153,7 +170,7 @@ class WatchedOps(TorchFunctionMode):
         """
         if not isinstance(weight, Tensor):
             return None
-        for name, parameter in self._by_storage.get(_storage(weight), ()):
+        for name, parameter in self._parameters_at(weight):
             view = _view_of(weight, parameter)
             dim = None if view is None else view.dims[axis % weight.ndim]
             if view is None or dim is None or weight.shape[axis] != parameter.shape[dim]:

@@ -18,6 +18,7 @@ from ..graph.edits import stack_dim
 from ..graph.experiments import experiments_of
 from ..model.build import Refusal
 from ..model.disk_cache import entry_key, load, store
+from ..model.sharded import behind, reshard
 from ..model.tensors import state_of
 from ..reports import short
 from .batches import Batch, tokens_in
@@ -276,7 +277,9 @@ class MeasuredModel:
 
     def current(self) -> Readings:
         """Return what was measured; measure again first where the weights have changed."""
-        state = state_of(self.model)
+        model = behind(self.model)
+        reshard(model)
+        state = state_of(model)
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"

@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, in_one_line
-from ..graph.standin import standin_behind
-from ..graph.taking_turns import InterruptedByRankError
 from ..model.config_json import configs_of
-from ..model.ranks import Decision, differing, gathered, smallest, summed
+from ..model.ranks import agree, gathered, summed
+from ..model.sharded import Passes, behind, plain_class
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state
 from .batches import Batch, models_in, on_device
@@ -40,11 +40,14 @@ class Ranks:
         own_data: True if each of them has data of its own, so that sums are added up; otherwise
             each has all of the data.
         device: where tensors are added up.
+        spare: what a rank runs while only others have batches left, because all gather weights
+            together; ``None``: each has a copy of them.
     """
 
     count: int = 1
     own_data: bool = False
     device: torch.device | str = "cpu"
+    spare: Batch | None = None
 
     def gathered(self, value: _T) -> list[_T]:
         """Return what every rank has, in their order; the own value alone if data is not shared."""
@@ -75,7 +78,7 @@ def agreed_ranks(
     """Return the ranks that measure a model, once they have agreed on how.
 
     Args:
-        model: the model, or the stand-in of a sharded one.
+        model: the model, or the meta copy of a sharded one.
         batches: this rank's data.
         settings: what all ranks need alike.
         distributed: True if the ranks hold whole copies of the model.
@@ -85,61 +88,20 @@ def agreed_ranks(
         CalibrationError: the ranks have other settings, one does not come or cannot, or none has
             data.
     """
-    standin = standin_behind(model)
-    if standin is None and not distributed:
+    source = behind(model)
+    if source is model and not distributed:
         if failure is not None:
             raise failure
         return ALONE
     what = (("the settings", f"{type(model).__name__} {settings!r}"),)
-    _agree(Decision("calibrate", what), failure)
+    agree(CalibrationError, "calibrate", what, failure)
     data = gathered((len(batches), _digest(batches)))
     if not any(count for count, _ in data):
         raise CalibrationError("the calibration data has no batch on any rank: pass some")
-    source: nn.Module = model if standin is None else standin.sharded
-    return Ranks(len(data), len(set(data)) > 1, next(source.parameters()).device)
-
-
-@contextmanager
-def in_step(model: nn.Module, ranks: Ranks, when: str) -> Iterator[Callable[[int], None]]:
-    """Let every rank run the model on batches of its own: none goes on before all have finished.
-
-    Args:
-        model: the model, or the stand-in of a sharded one.
-        ranks: the ranks.
-        when: what is measured, for messages.
-
-    Yields:
-        A function to call with the number of each batch.
-
-    Raises:
-        CalibrationError: another rank cannot go on, is elsewhere, or does not come.
-    """
-    standin = standin_behind(model)
-    if ranks.count == 1:
-        yield lambda number: None
-        return
-    _agree(Decision(f"the start of {when}"))
-    failure: BaseException | None = None
-    try:
-        with nullcontext() if standin is None else standin.taking_turns() as turns:
-            yield lambda number: None if turns is None else setattr(turns, "batch", number)
-    except InterruptedByRankError as error:
-        if error.reason:
-            raise CalibrationError(
-                f"this rank lost the others in {when}: {error.reason}. Read their logs"
-            ) from error
-    except BaseException as error:
-        failure = error
-    _agree(Decision(f"the end of {when}"), failure)
-
-
-def _agree(mine: Decision, failure: BaseException | None = None) -> None:
-    text = "" if failure is None else in_one_line(failure)
-    refusal = differing(replace(mine, failure=text))
-    if failure is not None:
-        raise failure
-    if refusal is not None:
-        raise CalibrationError(refusal.reason)
+    spare = batches[0] if batches and source is not model else None
+    if source is not model and not all(count for count, _ in data):
+        spare = next(chain(*gathered(batches[:1])))
+    return Ranks(len(data), len(set(data)) > 1, next(source.parameters()).device, spare)
 
 
 def _digest(batches: Sequence[Batch]) -> str:
@@ -161,8 +123,8 @@ def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE)
     """
     if max_memory is not None:
         return max_memory
-    half = free_memory(next(model.parameters()).device) // 2
-    return smallest(half) if ranks.count > 1 else half
+    half = free_memory(next(behind(model).parameters()).device) // 2
+    return min(gathered(half)) if ranks.count > 1 else half
 
 
 def watched_pass(
@@ -177,7 +139,7 @@ def watched_pass(
     """Run a model over batches while every linear operation on its parameters is watched.
 
     Args:
-        model: the model.
+        model: the model, or the meta copy of a sharded one, which is run then.
         batches: the batches.
         visit: gets every operation, and returns what it is to return; ``None``: none is watched.
         sources: watches the layers in front of weights.
@@ -188,17 +150,59 @@ def watched_pass(
     Raises:
         CalibrationError: the model does not run on a batch, on this rank or on another.
     """
+    model = behind(model)
     after = after_batch or (lambda number, result: None)
     selected = None if sources is None else sources.note_selection
+    ops = None if visit is None else WatchedOps(model, visit, selected)
+    passes = Passes(model, lambda part: None if ops is None else ops.locate(part))
+
+    def run(number: int, batch: Batch) -> None:
+        after(number, _run(model, number, batch, ops or nullcontext(), sources))
+
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        stack.enter_context(passes.watched())
         if sources is not None:
             stack.enter_context(sources.watching())
-        begin = stack.enter_context(in_step(model, ranks, what or "a pass over held-out data"))
-        ops = nullcontext() if visit is None else WatchedOps(model, visit, selected)
-        for number, batch in enumerate(shown(batches, what)):
-            begin(number)
-            after(number, _run(model, number, batch, ops, sources))
+        if ranks.count > 1:
+            _run_together(model, batches, run, passes, what, ranks)
+        else:
+            for number, batch in enumerate(shown(batches, what)):
+                run(number, batch)
+
+
+def _run_together(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    run: Callable[[int, Batch], None],
+    passes: Passes,
+    what: str,
+    ranks: Ranks,
+) -> None:
+    """Run every rank's batches, as many passes on each rank; if one cannot go on, all raise."""
+    when = what or "a pass over held-out data"
+    agree(CalibrationError, f"the start of {when}")
+    failure: BaseException | None = None
+    rest = max(gathered(len(batches))) - len(batches)
+    for number, batch in enumerate(shown([*batches, *[ranks.spare] * rest], what)):
+        passes.begin()
+        try:
+            if number < len(batches):
+                run(number, batches[number])
+            elif batch is not None:
+                model(**on_device(batch, model))
+        except BaseException as error:
+            failure = error
+        try:
+            if failure is not None:
+                passes.give_up()
+            if any(gathered(failure is not None)):
+                break
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"this rank lost the others in {when}: {in_one_line(error)}. Read their logs"
+            ) from error
+    agree(CalibrationError, f"the end of {when}", failure=failure)
 
 
 def _run(
@@ -211,15 +215,15 @@ def _run(
         shapes = {k: list(v.shape) for k, v in batch.items() if hasattr(v, "shape")}
         what = f"batch {number + 1} of the calibration data, {shapes}: {type(error).__name__}: "
         what += in_one_line(error).rstrip(".")
+        name = plain_class(type(model)).__name__
         if is_out_of_memory(error):
             raise CalibrationError(
-                f"{type(model).__name__} ran out of memory on {what}. Pass smaller batches, or "
+                f"{name} ran out of memory on {what}. Pass smaller batches, or "
                 "calibrate(..., max_memory=) less than the default, half of what is free, or "
                 "refits=False, which needs no Gram matrices for importances"
             ) from error
         raise CalibrationError(
-            f"{type(model).__name__} does not run on {what}. Pass batches that the model takes: "
-            "model(**batch)"
+            f"{name} does not run on {what}. Pass batches that the model takes: model(**batch)"
         ) from error
     finally:
         if sources is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
+from ..model.sharded import behind, whole
 from ..model.shortage import raise_shortage
 from .linear_ops import Select
 
@@ -65,10 +66,7 @@ class _PastCall:
 
 def use_of(values: Tensor) -> Callable[[], bool]:
     """Return a function that is true while something else holds the storage of some values."""
-    storage = values.untyped_storage()
-    if not isinstance(storage, torch.UntypedStorage):
-        return lambda: storage is not None  # of a lazy tensor: it holds no values
-    weak = _weak_ref(storage)
+    weak = _weak_ref(values.untyped_storage())
     return lambda: not weak.expired()
 
 
@@ -79,7 +77,7 @@ class Sources:
     """
 
     def __init__(self, model: nn.Module, names: set[str] | None = None):
-        self.model = model
+        self.model = behind(model)
         self.names = names
         self._calls: dict[int, _PastCall] = {}  # by the result's place
 
@@ -252,7 +250,7 @@ def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
 
 
 def _select(values: Tensor, size: int, kept: Tensor) -> Any:
-    result = values.detach()
+    result = whole(values.detach())
     for dim, length in enumerate(values.shape):
         if length == size:
             result = result.index_select(dim, kept.to(values.device))

@@ -274,6 +274,10 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             [self.history_name(item.dep.target.module), out, list(item.idxs)]
         )
 
+    def layer_name(self, module: nn.Module) -> str:
+        """Return the name of a layer, or of the one behind a view; of units, an empty one."""
+        return "" if isinstance(module, Units) else self._module2name[module]
+
     def history_name(self, module: nn.Module) -> str:
         """Return the name of a layer or a view in a history."""
         name: str = self._module2name[module]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.lazy_tensor import LazyTensor, values_of
 from ..model.paging import in_file
 from ..model.tensors import select
 
@@ -117,8 +116,6 @@ class RefitInPlace:
 
     def of(self, values: Tensor) -> Tensor:
         """Return a changed copy of a parameter's values."""
-        if isinstance(values, LazyTensor):
-            return LazyTensor(values.like, lambda: edited(values_of(values), [self]))
         return edited(values, [self])
 
 
@@ -139,10 +136,10 @@ Edit = Selection | RefitInPlace | NotKept
 
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
-    """Return a parameter's values after all edits, in order; of a lazy tensor, a lazy one."""
+    """Return a parameter's values after all edits, in order."""
     own = False  # a stack is copied once for all of its matrices
     for edit in edits:
-        if isinstance(edit, RefitInPlace) and not isinstance(values, LazyTensor):
+        if isinstance(edit, RefitInPlace):
             values = values if own else _copy(values)
             edit.apply(values)
         else:

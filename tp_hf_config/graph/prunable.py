@@ -28,7 +28,7 @@ from ..twin.layout import UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
 from .full_size import Group, expand
-from .standin import standin_of
+from .meta_copy import meta_copy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -180,7 +180,7 @@ def prunable(
             with.
         TypeError: ``model_or_config`` is neither a module nor a config.
     """
-    model = standin_of(module_of(model_or_config, model_class))
+    model = meta_copy_of(module_of(model_or_config, model_class))
     view = view_of(model, make_inputs, weights=False)
     widths = widths_of(view.model, view.field_map)
     return Prunable(type(view.model).__name__, widths, experiments_of(view.field_map).cached)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
-from ..model.tensors import tensor
+from ..model.sharded import whole_tensor
 from ..twin.layout import TensorDim, UnitLayout
 from .full_size import Group, UnitCount
 
@@ -190,7 +190,7 @@ def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
     squares = torch.zeros(group.units.count)
     for side in group.sides:
         for name, axis in dict.fromkeys(dim.place for dim in side.dims):
-            values = tensor(model, name).detach().movedim(axis, 0)
+            values = whole_tensor(model, name).movedim(axis, 0)
             channels = values.reshape(len(values), -1).float().square().sum(1).cpu()
             squares += channels[side.table.cpu()].sum(1)
     return squares.sqrt()

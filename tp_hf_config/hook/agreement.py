@@ -6,16 +6,14 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TrainingError, in_one_line
+from ..errors import TrainingError
 from ..model.config_json import OF_NO_EFFECT, config_json
 from ..model.locate import find_pretrained
-from ..model.ranks import Decision, differing
+from ..model.ranks import agree
 
 if TYPE_CHECKING:
     from ..calibration.held_out import Refits
     from .report import GroupCut
-
-_Parts = Iterable[tuple[str, str]]
 
 
 class Agreement:
@@ -30,61 +28,48 @@ class Agreement:
     """
 
     def __init__(self, sharded: bool, distributed: bool):
-        self._untouched = (
-            "The sharded model is as it was." if sharded else "The model is as it was."
-        )
+        self._what = "The sharded model" if sharded else "The model"
         self._needed = sharded or distributed
 
     def on_settings(self, pruner: Any) -> None:
         """Compare the kinds of pruner and importance, and the config, before a step."""
-        if not self._needed:
-            return
-        data = config_json(find_pretrained(pruner.model)[1].config)
-        config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}
-        what = (type(pruner).__name__, type(pruner.importance).__name__, repr(config))
-        self.on(f"the start of {step(pruner, 1)}", [("the settings", repr(what))])
+        if self._needed:
+            data = config_json(find_pretrained(pruner.model)[1].config)
+            config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}
+            what = (type(pruner).__name__, type(pruner.importance).__name__, repr(config))
+            self._on(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
 
     def on_groups(
         self, pruner: Any, groups: Iterable[GroupCut], failure: Exception | None = None
     ) -> None:
-        """Compare the channels that are pruned.
-
-        ``failure``: why this rank cannot; all ranks raise then, this one its own error.
-        """
+        """Compare the channels that are pruned; ``failure``: why this rank cannot."""
         parts = (
             (group.layers[0].name, _digest([vars(layer) for layer in group.layers]))
             for group in groups
             if group.layers
         )
-        self.on(step(pruner), parts, failure)
+        self._on(_step(pruner), parts, failure)
 
     def on_refits(self, pruner: Any, refits: Refits) -> None:
         """Compare which weights are refitted."""
         used = [(layer.weight, layer.part) for layer in refits.layers if layer.used]
-        self.on(f"the refits of {step(pruner)}", [("which weights are refitted", _digest(used))])
+        parts = [("which weights are refitted", _digest(used))]
+        self._on(f"the refits of {_step(pruner)}", parts)
 
-    def on(self, when: str, parts: _Parts = (), failure: Exception | None = None) -> None:
-        """Compare anything else.
+    def on_build(self, pruner: Any, failure: Exception | None) -> None:
+        """Make sure that all ranks have built the pruned model; ``failure``: why this one not."""
+        self._on(f"shard= of {_step(pruner)}", (), failure)
 
-        Args:
-            when: where this rank is.
-            parts: what it does, and digests of how.
-            failure: why this rank cannot; all ranks raise then, this one its own error.
-        """
-        if not self._needed:
-            if failure is not None:
-                raise failure
-            return
-        text = "" if failure is None else in_one_line(failure)
-        refusal = differing(Decision(when, tuple(parts), text))
-        if failure is not None:
+    def _on(
+        self, when: str, parts: Iterable[tuple[str, str]], failure: Exception | None = None
+    ) -> None:
+        if self._needed:
+            agree(TrainingError, when, parts, failure, f". {self._what} is as it was.")
+        elif failure is not None:
             raise failure
-        if refusal is not None:
-            raise TrainingError(f"{refusal.reason}. {self._untouched}")
 
 
-def step(pruner: Any, more: int = 0) -> str:
-    """Return the number of a pruner's step as text."""
+def _step(pruner: Any, more: int = 0) -> str:
     return f"step {pruner.current_step + more}"
 
 

@@ -45,8 +45,8 @@ class CutLog:
         """Follow the model from now on."""
         self._before = _State.of(self.model())
 
-    def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> CutList | None:
-        """Add what was cut since the last call, and return it; ``None``: nothing, or not all.
+    def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
+        """Add what was cut since the last call.
 
         ``edits``: what was done to each tensor.
         """
@@ -56,11 +56,10 @@ class CutLog:
         if not self._known:
             self.total = None
         if not self._known or not edits:
-            return None
+            return
         kept = {
             name: tuple(NotKept() if isinstance(edit, RefitInPlace) else edit for edit in done)
             for name, done in edits.items()
         }
         step = CutList(before.model, before.config, self._before.config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)
-        return step

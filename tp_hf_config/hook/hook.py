@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .cut_log import CutLog
     from .follow import Follower
     from .pending_prunes import Done, PendingPrunes
-    from .rebuilding import Rebuilding, Shard
     from .refits import StepRefits
+    from .sharded_model import Shard, ShardedModel
     from .unit_choice import UnitChoice
 
 
@@ -116,7 +116,7 @@ class HFConfigSyncHook:
         self._follower: Follower | None = None
         self._choice: UnitChoice | None = None
         self._cut_log: CutLog | None = None
-        self._rebuilding: Rebuilding | None = None
+        self._sharded: ShardedModel | None = None
         self._agreement: Agreement  # this and the next: once the hook is attached
         self._refits: StepRefits
         self._pending: PendingPrunes | None = None
@@ -143,7 +143,7 @@ class HFConfigSyncHook:
 
         The model that was sharded first stays as it was. ``None``: the pruner prunes in place.
         """
-        return None if self._rebuilding is None else self._rebuilding.model
+        return None if self._sharded is None else self._sharded.model
 
     @property
     def last_report(self) -> SyncReport | None:
@@ -170,11 +170,11 @@ class HFConfigSyncHook:
     def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Surround a pruner's constructor: check the model, and install the graph."""
         from ..graph.layer_fields import layers_listed
+        from ..graph.meta_copy import on_meta_copy
         from ..graph.pruner_classes import constructing_with
-        from ..graph.standin import on_standin
         from ..planning.pruner_graph import graph_for
 
-        arguments |= on_standin(arguments["model"], arguments)
+        arguments |= on_meta_copy(arguments["model"], arguments)
         with layers_listed(arguments["model"], self.per_layer):
             if self.plan is not None:
                 self.plan.check_fits(arguments["model"])
@@ -198,9 +198,9 @@ class HFConfigSyncHook:
                 HFConfigSyncHook, or its trace cannot be replaced.
         """
         from ..graph.layer_fields import layers_listed
-        from ..graph.standin import standin_behind
+        from ..model.sharded import behind
         from .agreement import Agreement
-        from .rebuilding import Rebuilding
+        from .sharded_model import ShardedModel
 
         if self._follower is not None:
             raise ValueError(
@@ -212,11 +212,11 @@ class HFConfigSyncHook:
                 f"this {type(pruner).__name__} has an HFConfigSyncHook already, and one is enough. "
                 "To put this one in its place, remove() the handle of the other first"
             )
-        standin = standin_behind(pruner.model)
-        self._agreement = Agreement(standin is not None, self.distributed)
-        self._rebuilding = None
-        if standin is not None:
-            self._rebuilding = Rebuilding(standin, self.shard, self._agreement)
+        sharded = behind(pruner.model) is not pruner.model
+        self._agreement = Agreement(sharded, self.distributed)
+        self._sharded = None
+        if sharded:
+            self._sharded = ShardedModel(pruner.model, self.shard, self._agreement)
         with layers_listed(pruner.model, self.per_layer):
             cut_log = self._attach(pruner)
         cut_log.begin()
@@ -291,8 +291,8 @@ class HFConfigSyncHook:
         assert self._pending is not None
         with self._pending.step():
             self._follower.check_parts()
-            if self._rebuilding is not None:
-                self._rebuilding.before_step()
+            if self._sharded is not None:
+                self._sharded.before_step()
             self._agreement.on_settings(pruner)
             yield
 
@@ -363,21 +363,24 @@ class HFConfigSyncHook:
         except ConfigSyncError as error:
             failure = error
         before, self._parameters = self._parameters, self._follower.model.num_parameters()
-        report = replace(
-            report,
-            parameters=(before, self._parameters),
-            seconds=time.perf_counter() - started,
-            error=None if failure is None else str(failure),
-            refits=self._refits.taken(synced=failure is None),
-        )
-        self.reports.append(report)
-        cuts = None
         if failure is None and self._cut_log is not None:
-            cuts = self._cut_log.take(done.edits)
-        if self._rebuilding is not None:
-            self._rebuilding.carry_out(self._follower.pruner, done.groups, cuts, failure)
-        elif failure is not None:
-            raise failure
+            self._cut_log.take(done.edits)
+        synced = False
+        try:
+            if self._sharded is not None:
+                self._sharded.carry_out(self._follower.pruner, done.edits, failure)
+            elif failure is not None:
+                raise failure
+            synced = True
+        finally:
+            report = replace(
+                report,
+                parameters=(before, self._parameters),
+                seconds=time.perf_counter() - started,
+                error=None if failure is None else str(failure),
+                refits=self._refits.taken(synced),
+            )
+            self.reports.append(report)
         return report
 
     def __repr__(self) -> str:

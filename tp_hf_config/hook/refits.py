@@ -15,8 +15,8 @@ from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace
 from ..graph.prunable import Width
 from ..model.layer_entries import name_in_all_layers
-from ..model.lazy_tensor import is_lazy
 from ..model.shapes import Shapes
+from ..model.sharded import behind
 from ..planning.selection import inner_widths_of
 from .agreement import Agreement
 from .follow import Follower
@@ -103,7 +103,7 @@ def _advice_before(
         f"change the model's answers by KL {expected:.3g} on held-out data: {in_words(expected)}; "
         f"under {NOTICEABLE} is hardly noticeable."
     ]
-    if not is_lazy(view.model):
+    if behind(view.model) is view.model:
         parts += _from_inner_widths(view, calibration, refitting, groups, gone)
     parts.append(
         f"{_spread(refitting)}allocate(model, calibration, target_params={after}) takes most "

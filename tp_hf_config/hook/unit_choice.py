@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +22,7 @@ from ..graph.config_group import ConfigGroup
 from ..graph.pruner_access import scope_of
 from ..graph.pruner_classes import BasePruner
 from ..graph.sides import GraphGroup
-from ..model.lazy_tensor import in_memory
+from ..model.sharded import gathered
 from ..model.tensors import PIECE
 
 if TYPE_CHECKING:
@@ -187,7 +187,8 @@ class UnitChoice:
         own = type(pruner).estimate_importance is BasePruner.estimate_importance
         if own and "estimate_importance" not in vars(pruner) and _takes_pieces(pruner.importance):
             return _in_pieces(pruner.importance, group)
-        return pruner.estimate_importance(group)
+        with _gathered(group, group):
+            return pruner.estimate_importance(group)
 
     def notes(self, pruned: bool) -> list[str]:
         """Return what a step did instead of what the ratios ask for, or why it pruned nothing.
@@ -244,6 +245,12 @@ def _takes_pieces(importance: Any) -> bool:
     return type(importance) in _CHANNEL_BY_CHANNEL
 
 
+def _gathered(group: ConfigGroup, items: Iterable[Any]) -> AbstractContextManager[None]:
+    """While open, the layers of some items have whole weights if FSDP2 keeps them in shards."""
+    names = (group._DG.layer_name(item.dep.target.module) for item in items)
+    return gathered(group._DG.pretrained, filter(None, names))
+
+
 def _in_pieces(importance: Any, group: Any) -> Any:
     """Return ``importance(group)``, by the same code, without copies of whole weights."""
     each = copy(importance)
@@ -256,7 +263,7 @@ def _in_pieces(importance: Any, group: Any) -> Any:
     by_slice = type(importance) in _BY_SLICE
     for item in group:
         module = item.dep.target.module
-        with in_memory(module) if isinstance(module, types) else nullcontext():
+        with _gathered(group, [item] if isinstance(module, types) else []):
             results = [each([piece]) for piece in _pieces(item, types, by_slice)]
         if results[0] is None:  # the importance does not look at this layer
             continue

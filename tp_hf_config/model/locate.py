@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import check
 from ..errors import UnsupportedModelError, warn
-from .sharded import is_dtensor, plain_class, sharded_parameters
+from .sharded import behind, is_dtensor, plain_class, sharded_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def check_has_data(model: nn.Module) -> None:
         UnsupportedModelError: some are on the meta device, where accelerate leaves offloaded ones.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and behind(model) is model:
             raise UnsupportedModelError(
                 f"{plain_class(type(model)).__name__}: {name} is on the meta device (no data, or "
                 "offloaded by accelerate). Load the whole model into memory: "

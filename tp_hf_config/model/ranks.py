@@ -2,70 +2,45 @@
 
 from __future__ import annotations
 
-import datetime
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import in_one_line, listed
-from .build import Refusal
+from ..errors import TPHFConfigError, in_one_line, listed
 
 _T = TypeVar("_T")
 _SAME_POINT = "Every rank has to prune at the same point of the program"
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What one rank is about to do.
+def agree(
+    kind: type[TPHFConfigError],
+    when: str,
+    parts: Iterable[tuple[str, str]] = (),
+    failure: BaseException | None = None,
+    more: str = "",
+) -> None:
+    """Go on if all ranks do the same; every rank has to call this at the same point.
 
-    Attributes:
-        when: where it is, for messages: ``"step 1"``.
+    Args:
+        kind: the error of the ranks that could go on.
+        when: where this rank is, for messages: ``"step 1"``.
         parts: what is pruned or measured, and a digest of how, in order.
-        failure: why this rank cannot go on; empty if it can.
+        failure: why this rank cannot go on; it is raised here, and on other ranks an error of
+            ``kind`` that quotes it.
+        more: the end of that error's message.
+
+    Raises:
+        TPHFConfigError: one cannot go on, does something else, is elsewhere or does not come, which
+            is known once the process group's timeout is over.
     """
-
-    when: str
-    parts: tuple[tuple[str, str], ...] = ()
-    failure: str = ""
-
-
-def differing(mine: Decision) -> Refusal | None:
-    """Return why the ranks cannot go on together; ``None``: all have decided the same.
-
-    Every rank has to call this. A rank that does not come is named once the process group's timeout
-    is over.
-    """
-    import torch.distributed as dist
-
-    if not are_several():
-        return Refusal(mine.failure) if mine.failure else None
-    try:
-        refusal = _wait_for_all(mine.when)
-        if refusal is not None:
-            return refusal
-        everyone = gathered(mine)
-    except RuntimeError as error:
-        return Refusal(
-            f"rank {dist.get_rank()} lost the others at {mine.when}: {in_one_line(error)}"
-        )
-    for rank, decision in enumerate(everyone):
-        if decision.failure:
-            return Refusal(f"rank {rank} at {decision.when}: {decision.failure}")
-    return next(
-        (
-            Refusal(_apart(everyone[0], decision, rank))
-            for rank, decision in enumerate(everyone)
-            if decision != everyone[0]
-        ),
-        None,
-    )
-
-
-def smallest(number: int) -> int:
-    """Return the smallest of all ranks' numbers; every rank has to call this."""
-    return min(gathered(number))
+    text = "" if failure is None else in_one_line(failure)
+    reason = _difference(when, tuple(parts), text) if are_several() else ""
+    if failure is not None:
+        raise failure
+    if reason:
+        raise kind(reason + more)
 
 
 def gathered(value: _T) -> list[_T]:
@@ -101,8 +76,37 @@ def are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _wait_for_all(when: str) -> Refusal | None:
-    """Wait until every rank calls this; return which ones do not within the timeout.
+def _difference(when: str, parts: tuple[tuple[str, str], ...], failure: str) -> str:
+    """Return why the ranks cannot go on together; empty: all do the same."""
+    import torch.distributed as dist
+
+    try:
+        reason = _absence(when)
+        if reason:
+            return reason
+        everyone = gathered((when, parts, failure))
+    except RuntimeError as error:
+        return f"rank {dist.get_rank()} lost the others at {when}: {in_one_line(error)}"
+    first, first_parts, _ = everyone[0]
+    for rank, (where, others, failed) in enumerate(everyone):
+        if failed:
+            return f"rank {rank} at {where}: {failed}"
+        if where != first:
+            return f"rank 0 is at {first}, and rank {rank} at {where}"
+        if others != first_parts:
+            pairs = zip(first_parts, others, strict=False)
+            names = (mine[0] for mine, theirs in pairs if mine != theirs)
+            return (
+                f"rank {rank} decided otherwise than rank 0 at {first} "
+                f"({next(names, 'one prunes more than the other')}). Every rank needs the same "
+                "settings and the same importances: equal seeds, and statistics that are summed "
+                "over all ranks"
+            )
+    return ""
+
+
+def _absence(when: str) -> str:
+    """Wait until every rank calls this; return which ones do not within the timeout, if any.
 
     Ranks leave a note in the process group's store, for no backend but gloo tells who is missing,
     and NCCL ends the process of those who wait.
@@ -112,55 +116,27 @@ def _wait_for_all(when: str) -> Refusal | None:
 
     store = _get_default_store()
     if store is None:  # MPI has none
-        return None
-    rank, size = dist.get_rank(), dist.get_world_size()
+        return ""
+    rank = dist.get_rank()
     here = f"tp_hf_config {store.add(f'tp_hf_config calls of rank {rank}', 1)}"
-    timeout = _timeout()
-    store.set(f"{here}, rank {rank}", when)
-    if store.add(f"{here}, arrived", 1) == size:
-        store.set(f"{here}, all", "")
+    notes = [f"{here}, rank {other}" for other in range(dist.get_world_size())]
+    store.set(notes[rank], when)
     try:
-        store.wait([f"{here}, all"], timeout)
+        store.wait(notes)
     except RuntimeError:
-        missing = [r for r in range(size) if not store.check([f"{here}, rank {r}"])]
+        missing = [other for other, note in enumerate(notes) if not store.check([note])]
         if missing:
             store.set(f"{here}, given up", str(rank))
+            seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
             who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed(missing)}"
-            return Refusal(
-                f"rank {rank} waited {timeout.total_seconds():.0f} seconds for the others at "
-                f"{when}, and {who} did not come. {_SAME_POINT}"
+            return (
+                f"rank {rank} waited {seconds:.0f} seconds for the others at {when}, and {who} did "
+                f"not come. {_SAME_POINT}"
             )
     if store.check([f"{here}, given up"]):
         other = store.get(f"{here}, given up").decode()
-        return Refusal(
+        return (
             f"rank {rank} came to {when} when rank {other} had given up waiting for it. "
             f"{_SAME_POINT}"
         )
-    return None
-
-
-def _timeout() -> datetime.timedelta:
-    """Return the timeout of the process group; torch's default if its backend does not tell."""
-    import torch.distributed as dist
-    from torch.distributed.constants import default_pg_timeout
-
-    group: Any = dist.group.WORLD
-    try:
-        timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
-    except (AttributeError, IndexError, RuntimeError):
-        return default_pg_timeout
-    return timeout
-
-
-def _apart(first: Decision, other: Decision, rank: int) -> str:
-    """Return how a rank's decision differs from that of rank 0."""
-    if first.when != other.when:
-        return f"rank 0 is at {first.when}, and rank {rank} at {other.when}"
-    pairs = zip(first.parts, other.parts, strict=False)
-    names = (mine[0] for mine, theirs in pairs if mine != theirs)
-    where = next(names, "one prunes more than the other")
-    return (
-        f"rank {rank} decided otherwise than rank 0 at {first.when} ({where}). Every rank needs "
-        "the same settings and the same importances: equal seeds, and statistics that are summed "
-        "over all ranks"
-    )
+    return ""

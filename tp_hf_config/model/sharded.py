@@ -1,5 +1,8 @@
 """Weights that FSDP2 (``fully_shard``) keeps in shards on several processes: read and fill them.
 
+Pruners work on a copy of the sharded model on the meta device: FSDP2 replaces the classes of
+modules, and the sharded model stays as it was until the pruned one is built.
+
 Torch's distributed modules are looked up, not imported: a model is under FSDP2 only if somebody
 else has imported them.
 """
@@ -7,11 +10,21 @@ else has imported them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+meta_copies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+"""Sharded model -> its copy on the meta device."""
+
+
+def behind(model: nn.Module) -> nn.Module:
+    """Return the sharded model that a meta copy is of; any other model itself."""
+    return next((sharded for sharded, copy in meta_copies.items() if copy is model), model)
 
 
 def _fsdp_module() -> Any:
@@ -78,3 +91,85 @@ def divided_like(values: Tensor, parameter: Any) -> Tensor:
 
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(values, mesh, placements, src_data_rank=None)
+
+
+def whole_tensor(model: nn.Module, name: str) -> Tensor:
+    """Return the values of a parameter or buffer; of a meta copy, gathered from all ranks."""
+    layer, _, key = name.rpartition(".")
+    return whole(getattr(behind(model).get_submodule(layer), key).detach())
+
+
+@contextmanager
+def gathered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While open, layers of a meta copy have whole parameters and gradients; all ranks enter it.
+
+    ``names``: the layers' names. Of any other model nothing changes.
+    """
+    source, held = behind(model), list[tuple[Any, str, Any]]()
+    whole_of: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are gathered once
+    try:
+        for name in dict.fromkeys(names) if source is not model else ():
+            layers = (_own_modules(each.get_submodule(name)) for each in (model, source))
+            for module, original in zip(*layers, strict=True):
+                for key, empty in [*module._parameters.items()]:
+                    if empty is not None:
+                        if empty not in whole_of:
+                            whole_of[empty] = _whole_of(original._parameters[key])
+                        held.append((module._parameters, key, empty))
+                        module._parameters[key] = whole_of[empty]
+        yield
+    finally:
+        for parameters, key, empty in held:
+            parameters[key] = empty
+
+
+def _own_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return a layer, and the modules that compute its weights."""
+    return [layer, *getattr(layer, "parametrizations", nn.ModuleDict()).modules()]
+
+
+def _whole_of(parameter: Any) -> nn.Parameter:
+    made = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    made.grad = None if parameter.grad is None else whole(parameter.grad)
+    return made
+
+
+class Passes:
+    """Forward passes of a model whose parts FSDP2 gathers on all ranks together.
+
+    Args:
+        model: the model; without parts under ``fully_shard`` nothing happens.
+        note: gets each part once it is gathered.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[nn.Module], None]):
+        self._note, self._parts = note, list(_sharded_parts(model))
+        self._waiting: dict[nn.Module, None] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the passes inside ``with``; the shards are back in place afterwards."""
+        handles = [part.register_forward_pre_hook(self._gathered) for part in self._parts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part in self._parts:
+                part.reshard()
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._waiting = dict.fromkeys(self._parts)
+
+    def give_up(self) -> None:
+        """After an error in a pass, gather with the other ranks what they still wait for."""
+        for part in self._waiting:
+            part.unshard()  # type: ignore[operator]
+        for part in self._parts:
+            with suppress(AttributeError, RuntimeError):  # torch before 2.13; no root
+                part.reset_iter_state()  # type: ignore[operator]
+
+    def _gathered(self, part: nn.Module, args: Any) -> None:
+        self._waiting.pop(part, None)
+        self._note(part)

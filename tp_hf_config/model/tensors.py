@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .build import Refusal
-from .lazy_tensor import LazyTensor
 from .paging import in_file, is_paged
 
 PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
@@ -33,8 +32,6 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
         tensor: the tensor, of any shape.
         positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
     """
-    if isinstance(tensor, LazyTensor):
-        return _select_lazily(tensor, positions)
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
     shape = _shape_of(tensor, positions)
     result = tensor.new_empty(shape)
@@ -68,11 +65,6 @@ def _select_along(
 
 def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> list[int]:
     return [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
-
-
-def _select_lazily(tensor: LazyTensor, positions: Mapping[int, torch.Tensor]) -> LazyTensor:
-    like = torch.empty(_shape_of(tensor, positions), dtype=tensor.dtype, device="meta")
-    return LazyTensor(like, lambda: select(tensor.read(), positions))
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ class Tie:
             return refusal
         for name in others:
             other = model.get_parameter(name)
-            if not alike and not torch.equal(other, weight):
+            if other is not weight and not alike and not torch.equal(other, weight):
                 return channels_apart(first, name)
         return None
 

@@ -18,8 +18,8 @@ from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
+from ..graph.meta_copy import meta_copy_of
 from ..graph.prunable import Width, widths_of
-from ..graph.standin import standin_of
 from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath, field_name
 from .plan import (
@@ -123,7 +123,7 @@ def plan(
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
         per_layer=per_layer,
     )
-    model = standin_of(module_of(model_or_config, model_class))
+    model = meta_copy_of(module_of(model_or_config, model_class))
     with layers_listed(model, per_layer):
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))

@@ -21,8 +21,6 @@ from tp_hf_config import CalibrationError, CalibrationWarning, HFConfigSyncHook,
 from tp_hf_config.calibration import measured
 from tp_hf_config.calibration.batches import own_text, shipped_text, split_batches, unpadded
 from tp_hf_config.calibration.linear_ops import Consumer
-from tp_hf_config.model.lazy_tensor import LazyTensor
-from tp_hf_config.model.tensors import state_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -561,19 +559,6 @@ def test_the_same_values_are_not_measured_again() -> None:
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     model.lm_head.weight.data = model.lm_head.weight.detach().clone()
     assert calibration.current() is before
-
-
-def test_a_weight_that_is_read_from_a_file_is_not_read_to_look_for_changes() -> None:
-    read: list[int] = []
-
-    def values() -> torch.Tensor:
-        read.append(1)
-        return torch.ones(3, 4)
-
-    model = nn.Linear(4, 3)
-    model.weight = nn.Parameter(LazyTensor(torch.empty(3, 4, device="meta"), values))
-    assert state_of(model) == state_of(model)
-    assert read == []
 
 
 def test_what_is_only_held_is_measured_once_it_is_asked_for(

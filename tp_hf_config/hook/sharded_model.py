@@ -1,0 +1,113 @@
+"""Carry out on a sharded model what a pruner did to its meta copy: build the class, fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..graph.cut_list import CutList
+from ..graph.edits import Edit
+from ..graph.meta_copy import refresh
+from ..graph.rebuild import empty_copy, take_modes
+from ..model.config_json import changed_values, config_json
+from ..model.fill import note, note_successor
+from ..model.sharded import behind, divided_like, meta_copies, reshard, whole
+from ..model.tensors import owner, select
+from .agreement import Agreement
+from .apply import all_or_nothing, write_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Shard = Callable[[Any], nn.Module | None]
+
+
+class ShardedModel:
+    """The model under FSDP2 whose meta copy a pruner prunes.
+
+    Args:
+        copy: the meta copy.
+        shard: wraps a new module, whose parameters are on the meta device, as the user does.
+        agreement: compares what the ranks do.
+
+    Attributes:
+        model: the sharded model as it is now.
+
+    Raises:
+        UnsupportedModelError: there is no function that wraps.
+    """
+
+    def __init__(self, copy: PreTrainedModel, shard: Shard | None, agreement: Agreement):
+        if shard is None:
+            raise UnsupportedModelError(
+                f"{type(copy).__name__} is under fully_shard (FSDP2). Its weights cannot "
+                "be cut in place: pass a function that makes your fully_shard calls on the pruned "
+                "model, HFConfigSyncHook(shard=shard)"
+            )
+        self._copy, self._shard, self._agreement = copy, shard, agreement
+        self.model = behind(copy)
+
+    def before_step(self) -> None:
+        """Give the meta copy the settings of the sharded model, and empty gradients."""
+        refresh(self._copy)
+        settings: Any = behind(self._copy).config
+        changed = changed_values(config_json(self._copy.config), config_json(settings))
+        with all_or_nothing() as changes:
+            write_fields(changes, self._copy, [("", field, value) for field, value in changed])
+
+    def carry_out(
+        self, pruner: Any, edits: Mapping[str, tuple[Edit, ...]], failure: Exception | None
+    ) -> None:
+        """Build the pruned model from the meta copy's config, and fill it parameter by parameter.
+
+        Args:
+            pruner: the pruner.
+            edits: what was done to each tensor of the meta copy.
+            failure: why no config describes it; nothing is carried out then.
+
+        Raises:
+            TrainingError: a rank could not build or wrap.
+        """
+        built: tuple[PreTrainedModel, nn.Module] | None = None
+        try:
+            if failure is None and edits:
+                built = self._wrapped()
+        except Exception as error:
+            failure = error
+        self._agreement.on_build(pruner, failure)
+        if built is not None:
+            self._fill(built[0], CutList("", {}, {}, edits))
+            self.model = built[1]
+
+    def _wrapped(self) -> tuple[PreTrainedModel, nn.Module]:
+        """Return the pruned model with real but empty parameters, and what the user made of it."""
+        old, new = behind(self._copy), empty_copy(self._copy)
+        take_modes(new, old)
+        buffers = dict(new.named_buffers())
+        wrapped = self._shard(new) or new
+        if any(parameter.is_meta for parameter in new.parameters()):
+            new.to_empty(device=next(old.parameters()).device)
+        for name, buffer in buffers.items():
+            module, key = owner(new, name)
+            module._buffers[key] = buffer
+        return new, wrapped
+
+    @torch.no_grad()
+    def _fill(self, new: PreTrainedModel, cuts: CutList) -> None:
+        """Move all weights and gradients, one in memory at a time."""
+        old = behind(self._copy)
+        reshard(old)
+        for name, source in old.named_parameters():
+            target, kept = new.get_parameter(name), cuts.kept(name)
+            target.copy_(divided_like(cuts.of(name, whole(source)), target))
+            if source.grad is not None:
+                gradient = whole(source.grad)
+                target.grad = divided_like(select(gradient, kept) if kept else gradient, target)  # type: ignore[assignment]
+            note(target, source, kept)
+        note_successor(old, new)
+        del meta_copies[old]
+        meta_copies[new] = self._copy
