@@ -256,7 +256,7 @@ def too_large(
     It is far above every size in the weights, and in a field that the class reads.
     """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    large: dict[str | int, tuple[FieldPath, int]] = {}
+    large: dict[Any, tuple[FieldPath, int]] = {}
     for path, value in entries(data):
         name = str(path[-1])
         limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST

@@ -234,8 +234,13 @@ class Depth:
         """Return fields with their values, with one field for all entries of each kind of layer."""
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
-            keys = self.entries.get(field[:-1], field[-1:])
-            result.update({(*field[:-1], key): value for key in keys if key == field[-1]})
+            keys = self.entries.get(field[:-1])
+            fields = (
+                [field]
+                if keys is None
+                else [(*field[:-1], key) for key in keys if int(key) == field[-1]]
+            )
+            result.update(dict.fromkeys(fields, value))
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:

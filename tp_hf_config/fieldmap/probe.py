@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import permutations
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -296,7 +296,7 @@ def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPa
 
     A name that cannot be a number in one config cannot be one in the configs inside it either.
     """
-    no_numbers: set[str | int] = set()
+    no_numbers: set[Any] = set()
 
     def changes_nothing(paths: Sequence[FieldPath]) -> bool:
         """True if these fields change nothing, all set in one build."""

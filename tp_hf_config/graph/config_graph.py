@@ -19,7 +19,7 @@ from torch_pruning.pruner import function
 
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
-from ..model.config_json import field_name
+from ..model.config_json import FieldPath, field_name
 from ..model.tensors import tensor
 from .config_group import ConfigGroup
 from .full_size import Group
@@ -168,11 +168,11 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return {side.layer: owner_of(side.module) for side in sides}
 
     @property
-    def fields(self) -> list[tuple[tuple[str | int, ...], ...]]:
+    def fields(self) -> list[tuple[FieldPath, ...]]:
         """The fields of each group, without repeats."""
         return list(dict.fromkeys(graph_group.fields for graph_group in self.graph_groups))
 
-    def roots_of(self, field: tuple[str | int, ...]) -> list[nn.Module]:
+    def roots_of(self, field: FieldPath) -> list[nn.Module]:
         """Return one key for ratios per group of a field: a layer that loses outputs, or units."""
         return [
             next((side.module for side in graph_group.sides if side.out), graph_group.units)

@@ -459,17 +459,15 @@ class UnitCount:
         """Return the same count, for fields that have to be a multiple of ``multiple``."""
         return replace(self, multiple=multiple * self.per_field_unit)
 
-    def step(self, round_to: int | None) -> int:
+    def step(self, round_to: int) -> int:
         """Return the number that every later unit count is a multiple of.
 
-        ``round_to`` is the pruner's, in channels; without one, nothing is rounded.
+        ``round_to`` is the pruner's, in channels.
         """
-        if not round_to:
-            return self.channel_groups
         return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
 
     def after(
-        self, ratios: Sequence[float], round_to: int | None = 1, max_ratio: float = 1.0
+        self, ratios: Sequence[float], round_to: int = 1, max_ratio: float = 1.0
     ) -> list[int]:
         """Return the unit count after each step.
 
@@ -482,23 +480,22 @@ class UnitCount:
             result.append(now)
         return result
 
-    def next(self, now: int, ratio: float, round_to: int | None, max_ratio: float) -> int:
+    def next(self, now: int, ratio: float, round_to: int, max_ratio: float) -> int:
         """Return the units that one step leaves of ``now`` units; arguments as in :meth:`after`."""
         wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
         return self.rounded(wanted, now, round_to) or now  # what would be emptied is skipped
 
-    def rounded(self, wanted: int, now: int, round_to: int | None) -> int:
+    def rounded(self, wanted: int, now: int, round_to: int) -> int:
         """Return the most units up to ``wanted`` that may be left, at least the minimum.
 
         ``now``: the units that there are; ``round_to`` as in :meth:`after`.
         """
-        if round_to:
-            multiple = _per_channel_group(
-                self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
-            )
-            wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
+        multiple = _per_channel_group(
+            self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
+        )
+        wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
         if self.minimum > 1 and wanted < self.minimum:
             grid = self.step(round_to)
             wanted = min(now, -(-self.minimum // grid) * grid)

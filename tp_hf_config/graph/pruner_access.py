@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
 
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
 from .config_group import ConfigGroup
 from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
+
+
+class Graph(Protocol):
+    """The private members of a ``DependencyGraph`` that are used; ``Any``: the public ones."""
+
+    _module2name: dict[nn.Module, str]  # names in messages, and of scopes
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class Pruner(Protocol):
+    """The private members of a ``BasePruner`` that are used; ``Any``: the public ones."""
+
+    DG: Graph
+    _layer_to_scope: dict[nn.Module, tuple[str, Any]]  # layers with a scope of their own
+    _scope_initial_channels: dict[str, int]  # ratios count from them
+
+    def _check_pruning_ratio(self, group: Any) -> bool: ...  # max_pruning_ratio
+
+    def _prune(self) -> Iterator[Any]: ...  # replaced: units are chosen instead of channels
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class Importance(Protocol):
+    """The private members of an importance of groups that are used; ``Any``: the public ones."""
+
+    def _reduce(self, values: list[Tensor], roots: list[Any]) -> Tensor: ...  # of several layers
+
+    def _normalize(self, values: Tensor, normalizer: Any) -> Tensor: ...  # of a group
+
+    def __getattr__(self, name: str) -> Any: ...
+
 
 _KEPT = (
     "model",
@@ -25,16 +60,14 @@ _KEPT = (
     "root_module_types",
 )
 """The arguments of ``BasePruner`` that a pruner keeps as they were given."""
-_SCHEDULE = (
-    "iterative_pruning_ratio_scheduler",
-    "per_step_pruning_ratio",
-    "per_step_head_pruning_ratio",
-)
+_SCHEDULE = ("per_step_pruning_ratio", "per_step_head_pruning_ratio")
+_OWN_RATIOS = ("pruning_ratio_dict", "head_pruning_ratio_dict")
+"""Layer -> its ratio after every step; the constructor takes the last of them."""
 _SCOPE = "_User_Defined_Scope_"
 _LIBRARY = "torch_pruning"
 
 
-def scope_of(pruner: Any, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
+def scope_of(pruner: Pruner, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
     """Return the name of a group's ranking scope, and its ratios from step 0 on.
 
     As ``BasePruner._prune`` finds them (base_pruner.py, 1.6.1). A group of whole heads has a scope
@@ -62,7 +95,7 @@ def scope_of(pruner: Any, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
     return pruner.DG._module2name[group[0].dep.source.module], ratios
 
 
-def _head_ratios(pruner: Any, group: ConfigGroup) -> tuple[float, ...]:
+def _head_ratios(pruner: Pruner, group: ConfigGroup) -> tuple[float, ...]:
     """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""
     if not pruner.prune_num_heads:
         return (0.0,) * len(pruner.per_step_head_pruning_ratio)
@@ -74,17 +107,6 @@ def _head_ratios(pruner: Any, group: ConfigGroup) -> tuple[float, ...]:
 
 def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
     return tuple(min(ratio, most) for ratio in ratios)
-
-
-class _PlannedRatio(float):
-    """The ratio of a layer after the last step; knows its ratios after every step."""
-
-    steps: Sequence[float]
-
-    def __new__(cls, steps: Sequence[float]) -> _PlannedRatio:
-        planned = super().__new__(cls, steps[-1])
-        planned.steps = steps
-        return planned
 
 
 def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
@@ -130,19 +152,19 @@ def arguments_of(pruner: Any) -> dict[str, Any]:
         ),
         "pruning_ratio_dict": _ratios_by_layer(pruner),
         "head_pruning_ratio_dict": {
-            layer: _PlannedRatio(steps) for layer, steps in pruner.head_pruning_ratio_dict.items()
+            layer: steps[-1] for layer, steps in pruner.head_pruning_ratio_dict.items()
         },
         "customized_pruners": dict(pruner.DG.CUSTOMIZED_PRUNERS),
     }
 
 
-def _ratios_by_layer(pruner: Any) -> dict[Any, _PlannedRatio]:
+def _ratios_by_layer(pruner: Pruner) -> dict[Any, float]:
     """Return a pruner's ``pruning_ratio_dict`` as it was given: layers, or tuples of layers."""
-    scopes: dict[int, tuple[Any, _PlannedRatio]] = {}
+    scopes: dict[int, tuple[Any, float]] = {}
     for layer, (name, scope) in pruner._layer_to_scope.items():
         number = int(name.removeprefix(_SCOPE).partition("_")[0])
         key = scope if isinstance(scope, tuple) else scope[0]
-        scopes[number] = key, _PlannedRatio(pruner.pruning_ratio_dict[layer])
+        scopes[number] = key, pruner.pruning_ratio_dict[layer][-1]
     return dict(scopes[number] for number in sorted(scopes))
 
 
@@ -152,20 +174,14 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     ``arguments`` are those of :func:`arguments_of`, adapted; :func:`restore_trace` undoes it.
     """
     before = dict(vars(pruner))
-    schedule = pruner.iterative_pruning_ratio_scheduler
-
-    def planned(ratio: float, steps: int) -> Sequence[float]:
-        """Return a layer's own ratios after every step, or those of the pruner's schedule."""
-        own: Sequence[float] = (
-            ratio.steps if isinstance(ratio, _PlannedRatio) else schedule(ratio, steps)
-        )
-        return own
-
     try:
         with constructing_with(graph):
             construct = with_awaited_graph(BasePruner.__init__)
-            construct(pruner, **{**arguments, "iterative_pruning_ratio_scheduler": planned})
+            schedule = pruner.iterative_pruning_ratio_scheduler
+            construct(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
             vars(pruner).update({name: before[name] for name in _SCHEDULE})
+            for name in _OWN_RATIOS:
+                vars(pruner)[name].update(before[name])
             if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and its like keep groups
                 pruner.update_regularizer()
     except BaseException:

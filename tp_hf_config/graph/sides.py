@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch_pruning import ops
 from torch_pruning.pruner import function
 
+from ..model.config_json import FieldPath
 from ..model.sharded import whole_tensor
 from ..twin.layout import TensorDim, UnitLayout
 from .full_size import Group, UnitCount
@@ -151,7 +152,7 @@ class GraphGroup:
         heads: True if it follows the head ratios.
     """
 
-    fields: tuple[tuple[str | int, ...], ...]
+    fields: tuple[FieldPath, ...]
     sides: list[Side]
     count: UnitCount
     units: Units

@@ -19,7 +19,7 @@ from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import OBDCImportance
 
 from ..graph.config_group import ConfigGroup
-from ..graph.pruner_access import scope_of
+from ..graph.pruner_access import Importance, Pruner, scope_of
 from ..graph.pruner_classes import BasePruner
 from ..graph.sides import GraphGroup
 from ..model.sharded import gathered
@@ -73,7 +73,7 @@ class UnitChoice:
         valued: True once the importance has given some group a value.
     """
 
-    def __init__(self, pruner: Any):
+    def __init__(self, pruner: Pruner):
         self.pruner = pruner
         self.preflight: Preflight | None = None
         self.valued = False
@@ -128,7 +128,7 @@ class UnitChoice:
                 places = (ranked.values <= lowest.values[-1]).nonzero().flatten()
             else:
                 places = lowest.indices
-            if len(places) and pruner.round_to:
+            if len(places):
                 count = self._rounded(ranked.group.graph_group, ranked.parts, len(places))
                 places = torch.argsort(ranked.values)[:count]
             size = len(ranked.values)
@@ -160,12 +160,7 @@ class UnitChoice:
         """
         pruner = self.pruner
         alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
-        return (
-            graph_group.count.channel_groups > 1
-            and graph_group.root is None
-            and alone
-            and bool(pruner.round_to)
-        )
+        return graph_group.count.channel_groups > 1 and graph_group.root is None and alone
 
     def _importance_of(self, group: ConfigGroup) -> Tensor | None:
         """Return the importance of a group's units, shape ``(units,)``; ``None`` if it has none."""
@@ -183,7 +178,7 @@ class UnitChoice:
         return values
 
     def _estimate(self, group: ConfigGroup) -> Any:
-        pruner = self.pruner
+        pruner: Any = self.pruner
         own = type(pruner).estimate_importance is BasePruner.estimate_importance
         if own and "estimate_importance" not in vars(pruner) and _takes_pieces(pruner.importance):
             return _in_pieces(pruner.importance, group)
@@ -251,9 +246,9 @@ def _gathered(group: ConfigGroup, items: Iterable[Any]) -> AbstractContextManage
     return gathered(group._DG.pretrained, filter(None, names))
 
 
-def _in_pieces(importance: Any, group: Any) -> Any:
+def _in_pieces(importance: Importance, group: Any) -> Any:
     """Return ``importance(group)``, by the same code, without copies of whole weights."""
-    each = copy(importance)
+    each: Any = copy(importance)
     each._reduce = lambda values, roots: values  # those of each layer, not yet joined
     each._normalize = lambda values, normalizer: values
     each.target_types = [*importance.target_types, _Columns]

@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,41 +20,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
-FieldPath = tuple[str | int, ...]
-"""A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
-ORIGIN = ("transformers_version", "_name_or_path", "architectures")
-"""Config fields that say where a model comes from; saving it writes them."""
-OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
-"""Config fields that set no shape, and nothing that a pass in float64 computes."""
-
-_NAME, _ARGUMENTS = "architecture", "model_args"
-_BUILD = "build_model_with_cfg"
-"""timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
-_ENDS = ("in_chans", "num_classes")
-"""Arguments that say what goes in and comes out; the second one Transformers gives itself."""
 
 
-class EntryOfKind(int):
+@dataclass(frozen=True, order=True)
+class EntryOfKind:
     """The key of the entries that a list has for all layers of one kind; they change together.
 
-    It is the number of the first such layer in a model with few layers.
-
     Attributes:
+        number: the number of the first such layer in a model with few layers.
         places: length of the list -> which of its entries these are, in a model with few layers
             and in the full one.
     """
 
-    places: Mapping[int, tuple[int, ...]]
+    number: int
+    places: Mapping[int, tuple[int, ...]] = field(compare=False)
 
-    def __new__(cls, number: int, places: Mapping[int, tuple[int, ...]]) -> EntryOfKind:
-        """Return the key with this number and these places."""
-        key = super().__new__(cls, number)
-        key.places = places
-        return key
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Return how to copy the key."""
-        return EntryOfKind, (int(self), self.places)
+    def __int__(self) -> int:
+        return self.number
 
     def __str__(self) -> str:
         """Return the numbers of the full model's layers: ``0-3+5``."""
@@ -67,17 +50,31 @@ class EntryOfKind(int):
         return "+".join("-".join(map(str, dict.fromkeys((r[0], r[-1])))) for r in ranges)
 
 
+FieldPath = tuple[str | int | EntryOfKind, ...]
+"""A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
+ORIGIN = ("transformers_version", "_name_or_path", "architectures")
+"""Config fields that say where a model comes from; saving it writes them."""
+OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
+"""Config fields that set no shape, and nothing that a pass in float64 computes."""
+
+_NAME, _ARGUMENTS = "architecture", "model_args"
+_BUILD = "build_model_with_cfg"
+"""timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
+_ENDS = ("in_chans", "num_classes")
+"""Arguments that say what goes in and comes out; the second one Transformers gives itself."""
+
+
 def _places(node: Any, key: Any) -> tuple[Any, ...]:
     """Return the keys that a field's key stands for in a list or an object; most for themselves."""
     if isinstance(key, EntryOfKind) and isinstance(node, list):
-        return key.places.get(len(node), (key,))
+        return key.places.get(len(node), (key.number,))
     return (key,)
 
 
 def field_name(path: FieldPath) -> str:
     """Return a field as people write it: ``text_config.hidden_size``, ``depths[0]``."""
     return "".join(
-        f"[{key}]" if isinstance(key, int) else ("." if i else "") + key
+        ("." if i else "") + key if isinstance(key, str) else f"[{key}]"
         for i, key in enumerate(path)
     )
 
@@ -195,7 +192,7 @@ def value_at(data: Any, path: FieldPath) -> Any:
     for key in path:
         if isinstance(data, dict):
             data = data.get(key)
-        elif isinstance(data, list) and isinstance(key, int):
+        elif isinstance(data, list) and not isinstance(key, str):
             data = data[_places(data, key)[0]]
         else:
             return None

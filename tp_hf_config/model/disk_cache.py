@@ -26,7 +26,7 @@ from torch import nn
 
 from ..schema import versions
 from .build import Builder
-from .config_json import OF_NO_EFFECT, EntryOfKind, without_names
+from .config_json import OF_NO_EFFECT, without_names
 from .shortage import shortage_noted
 
 VARIABLE = "TP_HF_CONFIG_CACHE"
@@ -90,8 +90,6 @@ def _encoded(value: Any) -> Any:
         return {"dict": [[_encoded(key), _encoded(item)] for key, item in value.items()]}
     if kind is Fraction:
         return {"Fraction": str(value)}
-    if kind is EntryOfKind:
-        return {"EntryOfKind": _encoded([int(value), value.places])}
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return {f"{kind.__module__}:{kind.__name__}": _encoded(fields)}
 
@@ -106,8 +104,6 @@ def _decoded(value: Any) -> Any:
         return {_decoded(key): _decoded(item) for key, item in content}
     if kind == "Fraction":
         return Fraction(content)
-    if kind == "EntryOfKind":
-        return EntryOfKind(*_decoded(content))
     module, _, name = kind.partition(":")
     ours = module.startswith(f"{_PACKAGE}.")
     made: Any = getattr(importlib.import_module(module), name) if ours else None

@@ -45,18 +45,15 @@ def fill(new: nn.Module, old: nn.Module, values_of: Callable[[str, Tensor], Tens
     Raises:
         ConfigSyncError: the class builds another shape.
     """
-    for names in [*parameter_names(old).values()]:
+    built = dict(new.named_parameters(remove_duplicate=False))
+    for names in parameter_names(old).values():
         parameter = old.get_parameter(names[0])
         made = nn.Parameter(values_of(names[0], parameter.detach()), parameter.requires_grad)
-        for module, key in (owner(new, name) for name in names):
-            built = module._parameters[key]
-            if built is None or built.shape != made.shape:
-                shape = None if built is None else list(built.shape)
-                raise ConfigSyncError(
-                    f"{names[0]} has shape {list(made.shape)} after the cuts, and the class builds "
-                    f"{shape}"
-                )
-            module._parameters[key] = made
+        for name in names:
+            if name not in built or built[name].shape != made.shape:
+                shape = list(built[name].shape) if name in built else "no such parameter"
+                raise ConfigSyncError(f"{name} has {list(made.shape)}, the class builds {shape}")
+        put_parameter(new, names, made)
 
 
 class LiveCut:

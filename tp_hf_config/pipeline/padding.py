@@ -34,7 +34,7 @@ from ..model.fill import fill
 from ..model.layer_class import auto_classes, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
 from ..model.tensors import owner, tensor
-from ..twin.layout import places_of
+from ..twin.layout import places_of, positions_left
 from .job import ByLayer, Ready
 from .output import save_model
 from .proofs import (
@@ -296,16 +296,10 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
     narrow, wide = model.state_dict(), built.state_dict()
     if narrow.keys() != wide.keys():
         return Refusal(f"it has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}")
-    masks: dict[str, dict[int, Tensor]] = {}
-    for group, units in added:
-        for dim in group.dims:
-            size = wide[dim.name].shape[dim.dim]
-            mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
-            mask[dim.layout.table(group.count.units)[units].flatten()] = False
-    places = {
-        name: {axis: mask.nonzero().flatten() for axis, mask in by_axis.items()}
-        for name, by_axis in masks.items()
-    }
+    places = positions_left(
+        {name: value.shape for name, value in wide.items()},
+        ((group.dims, group.count.units, units) for group, units in added),
+    )
 
     def padded(name: str, values: Tensor) -> Tensor:
         values = values.detach().cpu()

@@ -46,11 +46,10 @@ from ..reports import Report, Rows, short
 from ..schema import versions
 from ..twin.masked_check import (
     difference_of_pass,
-    fill,
-    own_tensors,
     pruned_inputs_of,
     pruned_pass,
     run_once,
+    take_weights,
 )
 from ..twin.tiny.tiny_model import TinyModel, randomise, scale_convolutions, tiny_model
 
@@ -406,9 +405,8 @@ def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refu
         reference = builder.build_unfilled(config_json(model.config))
         if isinstance(reference, Refusal):
             return Refusal(f"the new config does not build: {reference.reason}")
-        reference.tie_weights()  # type: ignore[operator]
         given = (tiny.inputs, tiny.watched, tiny.recipe)
-        run = fill(reference, own_tensors(model), []) or pruned_pass(case.model, model, *given)
+        run = take_weights(reference, model) or pruned_pass(case.model, model, *given)
         if isinstance(run, Refusal):
             return run
         run_once(reference, run.inputs, tiny.recipe)

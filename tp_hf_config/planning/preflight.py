@@ -76,8 +76,8 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
     ``strict``: also raise if the class refuses what is asked for and the nearest would be done.
 
     Returns:
-        What each step leaves. ``None`` if importances decide how much of a field goes, if the
-        pruner rounds nothing, or if it has already begun: what it did so far is not known.
+        What each step leaves. ``None`` if importances decide how much of a field goes, or if the
+        pruner has already begun: what it did so far is not known.
 
     Raises:
         ConfigSyncError: no config can say what the pruner would leave.
@@ -121,8 +121,8 @@ _Groups = dict[tuple[FieldPath, ...], list[_PrunedGroup]]
 def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | None]:
     """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
 
-    The first is ``None`` if importances decide how much of a field goes or nothing is rounded, the
-    second if nothing is wrong.
+    The first is ``None`` if importances decide how much of a field goes, the second if nothing is
+    wrong.
     """
     by_fields: _Groups = {}
     scopes: Counter[str] = Counter()
@@ -163,7 +163,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
         pruner.round_to,
         pruner.max_pruning_ratio,
     )
-    outcome = Preflight(trajectory, kinds) if pruner.round_to else None
+    outcome = Preflight(trajectory, kinds)
     refusal = planned_refusal(trajectory)
     if refusal is None:
         return outcome, None
@@ -193,16 +193,8 @@ def _ranked_together(ranked: _Groups) -> str | None:
 
 def _first_difference(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
     """Return the reason for the first field whose groups end with different numbers, if any."""
-    for fields, groups in by_fields.items():
-        every = sum(graph_group.fields == fields for graph_group in pruner.DG.graph_groups)
-        staying = every - len(groups)
-        if fields not in ranked:
-            problem = _different_ends(pruner, _names(fields), groups, staying)
-        else:
-            problem = _some_stay(_names(fields), groups, staying, "lose some") if staying else None
-        if problem is not None:
-            return problem
-    return None
+    alone = (groups for fields, groups in by_fields.items() if fields not in ranked)
+    return next(filter(None, (_different_ends(pruner, groups) for groups in alone)), None)
 
 
 def _names(fields: tuple[FieldPath, ...]) -> str:
@@ -210,12 +202,10 @@ def _names(fields: tuple[FieldPath, ...]) -> str:
     return " + ".join(map(field_name, fields))
 
 
-def _different_ends(
-    pruner: Any, name: str, groups: Sequence[_PrunedGroup], staying: int
-) -> str | None:
+def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
     """Return the reason if groups of one field end with different numbers of units, else ``None``.
 
-    ``staying`` is how many more groups the field has that are not pruned.
+    The pruner prunes all groups of a field or none: ignored layers keep the whole width.
     """
     ends: dict[tuple[int, ...], list[str]] = {}
     for group in groups:
@@ -224,28 +214,16 @@ def _different_ends(
         ends.setdefault(tuple(n // unit_count.per_field_unit for n in steps), []).append(
             group.layer
         )
-    start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
-    if staying and set(ends) != {(start,) * len(groups[0].ratios)}:
-        return _some_stay(name, groups, staying, f"go to {min(ends)[-1]}")
     if len(ends) < 2:
         return None
     parts = "; ".join(
         f"{' -> '.join(map(str, steps))} in {listed(layers)}"
         for steps, layers in sorted(ends.items())
     )
+    name = _names(groups[0].graph_group.fields)
     return (
         f"the groups of {name} will have different numbers of units: {parts}. One config field "
         "cannot say that: give all of them one ratio (ratios= of HFConfigSyncHook)."
-    )
-
-
-def _some_stay(name: str, groups: Sequence[_PrunedGroup], staying: int, end: str) -> str:
-    """Return the reason that some groups of a field stay while the others do not."""
-    start = groups[0].unit_count.units // groups[0].unit_count.per_field_unit
-    return (
-        f"{staying} of {staying + len(groups)} groups of {name} stay at {start} "
-        f"(ignored_layers), the others {end}, and one config field cannot say that. Ignore a layer "
-        "of every group, or of none (prune= of HFConfigSyncHook leaves a field out)."
     )
 
 

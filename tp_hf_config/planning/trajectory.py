@@ -103,7 +103,7 @@ class Trajectory:
         field_map: the field map of the class.
         moving_widths: the widths that are pruned.
         schedule: final ratio -> ratios from step 0 on: Torch-Pruning's scheduler.
-        round_to: the pruner's ``round_to``; ``None`` or 0: nothing is rounded.
+        round_to: the pruner's ``round_to``.
         max_ratio: the pruner's ``max_pruning_ratio``.
         patience: limits the search for what the class accepts. Once it was asked about
             ``patience * (_PATIENT + steps)`` sets of values, no step searches on. With 0, each
@@ -113,7 +113,7 @@ class Trajectory:
     field_map: FieldMap
     moving_widths: tuple[MovingWidth, ...]
     schedule: Callable[[float], Sequence[float]]
-    round_to: int | None = 1
+    round_to: int = 1
     max_ratio: float = 1.0
     patience: int = 4
     _refusals: dict[object, Refusal | None] = field(default_factory=dict, compare=False, repr=False)
@@ -157,22 +157,19 @@ class Trajectory:
                 )
                 for w in self.moving_widths
             }
-            if self.round_to:  # without it, the class is not asked
-                heads = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
-                shrinking = [
-                    w
-                    for w in self.moving_widths
-                    if not w.counts_heads and rounded[w.fields] != now[w.fields]
-                ]
-                now = {**rounded, **heads}
-                for state in self._candidates(now, rounded, shrinking, step):
-                    if self.patience and len(self._asked) >= self.patience * (_PATIENT + steps):
-                        break
-                    if not self.patience or self.refusal_of(self.values_of(state)) is None:
-                        now = state
-                        break
-            else:
-                now = rounded
+            heads = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
+            shrinking = [
+                w
+                for w in self.moving_widths
+                if not w.counts_heads and rounded[w.fields] != now[w.fields]
+            ]
+            now = {**rounded, **heads}
+            for state in self._candidates(now, rounded, shrinking, step):
+                if self.patience and len(self._asked) >= self.patience * (_PATIENT + steps):
+                    break
+                if not self.patience or self.refusal_of(self.values_of(state)) is None:
+                    now = state
+                    break
             result.append((rounded, now))
         return result
 
@@ -276,7 +273,7 @@ class Trajectory:
     def adjusted(self) -> list[Adjusted]:
         """Return the steps that leave other widths than the rounded ratios ask for."""
         result: list[Adjusted] = []
-        for step, (rounded, state) in enumerate(self._steps if self.round_to else ()):
+        for step, (rounded, state) in enumerate(self._steps):
             values, by_rounding = self.values_of(state), self.values_of(rounded)
             if self.refusal_of(values) is not None:
                 break  # later steps do not happen

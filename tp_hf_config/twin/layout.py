@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -107,3 +107,26 @@ Places = frozenset[tuple[str, int]]
 def places_of(dims: Collection[TensorDim]) -> Places:
     """Return tensor dims without their layouts."""
     return frozenset(dim.place for dim in dims)
+
+
+Removed = tuple[Sequence[TensorDim], int, Tensor]
+"""Tensor dims that have the same units, how many those are, and which of them are removed."""
+
+
+def positions_left(
+    shapes: Mapping[str, Sequence[int]], removed: Iterable[Removed]
+) -> dict[str, dict[int, Tensor]]:
+    """Return name -> dimension -> the positions that stay, where units are removed.
+
+    ``shapes``: the shapes before; other tensors (encoder states) are left out.
+    """
+    stays: dict[str, dict[int, Tensor]] = {}
+    for dims, units, lost in removed:
+        for dim in (dim for dim in dims if dim.name in shapes):
+            every = torch.ones(shapes[dim.name][dim.dim], dtype=torch.bool)
+            stay = stays.setdefault(dim.name, {}).setdefault(dim.dim, every)
+            stay[dim.layout.table(units)[lost].flatten()] = False
+    return {
+        name: {axis: stay.nonzero().flatten() for axis, stay in by_axis.items()}
+        for name, by_axis in stays.items()
+    }

@@ -21,20 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ConfigSyncError
 from ..fieldmap.unit_shares import units_of
 from ..forward.observed_pass import PassResult, outputs_in_float64
 from ..forward.run_recipe import AXIS, PLAIN, RunRecipe, encoder_states_in, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
+from ..model.fill import fill
+from ..model.shapes import shapes
 from ..model.shortage import note_shortage
 from ..model.tensors import (
     compute_unsaved,
     is_matrix_stack,
-    parameter_names,
-    put_parameter,
     saved_buffers,
     select,
+    tensor,
 )
+from .layout import Removed, positions_left
 from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
 
 if TYPE_CHECKING:
@@ -72,14 +75,9 @@ def difference_of_pass(
 ) -> Refusal | None:
     """Return where the pass of a pruned model differs from the masked original, or None.
 
-    Args:
-        pruned_run: what :func:`pruned_pass` returned for the arguments of the same names.
-        original: the model before pruning; it ran before (:func:`run_once`).
-        reference_build: the class built anew from the pruned model's config; it ran before too. Its
-            weights may have any values; its scales count.
-        inputs: as for the pruned pass.
-        watched: likewise.
-        recipe: likewise.
+    ``pruned_run`` is of the same other arguments; ``original`` is the model before pruning.
+    ``reference_build``: the class built anew from the pruned model's config. Its scales count, its
+    weights may have any values. Both ran before (:func:`run_once`).
     """
     kept = pruned_run.kept
     parameters = original.named_parameters(remove_duplicate=False)
@@ -143,11 +141,6 @@ def _is_norm_or_scale(module: nn.Module) -> bool:
     return not has_statistics and all(p.ndim and p.numel() == max(p.shape) for p in own)
 
 
-def _holds_tensors(module: nn.Module) -> bool:
-    """True if a module has parameters or saved buffers, as a frozen batch norm has (RT-DETR's)."""
-    return bool(list(module.parameters()) or saved_buffers(module))
-
-
 def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
     """Make norms run over the kept channels only and return zeros elsewhere, in place."""
     for name, module in model.named_modules():
@@ -156,7 +149,7 @@ def _norms_over_kept(model: nn.Module, kept: Kept) -> None:
             cut = next((dim for key in keys for dim in kept[key] if dim.cut), None)
             if cut is not None:
                 module.forward = _over_some_channels(_narrow(module, cut.kept), cut)
-        elif "norm" in type(module).__name__.lower() and not _holds_tensors(module):
+        elif "norm" in type(module).__name__.lower() and not tensors_of(module):  # RT-DETR's has
             module.forward = _over_some_channels(copy.deepcopy(module), None)
 
 
@@ -446,19 +439,17 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     smaller build has to equal the original with the removed units at zero.
     """
     name = " and ".join(map(field_name, finding.fields))
-    original = own_tensors(tiny.model)
     blind_cuts, unbuilt = 0, ""
-    for values, staying in _cuts(tiny, finding):
+    for values, removed in _cuts(tiny, finding):
         smaller = tiny.field_map.builder.build_unfilled(tiny.field_map.config_at(values))
         if isinstance(smaller, Refusal):
             unbuilt = f": {smaller.reason}"
             continue
-        smaller.tie_weights()  # type: ignore[operator]
-        added = min(own_tensors(smaller).keys() - original.keys(), default=None)
+        added = min(shapes(smaller).keys() - shapes(tiny.model).keys(), default=None)
         if added is not None:  # Jamba's layers with a single expert have no experts
             unbuilt = f": it builds {added} then"
             continue
-        outputs = fill(smaller, original, staying) or _outputs(tiny, smaller)
+        outputs = take_weights(smaller, tiny.model, removed) or _outputs(tiny, smaller)
         if isinstance(outputs, Refusal):
             return Refusal(
                 f"with less of {name} the class computes something else than is left: "
@@ -498,63 +489,50 @@ def _is_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     )
 
 
-_Staying = list[tuple["TinyGroup", Tensor]]
-"""Groups, each with the units that stay."""
+_Cut = tuple[dict[FieldPath, int], list[Removed]]
 
 
-def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[tuple[dict[FieldPath, int], _Staying]]:
-    """Yield smaller values of a width's fields, nearest to half first, with the units that stay."""
+def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[_Cut]:
+    """Yield smaller values of a width's fields, nearest to half first, with the units that go."""
     values, units = tiny.field_map.values, units_of(tiny.field_map, finding.fields)
     for count in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
         counts = [(group, count * group.per_field_unit) for group in finding.groups]
         if all(number % group.channel_groups == 0 for group, number in counts):
             smaller = {field: values[field] // units * count for field in finding.fields}
-            yield smaller, [(group, _random_units(group, number)) for group, number in counts]
+            yield smaller, [_removed(group, number) for group, number in counts]
 
 
-def _random_units(group: TinyGroup, count: int) -> Tensor:
+def _removed(group: TinyGroup, count: int) -> Removed:
+    """Return which units go so that ``count`` random ones stay, the same number in each part."""
     generator = torch.Generator().manual_seed(count)
     size, per_channel_group = group.units // group.channel_groups, count // group.channel_groups
-    chosen = [
-        start + torch.randperm(size, generator=generator)[:per_channel_group]
+    gone = [
+        start + torch.randperm(size, generator=generator)[per_channel_group:]
         for start in range(0, group.units, size)
     ]
-    return torch.cat(chosen).sort().values
+    return group.dims, group.units, torch.cat(gone)
 
 
-def fill(smaller: nn.Module, original: dict[str, Tensor], groups: _Staying) -> Refusal | None:
-    """Give a smaller build the units that stay; return why that fails, or None.
+def take_weights(new: nn.Module, old: nn.Module, removed: Sequence[Removed] = ()) -> Refusal | None:
+    """Give a smaller build the units that stay, without a copy of whole tensors, or say why not."""
+    kept = positions_left(shapes(old), removed)
+    computed = compute_unsaved(new)
 
-    Parameters of which all stays are those of the original (:func:`own_tensors`); with no groups,
-    that is every one.
-    """
-    masks: dict[str, dict[int, Tensor]] = {}
-    for group, staying in groups:
-        removed = CutDim(group.units, staying).removed
-        for dim in (dim for dim in group.dims if dim.name in original):  # not encoder states
-            size = original[dim.name].shape[dim.dim]
-            mask = masks.setdefault(dim.name, {}).setdefault(dim.dim, torch.ones(size).bool())
-            mask[dim.layout.table(group.units)[removed].flatten()] = False
-    computed = compute_unsaved(smaller)
-    names = {names[0]: names for names in parameter_names(smaller).values()}
-    for name, value in own_tensors(smaller).items():
-        kept = {axis: mask.nonzero().view(-1) for axis, mask in masks.get(name, {}).items()}
-        cut = select(original[name].detach(), kept) if kept else original[name]
-        if cut.shape != value.shape:
-            return Refusal(f"{name} has {list(cut.shape)}, the class builds {list(value.shape)}")
-        if name in computed and not torch.equal(cut, value):
-            return Refusal(
+    def values_of(name: str, values: Tensor) -> Tensor:
+        cut = select(values, kept[name]) if name in kept else values
+        if name in computed and not torch.equal(cut, new.get_parameter(name)):
+            raise ConfigSyncError(
                 f"{name} is not saved, and computed anew from the config it holds other values"
             )
-        if name not in names:  # a buffer
-            value.copy_(cut.detach())
-            continue
-        put_parameter(
-            smaller, names[name], cut if isinstance(cut, nn.Parameter) else nn.Parameter(cut)
-        )
+        return cut
+
+    try:
+        fill(new, old, values_of)
+    except ConfigSyncError as error:
+        return Refusal(str(error))
+    for name, buffer in saved_buffers(new).items():
+        cut = values_of(name, tensor(old, name))
+        if cut.shape != buffer.shape:
+            return Refusal(f"{name} has {list(cut.shape)}, the class builds {list(buffer.shape)}")
+        buffer.copy_(cut)
     return None
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and saved buffer by its name, tied ones by their first."""
-    return {**dict(model.named_parameters()), **saved_buffers(model)}

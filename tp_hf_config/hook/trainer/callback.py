@@ -17,11 +17,10 @@ from transformers.trainer_callback import (
 from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError
 from ...model.config_json import with_values
-from ...model.fill import Origin
 from ...planning.pruner_graph import check_names, check_values
 from ...planning.settings import INNER
 from ..hook import HFConfigSyncHook
-from .optimizer import cannot_follow, optimizer_follows, replace, unwrapped
+from .optimizer import cannot_follow, optimizer_follows, unwrapped
 from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
 
 
@@ -110,7 +109,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the pruner; on resuming, in the state that the checkpoint records."""
-        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        model = kwargs["model"]
         reason = _unsupported_run(args)
         if reason is not None:
             raise TrainingError(f"PruningCallback: {reason}")
@@ -120,8 +119,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             self.pruner = self._make_pruner(model)
             self._unpruned = full_config(model, sync_hook_of(self.pruner).per_layer)
         else:
-            self.pruner, changed = pruner_at(saved, model, self._make_pruner)
-            replace(optimizer, {old: (new, Origin(old, {})) for old, new in changed.items()})
+            self.pruner = pruner_at(saved, model, self._make_pruner)
             self._unpruned = with_values(full_config(model, saved.per_layer), dict(saved.fields))
         self.hook = sync_hook_of(self.pruner)
         reason = self._schedule_problem(state.max_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,30 +101,8 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
     return None
 
 
-def replace(
-    optimizer: Optimizer, parameters: Mapping[nn.Parameter, tuple[nn.Parameter, Origin]]
-) -> None:
-    """Replace Parameters of an optimizer; their state keeps the positions that they kept.
-
-    Args:
-        optimizer: the optimizer, without wrappers.
-        parameters: old Parameter -> (the new one, its origin).
-    """
-    for group in optimizer.param_groups:
-        for index, old in enumerate(group["params"]):
-            if old not in parameters:
-                continue
-            new, origin = parameters[old]
-            group["params"][index] = new
-            state = optimizer.state.pop(old, None)
-            if state is not None:
-                optimizer.state[new] = {
-                    key: _remaining_state(value, old, new, origin) for key, value in state.items()
-                }
-
-
 def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
-    """Replace the cut parameters of the optimizer.
+    """Replace the cut parameters of the optimizer; their state keeps the positions that they kept.
 
     Returns:
         The optimizer's parameters that are no longer the model's and have no successor.
@@ -136,7 +114,17 @@ def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> li
         if origin.parameter is not parameter:
             successors.setdefault(origin.parameter, (parameter, origin))
     cut = {old: successor for old, successor in successors.items() if old not in current}
-    replace(optimizer, cut)
+    for group in optimizer.param_groups:
+        for index, old in enumerate(group["params"]):
+            if old in cut:
+                new, origin = cut[old]
+                group["params"][index] = new
+                state = optimizer.state.pop(old, None)
+                if state is not None:
+                    optimizer.state[new] = {
+                        key: _remaining_state(value, old, new, origin)
+                        for key, value in state.items()
+                    }
     tracked = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [parameter for parameter in tracked if parameter not in current]
 

@@ -20,7 +20,7 @@ from ...graph.layer_fields import layers_listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values
 from ...model.locate import find_pretrained
-from ...model.tensors import owner, saved_buffers
+from ...model.tensors import owner, parameter_names, put_parameter, saved_buffers
 from ..apply import Changes, all_or_nothing, difference, write
 from ..hook import HFConfigSyncHook
 from ..registration import hooks_of
@@ -111,20 +111,15 @@ def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
     return hook
 
 
-def pruner_at(
-    progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]
-) -> tuple[Any, dict[nn.Parameter, nn.Parameter]]:
+def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]) -> Any:
     """Return a pruner in the state of another one, on a model that is pruned already.
 
-    The model keeps its weights, in new Parameters where something was pruned.
+    The model keeps its Parameters.
 
     Args:
         progress: the state of the other pruner.
         model: the pruned model, or a module that contains it.
         build: makes the pruner of a model.
-
-    Returns:
-        The pruner, and for each old Parameter of the model the one that replaces it.
 
     Raises:
         TrainingError: the model is not what the history leaves, or its class refuses the unpruned
@@ -145,11 +140,11 @@ def pruner_at(
         pruner._scope_initial_channels.update(progress.scopes)
         _check_narrow(pretrained, {**names, **buffers})
         for name, parameter in names.items():
-            pretrained.get_parameter(name).data = parameter.data
+            put_parameter(pretrained, [name], parameter)
         for name, buffer in buffers.items():
             module, key = owner(pretrained, name)
             module._buffers[key] = buffer
-    return pruner, {old: pretrained.get_parameter(name) for name, old in names.items()}
+    return pruner
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -186,14 +181,12 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
             "Resume with the class and the version of transformers that it was saved by."
         )
     write(changes, model, difference(model, pruned_build, wide_build))
-    wide = dict(wide_build.named_parameters(remove_duplicate=False))
-    widened: dict[nn.Parameter, nn.Parameter] = {}  # a Parameter under several names stays one
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
-        if wide[name].shape != old.shape:
-            empty = torch.zeros(wide[name].shape, dtype=old.dtype, device=old.device)
-            widened.setdefault(old, nn.Parameter(empty, old.requires_grad))
-        module, key = owner(model, name)
-        changes.set(module._parameters, key, widened.get(old, old))
+    for old, names in parameter_names(model).items():
+        shape = wide_build.get_parameter(names[0]).shape
+        if shape != old.shape:
+            empty = nn.Parameter(old.new_zeros(shape), old.requires_grad)
+            for module, key in (owner(model, name) for name in names):
+                changes.set(module._parameters, key, empty)
     for name, old_buffer in saved_buffers(model).items():
         module, key = owner(model, name)
         changes.set(

@@ -162,7 +162,7 @@ def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
     """Return the fields in lists, the largest first; equal entries of one list change together."""
     groups: dict[tuple[FieldPath, int], list[FieldPath]] = {}
     for field, value in sizes.items():
-        listed = isinstance(field[-1], int)  # one entry for each layer
+        listed = not isinstance(field[-1], str)  # one entry for each layer
         groups.setdefault((field[:-1] if listed else field, value), []).append(field)
     return [groups[key] for key in sorted(groups, key=lambda key: -key[1])]
 
@@ -200,9 +200,8 @@ def cheaper(
     before = observed(data)
     if before is None or before.numbers <= _SLOW:
         return data
-    read = field_map.non_size_fields | numbers_read(
-        field_map.builder, data, lambda model: observe(model, field_map.recipe)
-    )
+    running = numbers_read(field_map.builder, data, partial(observe, recipe=field_map.recipe))
+    read = field_map.non_size_fields | field_map.depth.by_kinds(running)
     idle = {field: n for field, n in read.items() if field not in field_map.sizes}
     for trial in images_in_proportion(field_map, data, idle):
         candidate = observed(trial)
@@ -374,7 +373,7 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     for size in _shorter(setting.values()) if len(set(setting.values())) > 1 else ():
         yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
     images = {field: side for field, side in images.items() if field not in setting}
-    lists = {field[:-1] for field in (*images, *windows) if isinstance(field[-1], int)}
+    lists = {field[:-1] for field in (*images, *windows) if not isinstance(field[-1], str)}
     data = with_values(data, {field: value_at(whole, field) for field in lists})
     largest = max(images.values(), default=0)
     for size in _IMAGES if images else ():
@@ -424,7 +423,7 @@ def images_in_proportion(
         and largest <= _STRIDE * value
     }
     following = {field: side for field, side in {**sides, **maps}.items() if side > 1}
-    lists = {field[:-1] for field in following if isinstance(field[-1], int)}
+    lists = {field[:-1] for field in following if not isinstance(field[-1], str)}
     data = with_values(data, {field: value_at(whole, field) for field in _outermost(lists)})
     for factor in _FACTORS if sides else ():
         if largest // factor >= _IMAGES[0] and not any(n % factor for n in following.values()):

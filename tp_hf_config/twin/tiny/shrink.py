@@ -252,7 +252,7 @@ def _pads(field_map: FieldMap, field: FieldPath, other: FieldPath) -> bool:
 
 
 def _part(field: FieldPath) -> FieldPath:
-    return field[:-2] if isinstance(field[-1], int) else field[:-1]
+    return field[:-1] if isinstance(field[-1], str) else field[:-2]
 
 
 def _other_counts(
@@ -260,8 +260,8 @@ def _other_counts(
 ) -> set[int]:
     """Return the other head counts in the same part of the config, or of the stages before."""
     others = {value_at(data, other) for other in counts if _part(other) == _part(field)}
-    if isinstance(field[-1], int):  # one entry for each stage
-        others |= {value_at(data, (*field[:-1], stage)) for stage in range(field[-1] + 1)}
+    if not isinstance(field[-1], str):  # one entry for each stage
+        others |= {value_at(data, (*field[:-1], stage)) for stage in range(int(field[-1]) + 1)}
     return others - {value_at(data, field)}
 
 
