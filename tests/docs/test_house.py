@@ -103,17 +103,17 @@ def test_modules_are_short() -> None:
 
 
 LINES = {
-    "model": (3_262, 1_800),
+    "model": (3_252, 1_800),
     "forward": (2_537, 2_200),
     "fieldmap": (4_710, 3_400),
     "twin": (4_433, 3_400),
-    "graph": (3_309, 2_200),
-    "planning": (3_175, 2_200),
-    "hook": (4_046, 2_300),
+    "graph": (3_323, 2_200),
+    "planning": (3_145, 2_200),
+    "hook": (4_020, 2_300),
     "calibration": (3_317, 2_300),
     "checkpoint": (3_013, 2_000),
-    "pipeline": (4_541, 2_300),
-    "cli": (698, 700),
+    "pipeline": (4_533, 2_300),
+    "cli": (697, 700),
     "": (992, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
@@ -130,4 +130,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 156  # the budget is 115
+    assert len(FILES) <= 154  # the budget is 115

@@ -186,10 +186,9 @@ class _Search:
         if isinstance(built, Refusal):
             self._refused = self._refused or built.reason
             return None
-        if (reason := self._kept.difference(built)) is None:
-            return True
-        if not self._kept.has_length(built):
-            return False
+        reason = self._kept.difference(built)
+        if reason is None or not self._kept.has_length(built):
+            return reason is None
         self._reason = self._reason or reason
         return None
 

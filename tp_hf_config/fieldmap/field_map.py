@@ -235,12 +235,8 @@ class Depth:
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
             keys = self.entries.get(field[:-1])
-            fields = (
-                [field]
-                if keys is None
-                else [(*field[:-1], key) for key in keys if int(key) == field[-1]]
-            )
-            result.update(dict.fromkeys(fields, value))
+            own = field[-1:] if keys is None else [key for key in keys if int(key) == field[-1]]
+            result.update({(*field[:-1], key): value for key in own})
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:
