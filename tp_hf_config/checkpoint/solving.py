@@ -325,7 +325,7 @@ def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[
     above = path[:-1]
     while above and value_in(data, above) is None:
         above = above[:-1]
-    is_entry = any(isinstance(key, int) for key in path)
+    is_entry = any(not isinstance(key, str) for key in path)
     return named or [path if is_entry else (*above, path[-1])]
 
 
@@ -340,8 +340,8 @@ def _changed(
     """
     values: dict[FieldPath, Any] = {}
     for path, value in changes.items():
-        if any(isinstance(key, int) for key in path):
-            path = path[: next(at for at, key in enumerate(path) if isinstance(key, int))]
+        if any(not isinstance(key, str) for key in path):
+            path = path[: next(at for at, key in enumerate(path) if not isinstance(key, str))]
             value = value_in(new, path)
         values |= dict.fromkeys(_places(classes, data, path), value)
     in_place = with_values(data, values)

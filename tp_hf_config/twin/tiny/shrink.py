@@ -212,7 +212,7 @@ def _divided(
     the widths ``alone`` become ``_SPLIT``.
     """
     large = value > _SPLIT
-    stage = isinstance(widths[0][-1], int) and not is_side(widths[0])
+    stage = not isinstance(widths[0][-1], str) and not is_side(widths[0])
     others = {field: value_at(data, field) for field in field_map.sizes if field not in widths}
     multiples = {field: size for field, size in others.items() if size % value == 0}
     beside = {f: n for f, n in field_map.non_size_fields.items() if _part(f) == _part(widths[0])}
