@@ -180,6 +180,12 @@ def own_data(rank: int) -> dict[str, Any]:
     first_alone = calibrate(model, data_of(0) if rank == 0 else [])
     results["the first alone"] = of_measurement(first_alone)
     results["text"] = str(first_alone).partition(";")[0]
+    leaves = zoo.build("llama")
+    for part in [*leaves.modules()]:
+        if any(True for _ in part.parameters(recurse=False)):
+            fully_shard(part)
+    fully_shard(leaves)
+    results["leaves"] = of_measurement(calibrate(leaves, data_of(0)))
     bad: Any = {"input_ids": torch.tensor([[0, zoo.VOCAB]])}
     results["bad data"] = refusal(lambda: calibrate(model, [*[bad] * rank, *data_of(0)]))
     results["after it"] = refusal(lambda: calibrate(model, data_of(rank)))

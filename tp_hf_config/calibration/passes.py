@@ -54,10 +54,7 @@ class Ranks:
         return gathered(value) if self.own_data else [value]
 
     def summed(self, values: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors, the same bits on all of them.
-
-        ``values`` may be overwritten.
-        """
+        """Return the sum of all ranks' tensors, the same bits; ``values`` may be overwritten."""
         return summed(values, self.device) if self.own_data else values
 
     def sums(self, numbers: Sequence[float]) -> list[float]:

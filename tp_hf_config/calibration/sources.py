@@ -7,7 +7,6 @@ values than the layer gives these channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
-from ..model.sharded import behind, whole
+from ..model.sharded import behind, plain_class, whole
 from ..model.shortage import raise_shortage
 from .linear_ops import Select
 
@@ -232,7 +231,9 @@ def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
         size: the number of its channels.
         kept: the channels that stay, 1-D.
     """
-    duplicate = copy.copy(layer)
+    plain: Any = plain_class(type(layer))
+    duplicate: nn.Module = plain.__new__(plain)  # copy.copy would construct what FSDP2 wraps
+    vars(duplicate).update(vars(layer))
     for kind in ("_parameters", "_buffers"):
         tensors = dict(getattr(layer, kind))
         for key, values in tensors.items():

@@ -137,9 +137,7 @@ def _whole_of(parameter: Any) -> nn.Parameter:
 class Passes:
     """Forward passes of a model whose parts FSDP2 gathers on all ranks together.
 
-    Args:
-        model: the model; without parts under ``fully_shard`` nothing happens.
-        note: gets each part once it is gathered.
+    ``note`` gets each part under ``fully_shard`` once it is gathered.
     """
 
     def __init__(self, model: nn.Module, note: Callable[[nn.Module], None]):

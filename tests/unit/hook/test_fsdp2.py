@@ -252,6 +252,13 @@ class TestOwnData:
             f"LlamaForCausalLM on 0 tokens {rest}",
         ]
 
+    def test_layers_that_are_each_sharded_alone(self, own: list[dict[str, Any]]) -> None:
+        """Norms are back in shards when what reads them runs."""
+        for results in own:
+            assert _as_lists(results["leaves"]) == _as_lists(
+                of_measurement(measured_alone("llama", 1))
+            )
+
     def test_the_same_decisions_as_one_process(self, own: list[dict[str, Any]]) -> None:
         assert_decided_as_alone(own[0])
 
