@@ -21,7 +21,7 @@ from ..graph.standin import standin_of
 from ..model.lazy_tensor import values_of
 from ..model.locate import find_pretrained
 from ..model.ranks import Decision, differing
-from .output import check_target, new_folder, save_model
+from .output import check_target, output_folder, save_model
 
 
 @check_arguments
@@ -74,7 +74,7 @@ def _write(standin: Any, target: Path, overwrite: bool, max_shard_size: str | No
     """Write the folder; return why it could not be, once all weights were gathered, or ``""``."""
     write = _Writer()
     try:
-        with new_folder(target, overwrite=overwrite) as work:
+        with output_folder(target, overwrite=overwrite) as work:
             with patch.object(modeling_utils, "safe_save_file", write):
                 save_model(standin, work, max_shard_size)
             if write.failure is not None:
