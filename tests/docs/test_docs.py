@@ -116,8 +116,8 @@ class TestErrors:
             "and its config disagree before any pruning",
             "no inputs were found that it runs with",
             "is nested too deeply",  # a reason that another module says
-            "and one config field cannot say that. Ignore a layer of every group, or of none "
-            "(prune= of HFConfigSyncHook leaves a field out",  # a reason that a helper returns
+            "One config field cannot say that: give all of them one ratio (ratios= of "
+            "HFConfigSyncHook",  # a reason that a helper returns
         } <= found
 
 

@@ -28,7 +28,7 @@ from .loading import Assessment, assess, differing_tie
 from .reports import RepairReport, how_to_give, printable, short
 from .rotary import for_transformers_4
 from .solving import Task, Unsolved, solve
-from .writing import check_target, locked, new_folder, replace_config
+from .writing import check_target, copied_folder, locked, replace_config
 
 
 @check_arguments
@@ -160,7 +160,7 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
     """Write the repaired folder as a new one; check it before it gets its name."""
     _, report, new = _planned(path, given, trust)
-    with new_folder(path, out, new) as (work, left_out):
+    with copied_folder(path, out, new) as (work, left_out):
         after = check_checkpoint(work, trust_remote_code=trust)
         if not after.sound:
             raise CheckpointError(f"{path} was changed meanwhile: {after} Nothing was written.")

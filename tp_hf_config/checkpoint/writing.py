@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +141,80 @@ def write_config(folder: Path, data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
+def new_folder(target: Path, check: Callable[[], object]) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target``; it gets that name at the end, or is removed.
+
+    Args:
+        target: the final folder; one that is there is replaced.
+        check: raises if ``target`` may not be written; asked first, and again at the end, as
+            somebody may have written to it meanwhile.
+    """
+    check()
+    work = hidden_beside(target)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
+            # some file systems cannot flush a folder
+            with suppress(OSError) if path.is_dir() else nullcontext():
+                flush(path)
+        check()
+        _rename_into_place(work, target, hidden_beside(target, ".old"))
+    finally:
+        with uninterrupted():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def hidden_beside(target: Path, ending: str = ".unfinished") -> Path:
+    """Return the path of a hidden folder beside a folder, with a name that no other run takes."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
+
+
+def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
+    """Rename ``work`` to ``target``, and remove the folder that had this name.
+
+    That folder is renamed to ``aside`` first; after a failure it gets its name back.
+    """
+    with uninterrupted():
+        try:
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(work, target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        waiting.append(number)
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, wait) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for waited in waiting:
+            signal.raise_signal(waited)
+
+
+@contextmanager
+def copied_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
     """Copy a folder with another config; give the copy its name if the block raises nothing.
 
-    Until then the copy has a hidden name beside ``out``. Links to folders and special files are
-    left out.
+    Links to folders and special files are left out.
 
     ``text``: the new config.json.
 
@@ -152,18 +225,10 @@ def new_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, lis
         CheckpointError: ``out`` exists already.
         OSError: the copy cannot be written; nothing of it is left.
     """
-    check_does_not_exist(out)
-    work = out.parent / f".{out.name}.{os.getpid()}.new"
-    try:
+    with new_folder(out, partial(check_does_not_exist, out)) as work:
         left_out = _copy(source, work)
         write_whole(work / CONFIG, lambda part: part.write_bytes(text))
         yield work, left_out
-        if os.path.lexists(out):
-            raise CheckpointError(f"{out} was made by somebody else meanwhile; it is left alone.")
-        os.rename(work, out)
-        _flush_folder(out.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _copy(source: Path, work: Path) -> list[str]:
@@ -174,7 +239,7 @@ def _copy(source: Path, work: Path) -> list[str]:
 
     left_out = []
     for where, folders, files in os.walk(source, onerror=fail):
-        (work / Path(where).relative_to(source)).mkdir(parents=True)
+        (work / Path(where).relative_to(source)).mkdir(exist_ok=True)
         for path in (Path(where, name) for name in sorted((*folders, *files))):
             if path.is_file():
                 if path != source / CONFIG:

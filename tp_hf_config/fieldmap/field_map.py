@@ -234,9 +234,9 @@ class Depth:
         """Return fields with their values, with one field for all entries of each kind of layer."""
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
-            keys = self.entries.get(field[:-1])
-            own = field[-1:] if keys is None else [key for key in keys if int(key) == field[-1]]
-            result.update({(*field[:-1], key): value for key in own})
+            keys = self.entries.get(field[:-1], field[-1:])
+            of_kind = (key for key in keys if key is field[-1] or int(key) == field[-1])
+            result.update({(*field[:-1], key): value for key in of_kind})
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:

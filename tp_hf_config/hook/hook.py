@@ -103,7 +103,7 @@ class HFConfigSyncHook:
     ) -> None:
         if plan is not None:
             _check_plan_alone(prune, ratios, gqa, make_inputs, per_layer)
-            per_layer, make_inputs = plan.settings.per_layer, getattr(plan, "make_inputs", None)
+            per_layer, make_inputs = plan.settings.per_layer, plan.make_inputs
         self.plan = plan
         self._settings = PruneSettings.of(prune, ratios or None, None, gqa, per_layer=per_layer)
         self._cheapest = prune == INNER

@@ -17,7 +17,7 @@ from ..graph.rebuild import rebuilt
 from ..model.locate import check_followable, find_pretrained
 from ..model.paging import paged
 from .companions import copy_companions
-from .output import check_savable, check_target, new_folder, save_model
+from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import check_source, class_for, config_of, find_source, is_large, load
 
@@ -92,7 +92,7 @@ def apply_cuts(
     config = config_of(source)
     check_source(source, config)
     with (
-        new_folder(target, source=source.folder, overwrite=overwrite) as work,
+        output_folder(target, source=source.folder, overwrite=overwrite) as work,
         paged(work if is_large(source) else None),
     ):
         whole, notes = load(source, config, class_for(source, config), complete=True)

@@ -19,7 +19,7 @@ from . import llama, padding
 from .card import base_model, bullets, front_matter, table, versions_table
 from .companions import LICENCES, Copied, code_files, copy_companions
 from .job import Exported, Format, Ready
-from .output import check_savable, check_target, new_folder
+from .output import check_savable, check_target, output_folder
 from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def export(
     if isinstance(ready, Refusal):
         raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
-    with new_folder(target, source=folder, overwrite=overwrite) as work:
+    with output_folder(target, source=folder, overwrite=overwrite) as work:
         ready.write(work)
         copied = _companions(source, model, work, ready)
         result = Exported(

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import CONFIG
-from ..checkpoint.writing import flush, write_config
+from ..checkpoint.writing import hidden_beside, new_folder, write_config
 from ..errors import PipelineError, in_one_line
 
 if TYPE_CHECKING:
@@ -23,14 +19,11 @@ if TYPE_CHECKING:
 
 _OF_A_MODEL = ("config.json", "model.gguf")
 """A folder with one of these files holds a model."""
-_UNFINISHED, _REPLACED = ".unfinished", ".old"
 
 
 @contextmanager
-def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
+def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
     """Yield a folder to write to; it becomes ``target`` at the end and is removed after a failure.
-
-    It is beside ``target``, so that the last step is a rename.
 
     Args:
         target: the final folder; empty or not there, unless ``overwrite``.
@@ -38,42 +31,25 @@ def new_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> 
         overwrite: replace a model folder that is there, at the end.
     """
     check_target(target, source=source, overwrite=overwrite)
-    target = target.expanduser().resolve()
-    work = _beside(target, _UNFINISHED)
+    check = partial(check_target, target, overwrite=overwrite)
     try:
-        work.mkdir()
-        yield work
-        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
-            # some file systems cannot flush a folder
-            with suppress(OSError) if path.is_dir() else nullcontext():
-                flush(path)
-        reason = _why_unwritable(target, overwrite)  # somebody may have written to it meanwhile
-        if reason is not None:
-            raise PipelineError(reason)
-        _rename_into_place(work, target, _beside(target, _REPLACED))
+        with new_folder(target.expanduser().resolve(), check) as work:
+            yield work
     except OSError as error:
         raise PipelineError(f"{target}: cannot be written: {error}") from error
-    finally:
-        with uninterrupted():
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise if :func:`new_folder` would refuse ``target``, before there is anything to write."""
+    """Raise if :func:`output_folder` would refuse ``target``, before there is anything to write."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
         if reason is None:
-            _beside(path, _UNFINISHED).exists()  # its name is the longer one
+            hidden_beside(path).exists()  # its name is the longer one
     except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     if reason is not None:
         raise PipelineError(reason)
-
-
-def _beside(target: Path, ending: str) -> Path:
-    """Return the path of a hidden folder beside a folder, with a name that no other run takes."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
 
 
 def _why_unwritable(target: Path, overwrite: bool) -> str | None:
@@ -108,46 +84,6 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
     if target == source or target in source.parents:
         return f"{target}: the model to read is in it. Choose another folder."
     return None
-
-
-def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
-    """Rename ``work`` to ``target``, and remove the folder that had this name.
-
-    That folder is renamed to ``aside`` first; after a failure it gets its name back.
-    """
-    with uninterrupted():
-        try:
-            if target.exists():
-                os.rename(target, aside)
-            os.rename(work, target)
-        except BaseException:
-            if aside.exists() and not target.exists():
-                os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    waiting: list[int] = []
-
-    def wait(number: int, frame: Any) -> None:
-        waiting.append(number)
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, wait) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for waited in waiting:
-            signal.raise_signal(waited)
 
 
 def check_savable(model: PreTrainedModel) -> None:

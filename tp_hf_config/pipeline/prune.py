@@ -31,11 +31,11 @@ from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
-from ..planning.plan import Plan, PlannedRefusal
+from ..planning.plan import Plan, refusal_lines
 from .card import card
 from .companions import copy_companions, fetch_companions, notes_on_uncopied
 from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
-from .output import check_savable, check_target, new_folder, save_model
+from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
 from .text import Choice, Material, accumulate_gradients, choose, gather, measure, recover
@@ -88,7 +88,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     choice = choose(job, text, config, model_class)
 
     with (
-        new_folder(job.out, source=source.folder, overwrite=job.overwrite) as work,
+        output_folder(job.out, source=source.folder, overwrite=job.overwrite) as work,
         _seeded(job.seed),
         paged(work if _streams(job) else None),
     ):
@@ -193,7 +193,8 @@ def plan_for(
 def _check_plan(planned: Plan, job: Job) -> None:
     """Raise if a plan cannot be carried out or would prune nothing."""
     if planned.refusal is not None:
-        raise ConfigSyncError(_refusal_text(planned, planned.refusal))
+        lines = refusal_lines(planned.refusal, shell=True)
+        raise ConfigSyncError("\n".join((f"{planned.model}: {lines[0]}", *lines[1:])))
     if all(width.after == width.before for width in planned.widths):
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in planned.widths
@@ -206,19 +207,6 @@ def _check_plan(planned: Plan, job: Job) -> None:
             f"{job.out}: the pruned model takes {planned.after.bytes:,} bytes, and {free:,} are "
             "free"
         )
-
-
-def _refusal_text(planned: Plan, refusal: PlannedRefusal) -> str:
-    """Return why the class refuses the widths, and ratios that it takes."""
-    values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
-    lines = [f"{planned.model} refuses {values}: {refusal.reason.rstrip('.')}."]
-    for ratios, leads_to in refusal.nearest:
-        options = ",".join(f"{name}={ratio:g}" for name, ratio in ratios.items())
-        values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
-        lines.append(f"It takes --ratios {options} ({values})")
-    if not refusal.nearest:
-        lines.append("It takes nothing near them: change one ratio at a time")
-    return "\n".join(lines)
 
 
 def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import check_arguments
-from ..errors import PipelineError
+from ..errors import CheckpointError, PipelineError
 from ..graph.meta_copy import meta_copy_of
 from ..graph.rebuild import empty_copy
 from ..model.fill import fill
 from ..model.locate import find_pretrained
+from ..model.paging import in_file, paged
 from ..model.ranks import agree, are_several
 from ..model.sharded import whole_tensor
-from .output import check_target, new_folder, save_model
+from .output import check_target, output_folder, save_model
 
 
 @check_arguments
@@ -31,9 +32,10 @@ def save_sharded(
 ) -> Path:
     """Write a model under FSDP2 into a folder that ``from_pretrained`` loads.
 
-    Every rank has to call it; rank 0 gathers the whole model in CPU memory and writes. The files
-    are those that ``save_pretrained`` of the same model in one process writes, the config with the
-    rotary fields that Transformers 4 reads. The folder appears whole or not at all.
+    Every rank has to call it; rank 0 writes. It gathers the weights into mapped files beside the
+    folder, which the system pages, so one weight is in memory at a time. The files are those that
+    ``save_pretrained`` of the same model in one process writes, the config with the rotary fields
+    that Transformers 4 reads. The folder appears whole or not at all.
 
     Args:
         model: the model, as ``hook.sharded_model``.
@@ -57,16 +59,28 @@ def save_sharded(
         if writes:
             check_target(target, overwrite=overwrite)
 
+    failures: list[CheckpointError] = []
+
     def gathered(name: str, empty: Tensor) -> Tensor:
-        values = whole_tensor(copy, name)  # all ranks gather it
-        return values.cpu() if writes else empty
+        values = whole_tensor(copy, name)  # all ranks gather it, to the last, also on a full disk
+        if not writes or failures:
+            return empty
+        try:
+            return in_file(values.cpu())
+        except CheckpointError as error:
+            failures.append(error)
+            return empty
 
     whole_model = empty_copy(copy)
-    fill(whole_model, copy, gathered)
-    with _together("the end of save_sharded"):
-        if writes:
-            with new_folder(target, overwrite=overwrite) as work:
-                save_model(whole_model, work, max_shard_size)
+    around = next(folder for folder in target.absolute().parents if folder.is_dir())
+    with paged(around if writes else None):
+        fill(whole_model, copy, gathered)
+        with _together("the end of save_sharded"):
+            if failures:
+                raise PipelineError(f"{target}: cannot be written: {failures[0]}")
+            if writes:
+                with output_folder(target, overwrite=overwrite) as work:
+                    save_model(whole_model, work, max_shard_size)
     return target
 
 

@@ -24,6 +24,7 @@ from ..calibration.importance import Kind
 from ..calibration.refit import StepRefits
 from ..errors import UnsupportedModelError
 from ..fieldmap.model_view import ModelView, view_of
+from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.full_size import multiple_for_round_to
 from ..graph.layer_fields import fields_named, layers_listed
@@ -61,6 +62,12 @@ class Allocation(Report):
     widths: Mapping[str, int]
     parameters: tuple[int, int]
     _before: Mapping[str, int] = field(default_factory=dict, repr=False)
+    _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def make_inputs(self) -> MakeInputs | None:
+        """Return the user's function that makes a forward pass's inputs, if there is one."""
+        return self._make_inputs
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -197,6 +204,7 @@ def allocate(
         left,
         (before, after),
         {curve.field: curve.units for curve in curves},
+        view.field_map.recipe.make_inputs,
     )
 
 

@@ -255,14 +255,19 @@ class PlannedRefusal:
     nearest: tuple[tuple[dict[str, float], dict[str, int]], ...]
 
 
-def refusal_lines(refusal: PlannedRefusal) -> list[str]:
-    """Return lines of text: what is refused and why, then what the class accepts instead."""
+def refusal_lines(refusal: PlannedRefusal, shell: bool = False) -> list[str]:
+    """Return lines of text: what is refused and why, then what the class accepts instead.
+
+    ``shell``: settings are written as options of the command.
+    """
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
     for ratios, leads_to in refusal.nearest:
-        settings = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
+        of_python = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
+        of_shell = ",".join(f"{name}={ratio:g}" for name, ratio in ratios.items())
+        settings = f"--ratios {of_shell}" if shell else f"ratios={{{of_python}}}"
         values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
-        lines.append(f"  taken: ratios={{{settings}}} ({values})")
+        lines.append(f"  taken: {settings} ({values})")
     if not refusal.nearest:
         lines.append("  no settings near them are taken: change one ratio at a time")
     return lines

@@ -516,22 +516,21 @@ def _removed(group: TinyGroup, count: int) -> Removed:
 def take_weights(new: nn.Module, old: nn.Module, removed: Sequence[Removed] = ()) -> Refusal | None:
     """Give a smaller build the units that stay, without a copy of whole tensors, or say why not."""
     kept = positions_left(shapes(old), removed)
-    computed = compute_unsaved(new)
 
-    def values_of(name: str, values: Tensor) -> Tensor:
-        cut = select(values, kept[name]) if name in kept else values
-        if name in computed and not torch.equal(cut, new.get_parameter(name)):
-            raise ConfigSyncError(
+    def what_stays(name: str, values: Tensor) -> Tensor:
+        return select(values, kept[name]) if name in kept else values
+
+    for name in sorted(compute_unsaved(new)):
+        if not torch.equal(what_stays(name, old.get_parameter(name)), new.get_parameter(name)):
+            return Refusal(
                 f"{name} is not saved, and computed anew from the config it holds other values"
             )
-        return cut
-
     try:
-        fill(new, old, values_of)
+        fill(new, old, what_stays)
     except ConfigSyncError as error:
         return Refusal(str(error))
     for name, buffer in saved_buffers(new).items():
-        cut = values_of(name, tensor(old, name))
+        cut = what_stays(name, tensor(old, name))
         if cut.shape != buffer.shape:
             return Refusal(f"{name} has {list(cut.shape)}, the class builds {list(buffer.shape)}")
         buffer.copy_(cut)

@@ -27,6 +27,7 @@ from smollm2_file import gguf_file
 
 from tp_hf_config import Calibration
 from tp_hf_config.calibration import measured as measured_model
+from tp_hf_config.checkpoint import writing
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune
@@ -703,12 +704,12 @@ class TestRefused:
         code, _, errors = shell(capsys, *typed, "--pruning-ratio", "0.5")
         assert code == 1
         assert errors == (
-            "tp-hf-config prune: LlamaForCausalLM refuses hidden_size 32, intermediate_size 64: at "
-            "least 72.\n"
-            "It takes --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
+            "tp-hf-config prune: LlamaForCausalLM: refused at step 1 (hidden_size 32, "
+            "intermediate_size 64): at least 72.\n"
+            "  taken: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
             "intermediate_size 72)\n"
         )
-        options = errors.splitlines()[1].split()[2:4]
+        options = errors.splitlines()[1].split()[1:3]
         assert shell(capsys, *typed, *options)[0] == 0
         assert hf.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 72
 
@@ -838,7 +839,7 @@ STEPS = {
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
     "card": (prune, "card"),
-    "flushing": (output, "flush"),
+    "flushing": (writing, "flush"),
 }
 
 
@@ -955,7 +956,7 @@ class TestNewFolder:
         return tmp_path / "out"
 
     def write(self, out: Path) -> None:
-        with output.new_folder(out, overwrite=True) as work:
+        with output.output_folder(out, overwrite=True) as work:
             (work / "config.json").write_text("new")
 
     def test_the_old_one_is_back_after_a_failure(
@@ -997,7 +998,7 @@ class TestNewFolder:
         arrived: list[int] = []
         before = signal.signal(number, lambda number, _: arrived.append(number))
         try:
-            with output.uninterrupted():
+            with writing.uninterrupted():
                 signal.raise_signal(number)
                 assert arrived == []
             assert arrived == [number]
@@ -1014,7 +1015,7 @@ class TestNewFolder:
             rmtree(*args, **kwargs)
 
         monkeypatch.setattr(output.shutil, "rmtree", with_ctrl_c)
-        with pytest.raises(KeyboardInterrupt), output.new_folder(out, overwrite=True):
+        with pytest.raises(KeyboardInterrupt), output.output_folder(out, overwrite=True):
             raise ZeroDivisionError
         assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}
 

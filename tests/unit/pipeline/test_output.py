@@ -14,11 +14,12 @@ import transformers
 import zoo
 from transformers import GenerationConfig
 
+from tp_hf_config.checkpoint import writing
 from tp_hf_config.checkpoint.loading import main_dtype
 from tp_hf_config.errors import PipelineError
-from tp_hf_config.pipeline import output, prune
+from tp_hf_config.pipeline import prune
 from tp_hf_config.pipeline.job import Job
-from tp_hf_config.pipeline.output import check_target, new_folder, save_model
+from tp_hf_config.pipeline.output import check_target, output_folder, save_model
 from tp_hf_config.pipeline.source import Source
 
 pytestmark = [
@@ -70,15 +71,15 @@ class TestFileSystems:
     """What some of them cannot do."""
 
     def test_flush_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        flush = output.flush
+        flush = writing.flush
 
         def refused(path: Path) -> None:
             if path.is_dir():
                 raise OSError(22, "Invalid argument")
             flush(path)
 
-        monkeypatch.setattr(output, "flush", refused)
-        with new_folder(tmp_path / "out", overwrite=False) as work:
+        monkeypatch.setattr(writing, "flush", refused)
+        with output_folder(tmp_path / "out", overwrite=False) as work:
             (work / "part").mkdir()
             (work / "part" / "file").write_text("text")
         assert (tmp_path / "out" / "part" / "file").read_text() == "text"
