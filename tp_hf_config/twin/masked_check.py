@@ -520,7 +520,8 @@ def take_weights(new: nn.Module, old: nn.Module, removed: Sequence[Removed] = ()
     def what_stays(name: str, values: Tensor) -> Tensor:
         return select(values, kept[name]) if name in kept else values
 
-    for name in sorted(compute_unsaved(new)):
+    computed = compute_unsaved(new)
+    for name in (name for name in shapes(new) if name in computed):
         if not torch.equal(what_stays(name, old.get_parameter(name)), new.get_parameter(name)):
             return Refusal(
                 f"{name} is not saved, and computed anew from the config it holds other values"
