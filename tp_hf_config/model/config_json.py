@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 
 
-@dataclass(frozen=True, order=True)
+@functools.total_ordering
+@dataclass(frozen=True, eq=False)
 class EntryOfKind:
     """The key of the entries that a list has for all layers of one kind; they change together.
+
+    It equals its number, by which a model with few layers, learned by itself, names that entry.
 
     Attributes:
         number: the number of the first such layer in a model with few layers.
@@ -33,10 +36,19 @@ class EntryOfKind:
     """
 
     number: int
-    places: Mapping[int, tuple[int, ...]] = field(compare=False)
+    places: Mapping[int, tuple[int, ...]]
 
     def __int__(self) -> int:
         return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (int, EntryOfKind)) and int(other) == self.number
+
+    def __lt__(self, other: int | EntryOfKind) -> bool:
+        return self.number < int(other)
+
+    def __hash__(self) -> int:
+        return hash(self.number)
 
     def __str__(self) -> str:
         """Return the numbers of the full model's layers: ``0-3+5``."""
