@@ -240,6 +240,8 @@ def test_a_key_of_several_entries() -> None:
     """It is written and read in the full list and in the short one; other lists have its number."""
     key = EntryOfKind(1, {3: (1, 2), 6: (2, 3, 5)})
     field = ("widths", key)
+    assert field == ("widths", 1)  # what a model with few layers, learned by itself, calls it
+    assert {field: 4}[("widths", 1)] == 4
     assert field_name(field) == "widths[2-3+5]"
     full = with_values({"widths": [8] * 6}, {field: 4})
     assert full == {"widths": [8, 8, 4, 4, 8, 4]}
