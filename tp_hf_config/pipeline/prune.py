@@ -190,10 +190,14 @@ def plan_for(
         raise PipelineError(f"{source.name}: {error}") from error
 
 
+def _as_option(ratios: Mapping[str, float]) -> str:
+    return f"--ratios {','.join(f'{name}={ratio:g}' for name, ratio in ratios.items())}"
+
+
 def _check_plan(planned: Plan, job: Job) -> None:
     """Raise if a plan cannot be carried out or would prune nothing."""
     if planned.refusal is not None:
-        lines = refusal_lines(planned.refusal, shell=True)
+        lines = refusal_lines(planned.refusal, _as_option)
         raise ConfigSyncError("\n".join((f"{planned.model}: {lines[0]}", *lines[1:])))
     if all(width.after == width.before for width in planned.widths):
         steps = "; ".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -255,19 +255,23 @@ class PlannedRefusal:
     nearest: tuple[tuple[dict[str, float], dict[str, int]], ...]
 
 
-def refusal_lines(refusal: PlannedRefusal, shell: bool = False) -> list[str]:
+def _in_python(ratios: Mapping[str, float]) -> str:
+    values = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
+    return f"ratios={{{values}}}"
+
+
+def refusal_lines(
+    refusal: PlannedRefusal, written: Callable[[Mapping[str, float]], str] = _in_python
+) -> list[str]:
     """Return lines of text: what is refused and why, then what the class accepts instead.
 
-    ``shell``: settings are written as options of the command.
+    ``written``: returns ratios as the user writes them.
     """
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
     for ratios, leads_to in refusal.nearest:
-        of_python = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
-        of_shell = ",".join(f"{name}={ratio:g}" for name, ratio in ratios.items())
-        settings = f"--ratios {of_shell}" if shell else f"ratios={{{of_python}}}"
         values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
-        lines.append(f"  taken: {settings} ({values})")
+        lines.append(f"  taken: {written(ratios)} ({values})")
     if not refusal.nearest:
         lines.append("  no settings near them are taken: change one ratio at a time")
     return lines

@@ -1008,13 +1008,13 @@ class TestNewFolder:
     def test_ctrl_c_again_while_tidying_up(
         self, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        rmtree = output.shutil.rmtree
+        rmtree = writing.shutil.rmtree
 
         def with_ctrl_c(*args: Any, **kwargs: Any) -> None:
             signal.raise_signal(signal.SIGINT)
             rmtree(*args, **kwargs)
 
-        monkeypatch.setattr(output.shutil, "rmtree", with_ctrl_c)
+        monkeypatch.setattr(writing.shutil, "rmtree", with_ctrl_c)
         with pytest.raises(KeyboardInterrupt), output.output_folder(out, overwrite=True):
             raise ZeroDivisionError
         assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}

@@ -18,7 +18,7 @@ from tp_hf_config import (
     UnsupportedModelError,
     drop_layers,
 )
-from tp_hf_config.hook import follow, pending_prunes
+from tp_hf_config.hook import follow, pending_prunes, unit_choice
 from tp_hf_config.hook.pending_prunes import shapes_left
 from tp_hf_config.model.shapes import shapes
 
@@ -51,14 +51,19 @@ def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.M
     assert seen != [was]
 
 
-def test_settings_that_changed_after_the_hook_looked() -> None:
-    """A hidden size of 23 is no multiple of 4 heads; without rounding, nobody asks the class."""
+def not_rounded(patched: pytest.MonkeyPatch) -> None:
+    """As if a choice of units were wrong: 23 channels stay, which is no multiple of 4 heads."""
+    patched.setattr(unit_choice.UnitChoice, "_rounded", lambda self, group, parts, lost: lost)
+
+
+def test_a_choice_that_the_class_does_not_take() -> None:
     model, hook = small.llama(), HFConfigSyncHook(prune="hidden_size")
     pruner = pruner_of(model, [hook], pruning_ratio=0.26)
     before = small.state_of(model)
-    pruner.round_to = None
-    with pytest.raises(ConfigSyncError) as raised:
-        pruner.step()
+    with pytest.MonkeyPatch.context() as patched:
+        not_rounded(patched)
+        with pytest.raises(ConfigSyncError) as raised:
+            pruner.step()
     assert str(raised.value) == (
         "BasePruner: step 1 would end in this, and nothing of it is pruned: LlamaConfig refuses "
         "what the weights are now (hidden_size 32 -> 23). It says: \"'validate_architecture': "
@@ -68,7 +73,6 @@ def test_settings_that_changed_after_the_hook_looked() -> None:
     )
     small.assert_same(before, small.state_of(model))
     assert (pruner.current_step, hook.reports, pruner.DG._pruning_history) == (0, [], [])
-    pruner.round_to = 1
     pruner.step()
     assert model.config.hidden_size == 20
 
@@ -161,7 +165,7 @@ def test_groups_that_the_user_is_handed_are_the_users() -> None:
 
 
 @pytest.mark.parametrize("kind", ["layer", "pruner", "importance"])
-def test_nothing_switches_the_proof_off(kind: str) -> None:
+def test_nothing_switches_the_proof_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose own code fails without data, a step and an importance of somebody's own."""
 
     class Own(nn.Linear):
@@ -195,7 +199,7 @@ def test_nothing_switches_the_proof_off(kind: str) -> None:
     }
     pruner = cls(model, **arguments, hooks=[hook])
     before = small.state_of(model)
-    pruner.round_to = None  # 23 channels stay, no multiple of 4 heads
+    not_rounded(monkeypatch)
     with pytest.raises(
         ConfigSyncError, match="step 1 would end in this, and nothing of it is pruned"
     ):

@@ -201,7 +201,7 @@ def cheaper(
     if before is None or before.numbers <= _SLOW:
         return data
     running = numbers_read(field_map.builder, data, partial(observe, recipe=field_map.recipe))
-    read = field_map.non_size_fields | field_map.depth.by_kinds(running)
+    read = field_map.non_size_fields | running
     idle = {field: n for field, n in read.items() if field not in field_map.sizes}
     for trial in images_in_proportion(field_map, data, idle):
         candidate = observed(trial)
