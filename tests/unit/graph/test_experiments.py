@@ -265,6 +265,7 @@ def test_a_field_as_wide_as_another_is_proved_without_the_rest(
     assert asked.findings == tuple(f for f in every if f.fields == asked.fields)
 
 
+@pytest.mark.full
 def test_a_field_as_wide_as_a_part_that_no_output_shows_needs_all_experiments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -359,6 +359,7 @@ def test_a_plan_says_both_fields_of_a_proportion() -> None:
     assert width.steps == ({"head_dim": 48, "hidden_size": 3072},)
 
 
+@pytest.mark.full
 def test_norms_with_other_weights_for_every_head_lose_whole_heads() -> None:
     """Chameleon's ``q_norm`` is a ``LayerNorm`` over head dims, its weights ``[heads, dims]``."""
     config = hf.ChameleonConfig(

@@ -194,6 +194,7 @@ def test_a_copy_without_a_cache() -> None:
 
 @differing
 @pytest.mark.skipif(not hasattr(hf, "Gemma4UnifiedConfig"), reason="it came with Transformers 5")
+@pytest.mark.full
 def test_layers_that_the_stock_class_makes_differ(tmp_path: Path) -> None:
     """Gemma 4's config writes entries itself: layers with full attention have larger heads."""
     full = without_data(hf.Gemma4UnifiedForConditionalGeneration, hf.Gemma4UnifiedConfig())

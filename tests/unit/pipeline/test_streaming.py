@@ -280,6 +280,7 @@ WIDE: dict[str, tuple[type[hf.PreTrainedModel], Any]] = {
         ("llama", {"importance": "wanda", "tokens": 250}),
     ],
 )
+@pytest.mark.full
 def test_anonymous_memory_does_not_hold_the_model(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -429,6 +429,7 @@ class TestAdjusted:
             assert model.config.hidden_size == step["hidden_size"]
         assert model.config.num_attention_heads == 4
 
+    @pytest.mark.full
     def test_several_widths_that_the_class_rounds(self) -> None:
         """It builds multiples of eight of four times the width: of one alone, 10 and 66."""
         config = hf.MobileViTConfig(image_size=64, hidden_sizes=[24, 32, 40])

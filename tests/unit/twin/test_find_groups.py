@@ -134,6 +134,7 @@ def test_a_norm_of_the_weight_runs_over_what_is_left() -> None:
     torch.testing.assert_close(conv.weight.norm(dim=(0, 1)), weight.original0.flatten().abs())
 
 
+@pytest.mark.full
 def test_attention_scaled_by_torch_is_compared_with_the_new_scale() -> None:
     """WavLM hands its query weights to torch, which scales by the head dim that it sees."""
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_a_model_that_is_slow_at_its_tiny_widths_gets_smaller_ones(
     assert required.cost(data) < 60e6  # before: 275, 260 and 195 million
 
 
+@pytest.mark.full
 def test_numbers_that_a_class_takes_only_when_all_are_equal_shrink_together() -> None:
     """D-FINE takes no other ``d_model`` alone, nor one of its three maps, nor another head dim."""
     one = [1, 1, 1, 1]
@@ -102,6 +103,7 @@ def test_numbers_that_a_class_takes_only_when_all_are_equal_shrink_together() ->
     assert (data["decoder_attention_heads"], data["head_dim"]) == (2, 32)
 
 
+@pytest.mark.full
 def test_heads_show_in_attention_over_a_pool_of_few_positions() -> None:
     """A pool of one position makes 49 that are alike: no head could be told from another."""
     config = hf.PvtV2Config(
