@@ -235,8 +235,7 @@ class Depth:
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
             keys = self.entries.get(field[:-1], field[-1:])
-            of_kind = (key for key in keys if key is field[-1] or int(key) == field[-1])
-            result.update({(*field[:-1], key): value for key in of_kind})
+            result.update({(*field[:-1], key): value for key in keys if key == field[-1]})
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:

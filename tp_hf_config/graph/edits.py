@@ -114,10 +114,6 @@ class RefitInPlace:
         kept = self.refit.kept.to(values.device)
         matrix.index_copy_(dim, kept, self.refit.of(matrix, dim))
 
-    def of(self, values: Tensor) -> Tensor:
-        """Return a changed copy of a parameter's values."""
-        return edited(values, [self])
-
 
 @dataclass(frozen=True)
 class NotKept:

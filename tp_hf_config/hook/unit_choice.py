@@ -148,7 +148,7 @@ class UnitChoice:
             units = self.preflight.units_left(graph_group, self.pruner.current_step)
         if units is None:
             per_part = (now // of_place - lost) * of_place // count.channel_groups
-            units = count.rounded(per_part * count.channel_groups, now, self.pruner.round_to)
+            units = count.rounded(per_part * count.channel_groups, now, self.pruner.round_to or 1)
         return max(0, (now - units) // of_place)
 
     def _ranks_each_part(self, graph_group: GraphGroup) -> bool:

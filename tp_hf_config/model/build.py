@@ -92,12 +92,9 @@ class Builder:
         Exceptions of the config class pass through.
         """
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
-        values = copy.deepcopy(data)
-        values = values if decode is None else decode(values)
-        if _reads_values_alone(self.config_class) and not values.get("pruned_heads"):
-            config = self.config_class(**values)
-        else:
-            config = self.config_class.from_dict(values)
+        values = (decode or dict)(copy.deepcopy(data))
+        alone = _reads_values_alone(self.config_class) and not values.get("pruned_heads")
+        config = self.config_class(**values) if alone else self.config_class.from_dict(values)
         config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
@@ -398,7 +395,7 @@ class _AllOnMeta(DeviceContext):
 
     def __init__(self, draws: bool = False) -> None:
         super().__init__(torch.device("meta"))
-        self._fills = set() if draws else _FILLS
+        self._draws = draws
 
     def __enter__(self) -> Any:
         # above another device, which the caller has set
@@ -408,14 +405,17 @@ class _AllOnMeta(DeviceContext):
         TorchFunctionMode.__exit__(self, *exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._fills and (tensor := _first(args, kwargs)).is_meta:
+        if not self._draws and (tensor := _without_values(func, args, kwargs)) is not None:
             return tensor
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
-def _first(args: Any, kwargs: Any) -> Tensor:
-    """Return the tensor that a function fills; functions of ``nn.init`` are given it by name."""
-    return args[0] if args else kwargs["tensor"]  # type: ignore[no-any-return]
+def _without_values(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Return the tensor on meta that a function would fill; ``None``: it does something else."""
+    filled: Any = None
+    if func in _FILLS:
+        filled = args[0] if args else kwargs["tensor"]  # by name, in ``nn.init``
+    return filled if filled is not None and filled.is_meta else None
 
 
 class _OnMeta(_AllOnMeta):
@@ -439,7 +439,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-        elif func in _FILLS and (tensor := _first(args, kwargs)).is_meta:
+        elif (tensor := _without_values(func, args, kwargs)) is not None:
             return tensor
         return func(*args, **kwargs)
 

@@ -77,6 +77,21 @@ def test_a_choice_that_the_class_does_not_take() -> None:
     assert model.config.hidden_size == 20
 
 
+def test_a_pruner_that_is_told_later_to_round_nothing() -> None:
+    """Layers are ranked together: how much each loses is not known before the step."""
+    left = []
+    for changed in (True, False):
+        model = small.llama()
+        hook = HFConfigSyncHook(prune="intermediate_size", per_layer=True)
+        pruner = pruner_of(model, [hook], pruning_ratio=0.26, global_pruning=True)
+        if changed:
+            pruner.round_to = None
+        pruner.step()
+        left.append([layer.mlp.gate_proj.out_features for layer in model.model.layers])
+    assert left[0] == left[1]
+    assert sum(left[0]) < 2 * 64
+
+
 def test_importances_are_asked_for_once() -> None:
     class Counting(tp.importance.MagnitudeImportance):  # type: ignore[misc]
         asked = 0
