@@ -131,6 +131,15 @@ class TestReference:
         listed = re.findall(r"^::: tp_hf_config\.(\w+)$", page, re.MULTILINE)
         assert sorted(listed) == sorted(tp_hf_config.__all__)
 
+    def test_every_public_name_and_method_has_a_docstring(self) -> None:
+        for name in tp_hf_config.__all__:
+            public = getattr(tp_hf_config, name)
+            assert public.__doc__, name
+            for member, value in vars(public).items() if inspect.isclass(public) else ():
+                documented = inspect.isfunction(value) or isinstance(value, property)
+                if documented and not member.startswith("_"):
+                    assert inspect.getdoc(getattr(public, member)), f"{name}.{member}"
+
     def test_every_option_of_every_command_is_there(self) -> None:
         path = DOCS / "reference" / "command-line.md"
         hook = _module("command_line")

@@ -94,7 +94,7 @@ class DualWidth(int):
 
     new: int
 
-    def __new__(cls, value: int, new: int) -> DualWidth:  # noqa: D102
+    def __new__(cls, value: int, new: int) -> DualWidth:
         self = super().__new__(cls, value)
         self.new = new
         return self
