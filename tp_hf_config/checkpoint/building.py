@@ -180,7 +180,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
     """Return the model built on the meta device in eager mode, or the class's refusal."""
     try:
         config = config_from(classes, data)
-        config._attn_implementation = "eager"  # no search for kernels
+        config._attn_implementation = "eager"  # avoids a search for kernels
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception

@@ -74,7 +74,7 @@ def check_model_folder(folder: Path) -> None:
     try:
         check_exists(folder)
         weights_file(folder)
-    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+    except (OSError, ValueError) as error:  # no permission; an impossible file name
         raise CheckpointError(f"{short(folder)} cannot be read: {short(error)}") from error
 
 

@@ -78,7 +78,6 @@ def assess(
         with quiet_transformers(logging.CRITICAL):
             loaded = (_loaded_by_5 if MAJOR >= 5 else _loaded_by_4)(model, state)
     except Exception as error:  # Transformers' loading may raise anything
-        # Transformers failed as a whole
         return Assessment(failed={"": short(error) or type(error).__name__}, tied=tied)
     missing, unexpected, mismatched, failed, absent = loaded
     if MAJOR < 5:  # Transformers 5 casts them

@@ -106,7 +106,7 @@ def _find_states(
         parameter = model.get_parameter(name)
         states = random_states(parameter, parameter.shape[dim])
         with_states = _run_watched(model, {**inputs, argument: states})
-        # else a model with an encoder skips it when it gets states
+        # a model with an encoder of its own skips it when given states, and needs none
         if with_states.called > without.called and with_states.ended >= without.ended:
             return EncoderStates(argument, in_all_layers(name), dim)
     return None

@@ -78,8 +78,7 @@ def setting(config: Any, *names: str) -> Any:
 
 def held_by(config: Any) -> dict[str, Any]:
     """The attributes of a config itself; properties may change other attributes when read."""
-    # PE audio-video's create a config, slowly, and change the attention implementation of the text
-    # model
+    # PE audio-video's properties create a config, slowly, and change its text model's attention
     return getattr(config, "__dict__", {})
 
 

@@ -104,7 +104,7 @@ class _ResultWatch(AllFloat64):
                 first.setdefault(module, name)
                 holder = name.rpartition(".")[0]
                 around[name] = around[holder] if isinstance(module, _LISTS) else name
-                # also inside a counted module, because results there are not its own
+                # also modules inside a counted one, so that it does not get their results
                 counted = self._counts(name) or self._counts(around[holder])
                 if not counted or module in followed:
                     continue

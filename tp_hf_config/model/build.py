@@ -52,11 +52,7 @@ class Refusal:
 
 
 class Builder:
-    """Builds one model class from JSON configs, on the meta device.
-
-    Uses the class, config class and dtype of ``model``, not its weights. ``options`` are the
-    constructor's arguments beside the config. Every config gets the implementation ``attention``.
-    """
+    """Builds one model class from JSON configs; ``options``: the constructor's other arguments."""
 
     def __init__(
         self,
@@ -98,7 +94,7 @@ class Builder:
         def make() -> nn.Module:
             config = self.config(data)
             if hasattr(type(config), "_experts_implementation"):
-                config._experts_implementation = "batched_mm"  # its shapes need no routing
+                config._experts_implementation = "batched_mm"  # its shapes do not depend on routing
             model: nn.Module = self.model_class(config, **self.options)
             return model.train(False)
 
@@ -118,12 +114,8 @@ class Builder:
         return model if isinstance(model, Refusal) else shapes(model)
 
     def build_unfilled(self, data: dict[str, Any]) -> nn.Module | Refusal:
-        """Build the class in float64 without initial weights, or return its refusal.
-
-        Buffers have values; parameters may be on the meta device, because drawing them takes
-        seconds for a vision tower. A class that computes tensors from its parameters gets initial
-        weights.
-        """
+        """Build in float64; parameters have values only if the class computes tensors from them."""
+        # drawing the parameters of a vision tower takes seconds
         model = _constructed(
             lambda: self._plain(data).double(), DefaultDtype(torch.float64), _EmptyOnMeta()
         )
@@ -178,11 +170,7 @@ def without_data(
     max_modules: int = _MOST_MODULES,
     than: str = "any model has",
 ) -> PreTrainedModel | Refusal:
-    """Build a model class in eval mode on the meta device, in the config's dtype.
-
-    A build of more than ``max_modules`` modules is refused: 10^9 layers would never finish.
-    ``than`` completes the refusal "far more than ...".
-    """
+    """Build a model class in eval mode on the meta device, in the config's dtype."""
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
 
@@ -192,6 +180,7 @@ def without_data(
         model.train(False)
         return model
 
+    # a build with 10^9 layers would never finish
     limit = _limited(max_modules, f"far more than {than}")
     return _constructed(make, DefaultDtype(dtype), _AllOnMeta(), limit)
 
@@ -301,13 +290,13 @@ class DefaultDtype(TorchFunctionMode):
                 kwargs["dtype"] = self.dtype
             return func(*args, **kwargs)
         if func is torch.where and _holds(given, _is_float) and not _holds(given, _says_dtype):
-            condition, *values = args  # where torch's own default would overflow, it raises
+            condition, *values = args  # torch raises if its own default overflows
             return func(condition, *(torch.as_tensor(v, dtype=self.dtype) for v in values))
         output = func(*args, **kwargs)
         default = torch.get_default_dtype()
         if default is self.dtype or not isinstance(output, Tensor) or output.dtype is not default:
             return output
-        if func in _CASTS or _holds(given, _says_dtype):  # that dtype is asked for
+        if func in _CASTS or _holds(given, _says_dtype):  # that dtype was requested
             return output
         args = self._converted(args)
         output = func(*args, **{name: self._converted(value) for name, value in kwargs.items()})
@@ -343,24 +332,21 @@ _FILLS = {  # they fill a tensor in place and return it
 
 
 class _AllOnMeta(DeviceContext):
-    """Creates this thread's tensors on the meta device; ``torch.device`` affects all threads.
-
-    Functions that fill tensors are skipped, which saves a third of the time. ``draws`` runs them: a
-    class may refuse while it draws its weights.
-    """
+    """Creates this thread's tensors on the meta device; ``torch.device`` affects all threads."""
 
     def __init__(self, draws: bool = False) -> None:
         super().__init__(torch.device("meta"))
         self._draws = draws
 
     def __enter__(self) -> Any:
-        # above another device, which the caller has set
+        # on top of the stack, above a device that the caller has set
         return TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         TorchFunctionMode.__exit__(self, *exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # skipping initial values saves a third of the time; a class may refuse to draw them
         if not self._draws and (tensor := _without_values(func, args, kwargs)) is not None:
             return tensor
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
@@ -402,7 +388,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype for all threads, because only torch rounds half precision alike."""
+    """Set torch's default dtype for all threads, so that half precision rounds as in a reload."""
     with ONE_AT_A_TIME:
         before = torch.get_default_dtype()
         try:

@@ -112,9 +112,9 @@ def _decoded(value: Any) -> Any:
 def class_digest(builder: Builder, model: nn.Module) -> str | None:
     """Digest of the code of a class and its config class, and of the class's options.
 
-    Covers the files of all classes in ``model`` (a build of the class), and the files of what these
-    files import or were patched with at run time (kernels of another library). ``None`` if a class
-    has no file, such as one typed into a shell.
+    Covers the files of all classes in ``model`` (a build), and of what these files import or were
+    patched with at run time (kernels of another library). ``None`` if a class has no file (typed
+    into a shell).
     """
     kinds: set[type] = {type(module) for module in model.modules()}
     kinds |= {type(vars(module).get("config")) for module in model.modules()}

@@ -174,11 +174,7 @@ def layer_lists(model_class: type) -> tuple[str, ...]:
 def layerwise_class(
     model: PreTrainedModel, lists: Mapping[str, Iterable[type]]
 ) -> type[PreTrainedModel]:
-    """Return the generated subclass of a model's class, made once for equal ``lists``.
-
-    ``lists``: name of each list of layers -> classes of its layers. The generated module is in a
-    temporary folder until the process ends; ``save_pretrained`` copies it from there.
-    """
+    """Return the generated subclass; ``lists``: list of layers -> classes of the layers."""
     base: Any = model.base_model
     named = tuple((name, tuple(dict.fromkeys(classes))) for name, classes in lists.items())
     key: Any = (type(model), type(base), type(model.config), named)
@@ -288,17 +284,14 @@ def auto_classes(config_class: type, stock: type) -> list[str]:
 
 
 def _mapped(config_class: type) -> dict[str, tuple[Any, ...]]:
-    """Auto class -> the classes that it loads for a config class.
-
-    ``AutoModel`` comes first, then those for one task. ``AutoBackbone`` is left out: it cannot load
-    a local folder (transformers 5.24 asks the Hub).
-    """
+    """Auto class -> classes it loads for a config class; ``AutoModel`` first, then tasks."""
     from transformers.models.auto import modeling_auto
 
     result: dict[str, tuple[Any, ...]] = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         found = (
+            # AutoBackbone cannot load a local folder: transformers 5.24 asks the Hub
             mapping.get(config_class, None) if name.startswith("AutoModel") and mapping else None
         )
         if found:

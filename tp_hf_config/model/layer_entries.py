@@ -65,10 +65,7 @@ def layer_number(field: FieldPath) -> int | None:
 
 
 def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
-    """Return the lists of layers that can be built from entries of their own.
-
-    The layers take an argument ``config``, and their number is at most its ``num_hidden_layers``.
-    """
+    """Return the lists of layers that can be built from entries of their own."""
     base = model.base_model
     paths = {type(node): path for path, node in config_nodes(model.config)}
     result: list[LayerList] = []
@@ -156,10 +153,7 @@ def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None
 
 
 class ListedLayers:
-    """A model in which every layer has an entry for every setting that may differ.
-
-    ``keys``: path of a config -> setting -> value for the layers that have no entry yet.
-    """
+    """Gives every layer an entry for all ``keys``: path of a config -> setting -> default."""
 
     def __init__(self, model: PreTrainedModel, keys: Mapping[FieldPath, Mapping[str, int]]):
         self.model, self.keys = model, keys
@@ -199,15 +193,10 @@ class ListedLayers:
             values.update(own)
 
     def close(self) -> None:
-        """Keep entries of settings that differ; if none do, restore the stock class.
-
-        If the config was not changed since ``open``, config and class are restored. If the class
-        cannot build the result, all entries are kept (all layers agree on six heads, but 6 does not
-        divide the hidden size).
-        """
+        """Keep entries of settings that differ; if none do, restore the stock class."""
         model = self.model
         own_class, opened = self._opened
-        if config_json(model.config) == opened:
+        if config_json(model.config) == opened:  # nothing was changed since open()
             model.__class__ = own_class
             self._restore()
             with_own_configs(model, self.lists)
@@ -223,6 +212,8 @@ class ListedLayers:
         elif Builder(model).initialised(config_json(model.config)) is not None:
             for node in differing:  # the class also reads the value for all layers
                 vars(node)[GLOBAL_READS] = True
+        # keep all entries if the class cannot build the result: all layers agree on six heads, but
+        # 6 does not divide the hidden size
         if any(changed) and isinstance(Builder(model).build(config_json(model.config)), Refusal):
             model.__class__, model.config.auto_map = listed
             for node, entries, values in states:
@@ -235,17 +226,13 @@ class ListedLayers:
 
 
 def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
-    """Write settings on which all layers agree once, and keep entries of the others.
-
-    Defaults that the config does not write out are not written if nothing changed. ``implied``:
-    setting -> its value for all layers. Returns True if the config says something new.
-    """
+    """Write settings on which all layers agree once, keep other entries; True if values changed."""
     entries = entries_of(config)
     values = {
         key: {entry[key] for entry in entries.values()} for key in next(iter(entries.values()))
     }
     set_entries(config, {})
-    as_before = all(
+    as_before = all(  # then defaults that the config did not write out stay unwritten
         found == {implied.get(key)} and getattr(config, key, None) in (None, *found)
         for key, found in values.items()
     )

@@ -89,11 +89,7 @@ def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Raise if a model's weights are quantised.
-
-    If they are plain tensors read from a quantised file (GGUF), the quantization config is removed
-    with a warning, so that ``save_pretrained`` writes plain weights.
-    """
+    """Raise if weights are quantised; remove the quantization config of unpacked ones."""
     name = plain_class(type(model)).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         method = _method(model)
@@ -102,6 +98,7 @@ def check_plain(model: PreTrainedModel) -> None:
                 f"{name} is quantised ({method}): its weights are packed and cannot be pruned. "
                 f"{_INSTEAD}"
             )
+        # plain tensors from a quantised file (GGUF): save_pretrained shall write them as they are
         quantizer: Any = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)

@@ -39,18 +39,16 @@ _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch
 
 @contextmanager
 def _plain_on_meta() -> Iterator[None]:
-    """While open, meta forward passes skip autocast and compilation.
-
-    Transformers 4, and code from the Hub, switch autocast off around rotary embeddings, which
-    raises on the meta device. ModernBERT compiles parts of itself wherever Triton is installed.
-    """
+    """While open, meta forward passes skip autocast and compilation."""
     original: Any = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        # Transformers 4 and Hub code disable autocast for rotary embeddings, which raises on meta
         on_meta = device_type == "meta"
         return nullcontext() if on_meta else original(device_type, *args, **kwargs)
 
-    dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
+    # imported only to compile, as ModernBERT does if Triton is installed
+    dynamo = sys.modules.get("torch._dynamo")
     uncompiled = nullcontext() if dynamo is None else dynamo.config.patch(disable=True)
     with replaced(torch, "autocast", autocast), uncompiled:
         yield
@@ -113,7 +111,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is _COPY and "device" in kwargs:
                 kwargs["device"] = _META
             if func is _SCATTER and _too_few(*args):
-                raise RuntimeError("fewer features than places for them")  # as with data
+                raise RuntimeError("fewer features than places for them")  # as on a real device
             if func in _PUT and not self.guessed:
                 _check_broadcast(*args[:3])
             if func in _INDEX:
@@ -184,7 +182,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if cached is None:
         if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
-            raise RuntimeError("negative padding is not supported")  # as with data
+            raise RuntimeError("negative padding is not supported")  # as on a real device
         output = func(*args, **kwargs)
         outputs = output if isinstance(output, tuple) else (output,)
         if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):

@@ -47,7 +47,7 @@ def gathered(value: _T) -> list[_T]:
 
 
 def summed(values: Tensor, device: torch.device | str) -> Tensor:
-    """Sum over all ranks, with the same bits on each; all call it. May overwrite ``values``."""
+    """Sum over all ranks on ``device``, to the same bits; all call it. May overwrite ``values``."""
     import torch.distributed as dist
 
     total = values.to(device).contiguous()
@@ -92,14 +92,11 @@ def _difference(when: str, parts: tuple[tuple[str, str], ...], failure: str) -> 
 
 
 def _absence(when: str) -> str:
-    """Wait for all ranks; return which ones do not come within the timeout, or nothing.
-
-    Ranks leave notes in the store of the process group, because only gloo reports who is missing,
-    and NCCL kills the processes that wait.
-    """
+    """Wait for all ranks; return which ones do not come within the timeout, or nothing."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
+    # only gloo reports who is missing, and NCCL kills the processes that wait
     store = _get_default_store()
     if store is None:  # MPI has none
         return ""

@@ -20,15 +20,12 @@ def raise_shortage(error: Exception) -> None:
 
 
 def note_shortage(error: Exception) -> None:
-    """Note an error about memory before it becomes a refusal; raise those about time again.
-
-    A tensor that does not fit is still a refusal, because the sizes tried may be too large for any
-    machine. On another machine it may fit, so from then on this process writes nothing to the disk
-    cache.
-    """
+    """Note an error about memory before it becomes a refusal; raise those about time again."""
     global _noted
     if isinstance(error, (MemoryError, TimeoutError)):
         raise error
+    # still a refusal: sizes that are tried may fit on no machine. On another machine they may fit,
+    # so this process writes nothing more to the disk cache
     _noted = _noted or is_out_of_memory(error)
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# held while a class is learned, built or experimented with, because results and :func:`replaced`
-# functions are shared by all threads
+# held while a class is learned, built or tried out: threads share what is learned or replaced
 ONE_AT_A_TIME = threading.RLock()
 _UNKNOWN = 4 * 2**30  # bytes that count as free if the system does not report free memory
 
@@ -147,8 +146,7 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
 def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """While open, this thread's calls of a library function call ``replacement``.
 
-    Only for functions that torch and Transformers look up in a module or class, with no other way
-    to change them.
+    Only for functions that are looked up in a module or class, and have no other switch.
     """
     with ONE_AT_A_TIME:
         own, original = vars(owner).get(name), getattr(owner, name)
@@ -198,11 +196,7 @@ def without_caches() -> AbstractContextManager[None]:
 
 
 def free_memory(device: torch.device | None = None) -> int:
-    """Free bytes on a device, or on this machine for devices that share its memory.
-
-    Linux (where the page cache counts as free) and Windows report it. macOS reports only the total,
-    half of which counts as free. Elsewhere it is ``_UNKNOWN``.
-    """
+    """Free bytes on a device, or on this machine for devices that share its memory."""
     if device is not None:
         import torch
 
@@ -211,6 +205,7 @@ def free_memory(device: torch.device | None = None) -> int:
             return int(asked(device)[0])
     with suppress(OSError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as lines:
+            # includes the page cache
             line = next(line for line in lines if line.startswith("MemAvailable"))
         return 1024 * int(line.split()[1])
     windows: Any = getattr(ctypes, "windll", None)
@@ -218,5 +213,6 @@ def free_memory(device: torch.device | None = None) -> int:
     if windows is not None and windows.kernel32.GlobalMemoryStatusEx(status):
         return status[2]
     with suppress(AttributeError, OSError, ValueError):
+        # macOS reports only the total
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return _UNKNOWN

@@ -144,15 +144,12 @@ def ties_of(model: nn.Module) -> list[Tie]:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return a value that changes whenever a weight does: a checksum of each parameter.
-
-    Writes through ``.data`` (a merged adapter, a moving average) change no version counter.
-    Parameters gathered from shards, or of a paged model, are not read: their version counters have
-    to suffice.
-    """
+    """Return a value that changes whenever a weight does: a checksum of each parameter."""
     return tuple(
+        # writes through .data (merged adapter, moving average) change no version counter
         (name, parameter.dtype, tuple(parameter.shape), _checksum(parameter))
         if type(parameter) is nn.Parameter and not parameter.is_meta and not is_paged()
+        # gathered from shards, or paged: not read
         else (name, id(parameter), tuple(parameter.shape), parameter._version)
         for name, parameter in model.named_parameters()
     )
