@@ -140,7 +140,7 @@ def _entries_fault(part: dict[str, Any]) -> str | None:
 
 
 def weights_file(folder: Path) -> str:
-    """The file that ``from_pretrained`` would read first, or ``transformers_weights``."""
+    """The file that ``from_pretrained`` reads first: config.json may name it."""
     data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
     named = data.get("transformers_weights") if isinstance(data, dict) else None
     if named is not None:

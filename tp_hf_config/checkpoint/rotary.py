@@ -136,7 +136,8 @@ def _load_the_same(
         before, after = (config_from(classes, variant).to_dict() for variant in (data, changed))
     except Exception:  # a class may refuse with any exception
         return False
-    if MAJOR < 5:  # Transformers 4 reads the added fields, so they must load as written
+    # Transformers 4 reads the added fields: they must load as written, and are not compared
+    if MAJOR < 5:
         for path in added:
             if value_at(after, path) != value_at(changed, path):
                 return False

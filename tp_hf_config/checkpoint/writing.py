@@ -116,8 +116,8 @@ def write_config(folder: Path, data: dict[str, Any]) -> None:
 def new_folder(target: Path, check: Callable[[], object]) -> Iterator[Path]:
     """Yield a hidden folder beside ``target``, renamed to it at the end, or removed on errors.
 
-    ``check`` raises if ``target`` may not be written. It is called again at the end: another
-    process may have written to it.
+    An existing ``target`` is replaced. ``check`` raises if it may not be written; it is called
+    again at the end, because another process may have written to ``target``.
     """
     check()
     work = hidden_beside(target)

@@ -45,7 +45,8 @@ class InputsRefusal(Refusal):
     """The user's ``make_inputs=`` failed; ``reason`` names the function and the fix."""
 
 
-class GradientsError(Exception): ...
+class GradientsError(Exception):
+    """A class runs, but torch cannot differentiate its outputs, so experiments are impossible."""
 
 
 def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> WorkingInputs | Refusal:
