@@ -102,7 +102,7 @@ def assess(
 
 
 def _belongs(name: str, modules: Mapping[str, bool]) -> bool:
-    """True if a tensor is directly in a module, or in a list of layers (``modules``: True)."""
+    """True if a tensor is in a list of layers (True in ``modules``), or directly in a module."""
     parts = name.split(".")
     inside = any(modules.get(".".join(parts[:end])) for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules

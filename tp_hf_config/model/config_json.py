@@ -187,7 +187,7 @@ def is_plain(value: Any) -> bool:
 
 
 def value_at(data: Any, path: FieldPath) -> Any:
-    """Return the value of a field, or ``None`` if the JSON does not have it."""
+    """The value of a field; ``None`` if it is missing, IndexError if a list is too short."""
     for key in path:
         if isinstance(data, dict):
             data = data.get(key)
