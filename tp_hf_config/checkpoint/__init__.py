@@ -1,5 +1,5 @@
 """Check, repair and verify folders that hold a config.json and weights.
 
-Checking and repairing read the headers of the weights files (and samples of tied tensors), and need
-no live model. Verifying loads and runs the folder in a fresh process.
+Checking and repairing read headers of the weights files (and samples of tied tensors). Verifying
+loads and runs the folder in a fresh process.
 """

@@ -1,4 +1,4 @@
-"""Build the class that a folder's config names, without data and within bounds."""
+"""Build the class that a folder's config names, on the meta device and within limits."""
 
 from __future__ import annotations
 
@@ -19,48 +19,28 @@ from .reports import number, short
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-AUTO_MODELS = ("AutoModel", "AutoBackbone")
-"""How the keys of ``auto_map`` begin that name a model class."""
-_EXTRA_MODULES = 4096  # modules that every build may have
-_MODULES_PER_TENSOR = 8  # modules that it may have besides, per tensor of the weights
+AUTO_MODELS = ("AutoModel", "AutoBackbone")  # prefixes of the auto_map keys for model classes
+_EXTRA_MODULES = 4096  # modules that any build may have
+_MODULES_PER_TENSOR = 8  # additional modules per tensor in the weights
+# fields that choose kernels and set no shape
 _KERNELS = ("_attn_implementation", "attn_implementation", "_experts_implementation")
-"""Fields that choose kernels, on which no shape depends."""
-_LARGEST = 2**20  # the largest value that a field may have, unless a tensor is larger
-_LONGEST = 2**24  # the same for fields of lengths (see _LENGTHS)
+_LARGEST = 2**20  # largest value of a field, unless a tensor is larger
+_LONGEST = 2**24  # the same for lengths: fields with one of _LENGTHS in their name
 _LENGTHS = ("position", "length", "window", "seq")
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The config class and the model class of a folder.
-
-    Attributes:
-        config: the class that reads the config.
-        model: the class that is built from it.
-        max_modules: how many modules a build may have, going by the number of tensors.
-        note: what the user should know about the choice of classes; empty if nothing.
-    """
-
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    max_modules: int
-    note: str = ""
+    config: type[PreTrainedConfig]  # reads config.json
+    model: type[PreTrainedModel]  # is built from it
+    max_modules: int  # of a build, from the number of tensors
+    note: str = ""  # about the choice of classes, for the user
 
 
 def classes_of(
     data: Mapping[str, Any], folder: Path, tensors: int, trust_remote_code: bool
 ) -> Classes | Refusal:
-    """Return the classes that config.json names, or why they cannot be told.
-
-    Args:
-        data: config.json.
-        folder: the folder.
-        tensors: how many tensors its weights have.
-        trust_remote_code: run the folder's own code if its class needs it.
-
-    Raises:
-        CheckpointError: the class is code in the folder, and ``trust_remote_code`` is not set.
-    """
+    """Return the classes that config.json names, or why they are not known."""
     max_modules = _EXTRA_MODULES + _MODULES_PER_TENSOR * tensors
     model = _transformers_class(data)
     remote = data.get("auto_map")
@@ -84,7 +64,8 @@ def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refu
     import transformers
 
     inner = (part.get("architectures") for part in data.values() if isinstance(part, dict))
-    named = data.get("architectures") or next(filter(None, inner), None)  # Transformers 4 nests it
+    # Transformers 4 nests it
+    named = data.get("architectures") or next(filter(None, inner), None)
     kind = data.get("model_type")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str):
@@ -103,7 +84,7 @@ def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refu
 
 
 def _suggestion(kind: Any) -> str:
-    """Return the name of a class for a model type, in quotes."""
+    """A class for a model type, in quotes."""
     from transformers.models.auto import modeling_auto
 
     for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
@@ -136,10 +117,7 @@ def _config_class(
 
 
 def own_reference(data: Mapping[str, Any]) -> str | None:
-    """Return where ``auto_map`` says that the model's class is in the folder's own code.
-
-    It is the class that ``architectures`` names, else the first that is a model's.
-    """
+    """The model class in ``auto_map``: the one in ``architectures``, else the first."""
     remote = data.get("auto_map")
     references = [
         reference
@@ -152,7 +130,6 @@ def own_reference(data: Mapping[str, Any]) -> str | None:
 
 
 def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> Classes | Refusal:
-    """Run the folder's own code and return its classes, or why they cannot be loaded."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote, reference = data["auto_map"], own_reference(data)
@@ -173,7 +150,7 @@ def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> 
 
 
 def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield each field of a config's JSON whose value is no object and no list, with that value."""
+    """Yield each field whose value is neither an object nor a list, with its value."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from entries(value, (*path, key))
@@ -185,7 +162,7 @@ def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
 
 
 def value_in(data: Any, path: FieldPath) -> Any:
-    """Return the value of a field, or None if the JSON lacks it or has too short a list."""
+    """Return the value of a field; ``None`` if it, or an entry of a list, does not exist."""
     try:
         return value_at(data, path)
     except IndexError:
@@ -193,20 +170,17 @@ def value_in(data: Any, path: FieldPath) -> Any:
 
 
 def quantisation(data: Mapping[str, Any]) -> Any:
-    """Return what a config's JSON says of quantised weights, of the whole model or of a part.
-
-    It is ``None`` if the weights are plain.
-    """
+    """The quantization config of the model or of a part; ``None`` if the weights are plain."""
     parts = (part for part in data.values() if isinstance(part, dict))
     packed = (part.get("quantization_config") for part in (data, *parts))
     return next((settings for settings in packed if settings is not None), None)
 
 
 def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusal:
-    """Return the model built from a config's JSON on the meta device, or the class's refusal."""
+    """Return the model built on the meta device in eager mode, or the class's refusal."""
     try:
         config = config_from(classes, data)
-        config._attn_implementation = "eager"  # so that no kernel is looked for
+        config._attn_implementation = "eager"  # avoids a search for kernels
         if hasattr(type(config), "_experts_implementation"):
             config._experts_implementation = "eager"
     except Exception as error:  # a class may refuse with any exception
@@ -219,7 +193,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
 
 
 def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the config that ``from_pretrained`` would read; let the class's exceptions through."""
+    """The config that ``from_pretrained`` would read; exceptions of the class propagate."""
     values = copy.deepcopy(_without_kernels(data))
     decode = getattr(classes.config, "_decode_special_floats", None)  # infinities in JSON
     return classes.config.from_dict(values if decode is None else decode(values))
@@ -228,10 +202,7 @@ def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
 def as_json(
     classes: Classes, data: Mapping[str, Any], use_diff: bool = False
 ) -> dict[str, Any] | None:
-    """Return the config's JSON as the class writes it, or None if the class refuses the config.
-
-    ``use_diff``: leave defaults out.
-    """
+    """The config as the class writes it, or ``None`` if refused; ``use_diff`` omits defaults."""
     try:
         return config_json(config_from(classes, data), use_diff)
     except Exception:  # a class may refuse with any exception
@@ -251,10 +222,7 @@ def _refused(reason: str) -> Refusal:
 def too_large(
     classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> str | None:
-    """Return a sentence on a number with which building the class might not end, or None.
-
-    It is far above every size in the weights, and in a field that the class reads.
-    """
+    """Return a sentence on a number so large that building might not finish, or ``None``."""
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     large: dict[Any, tuple[FieldPath, int]] = {}
     for path, value in entries(data):
@@ -264,7 +232,7 @@ def too_large(
             large.setdefault(path[0], (path, value))
     small = {key: value for key, value in data.items() if key not in large}
     for key, (path, value) in large.items():
-        if _is_read(classes, small, str(key)):
+        if _is_read(classes, small, str(key)):  # a value that the class only stores is harmless
             return (
                 f"{field_name(path)} says {number(value)}, far above all that the weights have "
                 f"({len(tensors):,} tensors; none is longer than {largest:,})"
@@ -277,10 +245,7 @@ def _is_rotary_base(name: str) -> bool:
 
 
 def _is_read(classes: Classes, data: dict[str, Any], key: str) -> bool:
-    """True if the class has a field, or makes another field of it; else it only keeps the value.
-
-    ``data``: the config's JSON without the field.
-    """
+    """True if the class reads a field, and does not only store its value."""
     full = as_json(classes, data)
     if full is None or key in full:
         return True

@@ -21,37 +21,21 @@ from .solving import Solution, Task, learn, retied, solve, undecided_heads
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that was read.
-
-    Attributes:
-        path: the folder.
-        config: what config.json says.
-        weights: what the headers of the weights files say.
-        classes: the classes of the model, or the reason why they are not known.
-    """
-
     path: Path
-    config: Config
-    weights: Weights
-    classes: Classes | Refusal
+    config: Config  # content of config.json
+    weights: Weights  # headers of the weights files
+    classes: Classes | Refusal  # or why they are not known
 
     @property
     def unsure(self) -> str | None:
-        """Return why the config cannot be compared with the weights, or None if it can."""
+        """Why the config cannot be compared with the weights; ``None`` if it can."""
         refused = self.classes.reason if isinstance(self.classes, Refusal) else None
         return self.weights.unsure or refused
 
 
 @dataclass(frozen=True)
 class SolvableFolder:
-    """A folder that can be solved: its config, weights and classes are known.
-
-    Attributes:
-        path: the folder.
-        data: config.json.
-        weights: what the headers of the weights files say; they have no fault.
-        classes: the classes of the model.
-    """
+    """A folder whose config and classes are known, and whose weights have no fault."""
 
     path: Path
     data: dict[str, Any]
@@ -65,31 +49,27 @@ def check_checkpoint(
 ) -> CheckReport:
     """Compare a folder's config with its weights; load no weights and write nothing.
 
-    The class that config.json names is built without data. Transformers' own loading code matches
-    it with the tensors in the safetensors headers (or in a ``.bin`` file's metadata). Data are read
-    only of tensors that the config ties, and only samples.
+    Builds the class that config.json names, without data. Transformers' own loading code matches it
+    with the tensors in the safetensors headers (or in the metadata of a ``.bin`` file). Data are
+    read only of tensors that the config ties, and only a few rows.
 
     Args:
         folder: a folder with config.json and weights.
         trust_remote_code: run the folder's own code if its class needs it.
 
     Returns:
-        A report that says whether the folder is sound (``None``: could not tell) and, if not, why:
-        one cause for all tensors that share it.
+        A report: whether the folder is sound (``None``: not known) and, if not, one cause for all
+        tensors that share it.
 
     Raises:
-        CheckpointError: the folder, its config.json or its weights do not exist or cannot be read,
+        CheckpointError: the folder, its config.json or its weights are missing or cannot be read,
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
     return checked(read_folder(place(folder), trust_remote_code))
 
 
 def place(folder: str | os.PathLike[str]) -> Path:
-    """Return the path of a folder; a ``~`` in front is the user's home folder.
-
-    Raises:
-        CheckpointError: there is no such home folder.
-    """
+    """Return a folder's path, with a leading ``~`` expanded."""
     try:
         return Path(folder).expanduser()
     except RuntimeError as error:
@@ -110,7 +90,7 @@ def checked(read: Folder) -> CheckReport:
 
 
 def check_tensors(read: Folder) -> CheckReport:
-    """Return the report on a folder, without looking for head counts that no shape shows."""
+    """Like :func:`checked`, without the search for such head counts."""
     report = _report(read)
     if read.unsure is None and isinstance(read.classes, Classes):
         return _judged(report, read, read.classes)
@@ -118,15 +98,10 @@ def check_tensors(read: Folder) -> CheckReport:
 
 
 def read_folder(path: Path, trust_remote_code: bool) -> Folder:
-    """Read a folder's config and the headers of its weights, and find its classes.
-
-    Raises:
-        CheckpointError: as :func:`check_checkpoint`.
-    """
     try:
         check_exists(path)
         config, weights = read_config(path), read_weights(path)
-    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+    except (OSError, ValueError) as error:  # no permission; an impossible file name
         raise CheckpointError(f"{short(path)} cannot be read: {short(error)}") from error
     if config.data is None or config.unsure is not None:
         refusal = Refusal(config.unsure or "config.json cannot be read")
@@ -163,10 +138,7 @@ def _report(read: Folder) -> CheckReport:
 
 
 def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
-    """Return the report on a folder whose class is known, with a verdict.
-
-    ``report``: the report with the faults of the files.
-    """
+    """Add a verdict to the report on a folder whose class is known."""
     data, tensors = read.config.data or {}, read.weights.tensors
     if not read.weights.complete and not tensors:
         return replace(report, sound=False)
@@ -205,16 +177,13 @@ def _unsound(report: CheckReport, *causes: Cause) -> CheckReport:
 def _with_ties(
     report: CheckReport, read: Folder, assessment: Assessment, classes: Classes
 ) -> CheckReport:
-    """Add a note or a cause to the report if tensors that the config ties hold different numbers.
-
-    Transformers 5 leaves such tensors apart, with a warning: the report gets a note, which says
-    whether a setting unties them. Transformers 4 drops one of them: the report gets a cause.
-    """
+    """Add a note or a cause if tensors that the config ties hold different numbers."""
     data, tensors = read.config.data or {}, read.weights.tensors
     names = differing_tie(read.path, classes, assessment, tensors)
     if names is None:
         return report
     text = f"the config ties {names[0]} and {names[1]}, which hold different numbers"
+    # Transformers 4 drops one of the two; Transformers 5 keeps both untied, with a warning
     if MAJOR < 5:
         return _unsound(report, Cause("field", text, tensors=names))
     task = Task(classes, data, tensors, differing_tie=names)
@@ -225,7 +194,7 @@ def _with_ties(
 
 
 def not_untied(names: tuple[str, str], classes: Classes) -> str:
-    """Return the sentence on two tensors that differ, and that the class ties in any config."""
+    """A sentence on two tensors that differ, and that the class ties with any config."""
     return (
         f"the config ties {names[0]} and {names[1]}, which hold different numbers, and no setting "
         f"of {classes.config.__name__} unties them"
@@ -233,11 +202,7 @@ def not_untied(names: tuple[str, str], classes: Classes) -> str:
 
 
 def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:
-    """Return the folder if it can be solved: its classes are known and no file has a fault.
-
-    Raises:
-        CheckpointError: the folder cannot be solved; the message says why.
-    """
+    """Read a folder; raise CheckpointError, with the reason, if it cannot be solved."""
     read = read_folder(folder, trust_remote_code)
     fault = read.config.fault or next(iter(read.weights.faults), None)
     if fault is not None:

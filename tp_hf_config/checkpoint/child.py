@@ -1,6 +1,6 @@
-"""Load and run folders in a process that has Transformers but nothing of this library.
+"""Load and run folders with Transformers alone, without this library.
 
-Only a model that may be larger than memory takes this library's :mod:`~tp_hf_config.model.paging`.
+Only models that may be larger than memory use :mod:`~tp_hf_config.model.paging`.
 
 Usage: ``python child.py JOB``; JOB is a JSON file with the keys of :func:`run`.
 """
@@ -23,11 +23,13 @@ ALIGNED = 64  # bytes
 def run(job: dict[str, Any]) -> None:
     """Load every folder of a job, run it on the job's inputs and save the results.
 
-    ``job``: ``folders``: for each its ``folder`` (a path), its ``class`` (module and name; for code
-    in the folder ``""`` and the reference in ``auto_map``), ``options`` for ``from_pretrained`` and
-    perhaps ``paged``: True for a model that may be larger than memory; ``inputs``, ``results``:
-    files; ``threads``, ``device``, ``path`` (of modules): where it runs; ``cast``: True if inputs
-    take the model's dtype.
+    Keys of ``job``:
+        - folders: a list of ``folder`` (path), ``class`` (module and name, or ``""`` and the
+          reference in ``auto_map``), ``options`` of ``from_pretrained``, and ``paged`` (may be
+          larger than memory)
+        - inputs, results: files
+        - threads, device, path (``sys.path``): where it runs
+        - cast: convert inputs to the model's dtype
     """
     torch.set_num_threads(job["threads"])
     sys.path += [folder for folder in job["path"] if folder not in sys.path]
@@ -38,10 +40,7 @@ def run(job: dict[str, Any]) -> None:
 def _load_and_run(
     entry: dict[str, Any], inputs: dict[str, Any], job: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a folder's outputs and what Transformers reports of loading it, or its error.
-
-    ``entry``: an entry of ``folders``.
-    """
+    """The outputs of an entry of ``folders``, and what Transformers reports; or its error."""
     try:
         options = {**entry["options"], "local_files_only": True}
         paged = bool(entry.get("paged"))
@@ -50,10 +49,10 @@ def _load_and_run(
         model = model.to(job["device"]).eval()
         if job["cast"]:
             inputs = {key: _cast(value, model.dtype) for key, value in inputs.items()}
-        torch.manual_seed(0)  # some forward passes draw random masks
+        torch.manual_seed(0)  # some forward passes draw masks
         with aligned(model, in_turn=paged):
             outputs = {key: value.cpu() for key, value in outputs_of(model, inputs).items()}
-    except Exception as error:  # the process that made the job reports it
+    except Exception as error:  # the parent process reports it
         text = " ".join(str(error).split())
         return {"outputs": {}, "loading": {}, "error": f"{type(error).__name__}: {text}"}
     return {"outputs": outputs, "loading": loading, "error": None}
@@ -62,17 +61,14 @@ def _load_and_run(
 def load(
     model_class: Any, folder: str | Path, options: dict[str, Any]
 ) -> tuple[Any, dict[str, list[str]]]:
-    """Load a folder; return the model, and the keys that Transformers reports, by kind.
-
-    ``options``: for ``from_pretrained``.
-    """
+    """Load a folder; return the model, and the keys that Transformers reports, by kind."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     return model, {key: sorted(map(str, value)) for key, value in info.items() if value}
 
 
 @contextmanager
 def _paged(folder: str) -> Iterator[None]:
-    """Put weights that are converted while the block runs into files without names."""
+    """Put weights that are converted while this is open into files without names."""
     from tp_hf_config.model import paging
 
     with paging.paged(Path(folder)), paging.conversions_in_files():
@@ -81,12 +77,10 @@ def _paged(folder: str) -> Iterator[None]:
 
 @contextmanager
 def aligned(model: torch.nn.Module, in_turn: bool) -> Iterator[None]:
-    """Align weights in memory as torch does it, on which the order of sums can depend.
+    """Align weights in memory as torch does: the order of sums can depend on it.
 
-    In mapped files they are aligned otherwise.
-
-    ``in_turn``: align the weights of layers that stand in lists only while they run: all of them
-    may be larger than memory.
+    Mapped files align them differently. ``in_turn``: align a layer in a list only while it runs,
+    because all layers may be larger than memory.
     """
     handles: list[Any] = []
     layers = list(_listed(model)) if in_turn else []
@@ -125,7 +119,7 @@ def _aligned_while_it_runs(layer: torch.nn.Module) -> list[Any]:
 
 
 def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the modules that stand in lists, such as decoder layers; none inside another."""
+    """Yield the outermost modules in lists, such as decoder layers."""
     for child in module.children():
         if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
             yield child
@@ -134,14 +128,14 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return every tensor that a forward pass returns, by name; caches are left out."""
+    """Every tensor that a forward pass returns, by name; caches are left out."""
     with torch.no_grad():
         result = model(**inputs)
     return dict(_tensors("", result))
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors in nested dicts, lists and tuples, with dotted names."""
+    """Tensors in nested dicts, lists and tuples, with dotted names."""
     if isinstance(value, torch.Tensor):
         return [(name or "output", value)]
     inside: Any = ()
@@ -174,7 +168,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 if __name__ == "__main__":
-    # Python puts this script's folder first, where its modules would hide a user's of their names
+    # Python puts this script's folder first, so that its modules would hide others of the same name
     own = Path(__file__).resolve().parent
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != own]
     run(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,4 +1,4 @@
-"""Read a folder's config.json and the headers of its weights; nothing in them is trusted yet."""
+"""Read a folder's config.json and the headers of its weights, trusting neither."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from ..errors import CheckpointError
 from .reports import and_more, short
 
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"
-"""The file that says that PEFT adapters belong to a folder's weights."""
+ADAPTER = "adapter_config.json"  # marks PEFT adapters for the weights
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,64 +26,40 @@ _ENTRIES = "per_layer_config"
 _MOST_CONFIG_BYTES = 32 * 2**20
 _MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
-_MOST_VALUES = 500_000
-"""Values of a config.json; more are no model's, and all of them would be copied many times."""
-_DEEPEST = 64
-"""Objects and lists inside each other; functions here follow them by recursion."""
+_MOST_VALUES = 500_000  # of a config.json; no model has more, and all are copied many times
+_DEEPEST = 64  # nested objects and lists; functions here recurse over them
 _POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a weights file.
-
-    Attributes:
-        dtype: as the file calls it (``BF16``).
-        shape: its shape.
-        file: the file's name.
-    """
-
-    dtype: str
+    dtype: str  # as in the file (BF16)
     shape: tuple[int, ...]
     file: str = ""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of a folder's weights files say.
-
-    Attributes:
-        tensors: name -> tensor.
-        faults: what is wrong with the files, one sentence each.
-        complete: True if the name of every tensor is known, whatever is wrong with their data.
-        unsure: why the files cannot be judged; ``None`` if they can.
-        files: the names of the files with tensors.
-    """
+    """What the headers of a folder's weights files say."""
 
     tensors: dict[str, Stored]
-    faults: tuple[str, ...] = ()
-    complete: bool = True
-    unsure: str | None = None
-    files: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()  # of the files, one sentence each
+    complete: bool = True  # all tensor names are known, whatever is wrong with their data
+    unsure: str | None = None  # why the files cannot be judged
+    files: tuple[str, ...] = ()  # that hold tensors
 
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says.
+    """What config.json says."""
 
-    Attributes:
-        data: its JSON; ``None`` if it cannot be read.
-        fault: why it cannot be loaded; ``None`` if it can.
-        unsure: why the config cannot be judged; ``None`` if it can.
-    """
-
-    data: dict[str, Any] | None
-    fault: str | None = None
-    unsure: str | None = None
+    data: dict[str, Any] | None  # its JSON; None if it cannot be read
+    fault: str | None = None  # why it cannot be loaded
+    unsure: str | None = None  # why it cannot be judged
 
 
 def check_exists(folder: Path) -> None:
-    """Raise a CheckpointError if the folder or its config.json does not exist."""
+    """Raise CheckpointError if the folder or its config.json does not exist."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}. Say the folder that holds config.json.")
@@ -95,22 +70,15 @@ def check_exists(folder: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise a CheckpointError if the path is no folder with a config and weights.
-
-    The commands call this before torch is imported.
-
-    Raises:
-        CheckpointError: the folder, its config.json or its weights do not exist or cannot be read.
-    """
+    """Raise CheckpointError for a bad model folder; called before torch is imported."""
     try:
         check_exists(folder)
         weights_file(folder)
-    except (OSError, ValueError) as error:  # no permission; a name that no file can have
+    except (OSError, ValueError) as error:  # no permission; an impossible file name
         raise CheckpointError(f"{short(folder)} cannot be read: {short(error)}") from error
 
 
 def read_config(folder: Path) -> Config:
-    """Return what the folder's config.json says."""
     data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
     if isinstance(data, str):
         return Config(None, fault=data)
@@ -125,17 +93,14 @@ def read_config(folder: Path) -> Config:
 
 
 def _json(path: Path, longest: int) -> Any:
-    """Return a file's JSON, or the reason (a string) why it cannot be read.
-
-    ``longest``: the largest size in bytes that is read.
-    """
+    """Return the JSON of a file of at most ``longest`` bytes, or the reason (a string) why not."""
     name = path.name
     if not path.is_file():
         return f"{name} is not a file" if path.exists() else f"{name} is missing"
     try:
         if path.stat().st_size > longest:
             return f"{name} has {path.stat().st_size:,} bytes; at most {longest:,} are read"
-        data = json.loads(path.read_bytes().decode("utf-8"))  # as Transformers reads it
+        data = json.loads(path.read_bytes().decode("utf-8"))  # as Transformers decodes it
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
     except RecursionError:
@@ -146,7 +111,7 @@ def _json(path: Path, longest: int) -> Any:
 
 
 def _values(data: Any) -> list[Any] | None:
-    """Return all values of a config's JSON; None if there are too many, or too deep ones."""
+    """All values of a config's JSON; ``None`` if there are too many, or too deep ones."""
     found, level = [data], [data]
     for _ in range(_DEEPEST):
         inside = (item.values() if isinstance(item, dict) else item for item in level)
@@ -163,7 +128,7 @@ def _values(data: Any) -> list[Any] | None:
 
 
 def _entries_fault(part: dict[str, Any]) -> str | None:
-    """Return what is wrong with the form of a part's entries for single layers."""
+    """Return what is malformed in ``per_layer_config``, or ``None``."""
     entries = part.get(_ENTRIES)
     numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
     if entries is None or (numbered and all(isinstance(entry, dict) for entry in entries.values())):
@@ -175,13 +140,7 @@ def _entries_fault(part: dict[str, Any]) -> str | None:
 
 
 def weights_file(folder: Path) -> str:
-    """Return the name of the file that ``from_pretrained`` would read first.
-
-    It is the one that config.json names (``transformers_weights``), where it names one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The file that ``from_pretrained`` reads first: config.json may name it."""
     data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
     named = data.get("transformers_weights") if isinstance(data, dict) else None
     if named is not None:
@@ -212,7 +171,7 @@ def _is_weights_file(folder: Path, name: Any) -> bool:
 
 
 def _is_inside(file: str) -> bool:
-    """True if a weights file's name, taken literally, stays in the folder; links may lead out."""
+    """True if a weights file's name does not leave the folder; links are allowed to."""
     path = Path(file)
     plain = file.isprintable() and len(file) < _LONGEST_NAME and "\\" not in file
     plain = plain and not path.is_absolute() and ".." not in path.parts
@@ -220,11 +179,7 @@ def _is_inside(file: str) -> bool:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Read the headers of the weights files that ``from_pretrained`` would load.
-
-    Raises:
-        CheckpointError: there are no weights.
-    """
+    """Read the headers of the weights files that ``from_pretrained`` would load."""
     name = weights_file(folder)
     if not name.endswith(".index.json"):
         return _joined(folder, [name])
@@ -280,7 +235,6 @@ def _unreadable(fault: str) -> Weights:
 
 
 def _read(path: Path, name: str) -> Weights:
-    """Read the header of one weights file, which its folder knows by this name."""
     if not path.is_file():
         what = "is not a file" if path.exists() else "is missing"
         return _unreadable(f"{name} {what}; the index names it")
@@ -314,7 +268,7 @@ def _read_safetensors(path: Path, name: str) -> Weights:
 
 
 def _read_pickle(path: Path, name: str) -> Weights:
-    """Read a ``torch.save`` file without its data; code in it is not run."""
+    """Read a ``torch.save`` file without its data; no code in it is run."""
     import torch
     from transformers.utils.import_utils import check_torch_load_is_safe
 

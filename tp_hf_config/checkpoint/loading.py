@@ -1,7 +1,7 @@
-"""Let Transformers itself decide, from shapes alone, which tensor of a checkpoint goes where.
+"""Let Transformers decide, from shapes alone, how the tensors of a checkpoint load.
 
-The code of ``from_pretrained`` handles a checkpoint's keys here too (prefixes, renamed and fused
-tensors, ties, keys that a class ignores), on tensors without data.
+Runs the code of ``from_pretrained`` for prefixes, renamed and fused tensors, ties and ignored keys,
+on meta tensors.
 """
 
 from __future__ import annotations
@@ -29,53 +29,39 @@ from .folder import Stored
 from .reports import short
 
 MAJOR = int(version("transformers").partition(".")[0])
-_SAMPLES = 16
-"""Rows of a tensor that are compared with those of another."""
+_SAMPLES = 16  # rows that are compared with another tensor's
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """How a checkpoint's tensors load into the class built from one config, by Transformers.
+    """How Transformers loads a checkpoint's tensors into the class built from one config."""
 
-    Attributes:
-        shapes: name -> the shape in the checkpoint, for each tensor of the model that it has.
-        missing: tensors of the model that would be newly initialised.
-        mismatched: tensors in another shape than the model's.
-        failed: name -> the reason, for tensors that cannot be put together from the checkpoint's;
-            the name is empty where loading failed as a whole.
-        lost: tensors of the checkpoint that belong to a part that the model has, but have no place.
-        unused: other tensors of the checkpoint that the model has no place for (another head).
-        tied: name -> all names under which the model shares that tensor.
-    """
-
+    # name in the model -> shape in the checkpoint
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # tensors of the model that would be newly initialised
     mismatched: tuple[Mismatch, ...] = ()
+    # name -> why the tensor cannot be assembled; "" if loading failed as a whole
     failed: dict[str, str] = field(default_factory=dict)
-    lost: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()  # stored tensors of a part that the model has, but without a place
+    unused: tuple[str, ...] = ()  # other stored tensors without a place (another head)
+    # name -> all names of that tensor
     tied: dict[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        """True if every tensor of the model is there in its shape, and none is lost."""
+        """True if no tensor is missing, lost or of another shape."""
         return not (self.mismatched or self.misplaced)
 
     @property
     def misplaced(self) -> int:
-        """Return how many tensors are missing, have no place, or cannot be put together."""
+        """Number of tensors that are missing, have no place or cannot be assembled."""
         return len(self.missing) + len(self.lost) + len(self.failed)
 
 
 def assess(
     classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> Assessment | Refusal:
-    """Load tensors without data into the class built from a config, on the meta device.
-
-    Returns:
-        How the tensors load, or the class's refusal of the config. If Transformers raises while it
-        loads, ``failed`` says so.
-    """
+    """Load meta tensors into the class built from a config, or return the class's refusal."""
     model = build(classes, data)
     if isinstance(model, Refusal):
         return model
@@ -116,17 +102,15 @@ def assess(
 
 
 def _belongs(name: str, modules: Mapping[str, bool]) -> bool:
-    """True if a tensor's name is inside a list of layers, or directly in a module, of the model.
-
-    ``modules``: name -> True for a list of layers.
-    """
+    """True if a tensor is in a list of layers (True in ``modules``), or directly in a module."""
     parts = name.split(".")
     inside = any(modules.get(".".join(parts[:end])) for end in range(1, len(parts)))
     return inside or ".".join(parts[:-1]) in modules
 
 
+# missing, unexpected, mismatched (with shapes) and failed (with reasons) tensors, and those of the
+# model that the files lack
 _Outcome = tuple[set[str], set[str], dict[str, tuple[int, ...]], dict[str, str], set[str]]
-"""Missing, unexpected, mismatched and failed tensors, and the model's that the files lack."""
 
 
 def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
@@ -148,10 +132,7 @@ def _loaded_by_5(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
 
 
 def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
-    """Return how Transformers 4 loads the tensors: see :data:`_Outcome`.
-
-    Its loading cannot be run without allocating memory, so its parts are called here.
-    """
+    """Call parts of Transformers 4's loading, because the whole would allocate memory."""
     from transformers import modeling_utils
 
     hf: Any = modeling_utils
@@ -173,7 +154,7 @@ def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
 
 
 def _whole_numbers(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Return the weights stored as integers, with the reason why Transformers 4 fails on them."""
+    """Weights stored as integers -> why Transformers 4 fails on them."""
     whole = ("I", "U", "BOOL", "int", "uint", "bool")
     floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     return {
@@ -184,18 +165,15 @@ def _whole_numbers(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str,
 
 
 def _last_line(text: str) -> str:
-    """Return the exception's message in the text that Transformers keeps, without the traceback."""
+    """The message of the exception in a traceback that Transformers keeps as text."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and not line.startswith("Error: ")]
     return short((errors or lines or [""])[-1])
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most of a model's weights have, with which it has to be loaded.
-
-    Transformers takes that of the first weight, which a class may keep in float32 (BLIP-2's
-    queries).
-    """
+    """The dtype of most of a model's weights, with which it must be loaded."""
+    # Transformers takes that of the first weight, which may be kept in float32 (BLIP-2's queries)
     sizes: Counter[torch.dtype] = Counter()
     for weight in model.parameters():
         if weight.is_floating_point():
@@ -206,12 +184,7 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 def differing_tie(
     folder: Path, classes: Classes, assessment: Assessment, tensors: Mapping[str, Stored]
 ) -> tuple[str, str] | None:
-    """Return two names that the model ties and whose data differ in the files, or None.
-
-    Only some rows are compared.
-
-    ``assessment``: how the tensors load, with the names that the model ties.
-    """
+    """Two names that the model ties, with different rows in the files, or ``None``."""
     prefix = classes.model.base_model_prefix
     for group in dict.fromkeys(assessment.tied.values()):
         names = sorted(name for name in group if name in assessment.shapes)
@@ -224,13 +197,13 @@ def differing_tie(
 
 
 def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> str | None:
-    """Return the name in the files, with or without the base model's prefix, or None."""
+    """The name in the files, with or without the base model's prefix, or ``None``."""
     candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((candidate for candidate in candidates if candidate in tensors), None)
 
 
 def _differ(folder: Path, pair: Mapping[str, Stored]) -> bool:
-    """True if two tensors of safetensors files differ in some of their rows, or in their shape."""
+    """True if two safetensors tensors differ in their shape or in some rows."""
     if not all(stored.file.endswith(".safetensors") for stored in pair.values()):
         return False
     first, *others = ((stored.dtype, stored.shape) for stored in pair.values())
@@ -245,5 +218,5 @@ def _differ(folder: Path, pair: Mapping[str, Stored]) -> bool:
                 for name, stored in pair.items()
             ]
             return any(not torch.equal(*(part[row : row + 1] for part in parts)) for row in wanted)
-    except (OSError, RuntimeError, SafetensorError):  # as for a file that is too large to map
+    except (OSError, RuntimeError, SafetensorError):  # such as a file that is too large to map
         return False

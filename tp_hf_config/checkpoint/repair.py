@@ -1,4 +1,4 @@
-"""Find the config that a folder's weights need, show it and write it."""
+"""Find the config that a folder's weights need; show it or write it."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def repair_checkpoint(
     given: Mapping[str, Count] | None = None,
     trust_remote_code: bool = False,
 ) -> RepairReport:
-    """Write the config whose shapes the weights have, if there is exactly one.
+    """Write the config that has the shapes of the weights, if there is exactly one.
 
-    The config is solved from the weights' headers and proved by building the class from it, before
-    anything is written. The old config stays beside the new one as ``config.json.bak``.
+    The config is solved from the headers of the weights, and proved by building the class, before
+    anything is written. The old config is kept as ``config.json.bak``.
 
     Args:
         folder: a folder with config.json and weights.
-        out: a new folder to write to, with the weights copied; ``folder`` is not touched.
+        out: a new folder for the result, with the weights copied; ``folder`` does not change.
         dry_run: only report what would be written.
-        given: fields whose value is known although no shape shows it: ``{"head_dim": 64}``.
+        given: known values of fields that no shape shows: ``{"head_dim": 64}``.
         trust_remote_code: run the folder's own code if its class needs it.
 
     Returns:
-        A report of the fields that changed; ``written`` is False for a dry run, and if there was
-        nothing to change.
+        A report of the changed fields; ``written`` is False for a dry run, or if nothing had to
+        change.
 
     Raises:
-        CheckpointError: no config, or several, fit (``error.candidates``); the weights are damaged;
-            ``out`` exists or is inside ``folder``; or the folder cannot be written or is being
-            repaired already. The folder is as it was.
+        CheckpointError: no config fits, or several do (``error.candidates``); the weights are
+            damaged; ``out`` exists or is inside ``folder``; or the folder cannot be written or is
+            being repaired by another process. The folder is unchanged.
     """
     path = place(folder)
     target = None if out is None else place(out)
@@ -84,13 +84,7 @@ def repair_checkpoint(
 def _planned(
     path: Path, given: Mapping[str, int] | None, trust_remote_code: bool
 ) -> tuple[SolvableFolder, RepairReport, bytes]:
-    """Return the folder, the report and the new config.json, proved; nothing is written.
-
-    The report lacks what the folder will be like.
-
-    Raises:
-        CheckpointError: the folder cannot be solved, or not exactly one config fits.
-    """
+    """Return the folder, the report without ``after``, and the new config.json, proved."""
     read = solvable_folder(path, trust_remote_code)
     classes, tensors = read.classes, read.weights.tensors
     names = None
@@ -140,13 +134,13 @@ def _difference(old: bytes, new: bytes) -> str:
 
 
 def _unwritten(read: SolvableFolder, report: RepairReport, new: bytes) -> RepairReport:
-    """Return the report on a folder that is not written, with what it would be like."""
+    """Complete a report with the check of the folder as it would be."""
     after = checked(Folder(read.path, Config(json.loads(new)), read.weights, read.classes))
     return replace(report, after=after)
 
 
 def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
-    """Repair a folder in place and check it again; the folder is locked."""
+    """Repair a locked folder in place, and check it again."""
     read, report, new = _planned(path, given, trust)
     if not report.difference:
         return _unwritten(read, report, new)
@@ -158,7 +152,7 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
 
 
 def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
-    """Write the repaired folder as a new one; check it before it gets its name."""
+    """Write the repaired folder as a new one; it is checked before it gets its name."""
     _, report, new = _planned(path, given, trust)
     with copied_folder(path, out, new) as (work, left_out):
         after = check_checkpoint(work, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""Reports on folders as text, HTML and JSON; names and values from files as messages show them."""
+"""Reports on folders, and helpers that print names and values from untrusted files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from ..reports import Report
 from ..reports import short as short_repr
 
 Kind = Literal["files", "config", "field", "tensors"]
-_LONGEST = 200
-"""Characters of a text from a file that a message shows."""
+_LONGEST = 200  # characters of a text from a file in a message
 
 
 def printable(text: str) -> str:
-    """Replace what is not printable with spaces: a name in a file could move the cursor."""
+    """Replace unprintable characters: a name in a file could move the cursor."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def short(text: object) -> str:
-    """Return one printable line of at most 200 characters, and ``...`` if that cuts the text."""
+    """Return one printable line of at most 200 characters, with ``...`` if it is cut."""
     line = " ".join(printable(str(text)[: 2 * _LONGEST]).split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def and_more(names: Collection[object], shown: int = 1) -> str:
-    """Return how many names are not shown, such as `` (and 3 more)``; empty if all are."""
+    """Return `` (and 3 more)`` for names that are not shown; empty if all are."""
     return f" (and {len(names) - shown} more)" if len(names) > shown else ""
 
 
@@ -44,7 +43,7 @@ def number(value: Any) -> str:
 
 
 def how_to_give(name: str, value: int | None = None) -> str:
-    """Return how a user says a field's value, in Python and in the shell; None: any value."""
+    """How to give a field's value in Python and in the shell; ``None``: any value."""
     typed = shlex.quote(f"{name}={'N' if value is None else value}")
     return f"given={{{name!r}: {'...' if value is None else value}}} or --given {typed}"
 
@@ -55,13 +54,13 @@ class Cause:
 
     Attributes:
         kind: ``files``: the weights or their index; ``config``: config.json cannot be loaded;
-            ``field``: a config field whose value is not the one that the weights hold;
-            ``tensors``: tensors are missing, unknown or of shapes that no field sets.
+            ``field``: a config field has another value than the weights need; ``tensors``: tensors
+            are missing, unknown or of shapes that no field sets.
         text: the cause, in one sentence.
-        field: the name of the config field, if the cause is one.
+        field: name of the config field, for ``kind="field"``.
         says: the field's value; ``None``: not set.
         holds: the value that the weights need; ``None``: several, or not known.
-        tensors: the tensors that show it.
+        tensors: names of the tensors that show it.
     """
 
     kind: Kind
@@ -77,21 +76,20 @@ class Cause:
 
 @dataclass(frozen=True, repr=False)
 class CheckReport(Report):
-    """How a folder's config compares with its weights.
+    """Result of comparing a folder's config with its weights.
 
     Attributes:
-        folder: the folder.
-        model: the name of the class; ``None``: not known.
-        sound: True if ``from_pretrained`` loads every weight that the class has; ``None``: could
-            not tell.
+        folder: path of the folder.
+        model: name of the class; ``None``: not known.
+        sound: True if ``from_pretrained`` loads every weight of the class; ``None``: not known.
         causes: what is wrong.
-        why_not: why it could not tell.
-        undecided: names of the fields that no shape shows.
-        candidates: the configs that fit the weights equally well, each as field name -> value.
-        notes: what else the user should know.
-        files: the weights files.
-        tensors: how many tensors they hold.
-        parameters: how many numbers these tensors have.
+        why_not: why ``sound`` is not known.
+        undecided: names of fields that no shape shows.
+        candidates: configs that fit the weights equally well, as field name -> value.
+        notes: further remarks.
+        files: names of the weights files.
+        tensors: number of tensors in them.
+        parameters: number of elements of these tensors.
     """
 
     folder: str
@@ -107,12 +105,12 @@ class CheckReport(Report):
     parameters: int = 0
 
     def title(self) -> str:
-        """Return the folder with the verdict."""
+        """Return the folder and the verdict."""
         verdict = {True: "sound", False: "not sound", None: "could not tell"}[self.sound]
         return printable(f"{self.folder}: {verdict}")
 
     def lines(self) -> Iterator[str]:
-        """Yield what is in the folder, what is wrong with it, and notes."""
+        """Yield the contents of the folder, the causes and the notes."""
         size = f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
         count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         yield printable(f"  {self.model or 'no class'}: {size}{count}")
@@ -124,18 +122,18 @@ class CheckReport(Report):
 
 @dataclass(frozen=True, repr=False)
 class RepairReport(Report):
-    """What repairing a folder's config did.
+    """Result of repairing a folder's config.
 
     Attributes:
-        folder: the folder with the repaired config; for a dry run the one that was looked at.
-        fields: config field -> (old value, new value); ``None`` stands for not set.
-        difference: the unified diff of the two files; empty: nothing to change.
+        folder: the folder with the repaired config; for a dry run, the folder that was read.
+        fields: config field -> (old value, new value); ``None``: not set.
+        difference: unified diff of the two files; empty if nothing has to change.
         written: True if a config was written.
-        backup: the name of the old config's file; ``None``: none was needed.
-        undecided: names of the fields that no shape shows; they were left as they are.
-        notes: what else the user should know.
-        after: the report on the folder as it is now or, if nothing was written, would be.
-        added: field -> value; fields that repeat others where Transformers 4 reads them.
+        backup: file name of the old config, if it was kept.
+        undecided: names of fields that no shape shows; they are unchanged.
+        notes: further remarks.
+        after: check of the folder after the repair, or as it would be.
+        added: field -> value of the fields written for readers based on Transformers 4.
     """
 
     folder: str
@@ -149,14 +147,14 @@ class RepairReport(Report):
     added: dict[str, Any] = field(default_factory=dict)
 
     def title(self) -> str:
-        """Return the folder with what was done."""
+        """Return the folder and what was done."""
         done = "repaired" if self.written else "not written (dry run)"
         if not self.difference:
             done = "config.json says what the weights are; nothing to repair"
         return f"{self.folder}: {done}"
 
     def lines(self) -> Iterator[str]:
-        """Yield the fields that change, notes, and the difference of the two files."""
+        """Yield the changed fields, the notes, and the diff."""
         for name, (old, new) in self.fields.items():
             yield f"  {printable(name)}: {number(old)} -> {number(new)}"
         for name, value in self.added.items():
@@ -174,16 +172,16 @@ class RepairReport(Report):
 
 @dataclass(frozen=True)
 class Difference:
-    """One output that is not the same in both runs.
+    """One output that differs between two runs.
 
     Attributes:
-        output: the name of the output.
-        elements: how many numbers differ; all of them if the shapes differ.
-        of: how many numbers there are.
-        largest: the largest absolute difference, not finite if a number is NaN or infinite in one
-            of the outputs; ``None``: the shapes differ, or dtypes that are not floating.
-        relative: ``largest`` over the largest finite number in the reference output.
-        dtypes: the dtypes of the output and of the reference, where they differ and are floating.
+        output: name of the output.
+        elements: number of elements that differ; all of them if the shapes differ.
+        of: number of elements.
+        largest: largest absolute difference, not finite if an element is NaN or infinite in one
+            output; ``None`` if the shapes differ, or dtypes that are not floating point.
+        relative: ``largest`` over the largest finite element of the reference.
+        dtypes: dtypes of the output and the reference, if they differ and are floating point.
     """
 
     output: str
@@ -205,21 +203,20 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class RoundtripReport(Report):
-    """What loading and running a saved model or a folder in a fresh process showed.
+    """Result of loading and running a saved model or a folder in a fresh process.
 
     Attributes:
         what: the folder, or the class that was saved.
-        model: the name of the class.
-        same: True if it loads without a missing or mismatched weight and computes the same bits, in
-            every output some finite number; if there is nothing to compare with: if it loads, runs
-            and computes finite numbers.
-        loading: what was wrong with loading.
-        outputs: the names of the outputs that were looked at.
-        differences: the outputs that differ.
+        model: name of the class.
+        same: True if all weights load and every output is the same bit for bit, with at least one
+            finite number. With nothing to compare: it loads, runs and computes finite numbers.
+        loading: problems with loading.
+        outputs: names of the outputs.
+        differences: outputs that differ.
         error: why it does not load or run.
         against: what it was compared with; ``None``: nothing.
-        notes: what else the user should know.
-        numbers: how many numbers were compared.
+        notes: further remarks.
+        numbers: number of compared elements.
     """
 
     what: str
@@ -234,7 +231,7 @@ class RoundtripReport(Report):
     numbers: int = 0
 
     def title(self) -> str:
-        """Return what was run, with the verdict."""
+        """Return what was run, and the verdict."""
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
         runs = self.error is None and not self.loading
         bad = "computes nothing" if runs else "does not load or run"
@@ -242,7 +239,7 @@ class RoundtripReport(Report):
         return f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"
 
     def lines(self) -> Iterator[str]:
-        """Yield what is wrong, and notes."""
+        """Yield the problems and the notes."""
         yield from (f"  {problem}" for problem in (*self.loading, *self.differences))
         if self.error is not None:
             yield f"  {self.error}"

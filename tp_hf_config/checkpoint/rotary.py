@@ -1,9 +1,8 @@
-"""Write the rotary fields that Transformers 4 reads beside those that Transformers 5 writes.
+"""Write the rotary fields that Transformers 4 reads next to those that Transformers 5 writes.
 
-Transformers 5 writes ``rope_parameters`` alone. Software that builds on Transformers 4 looks for
-``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` next to it, and silently takes a
-default of its own where they are missing. They are written only where the config loads the same
-with them.
+Transformers 5 writes ``rope_parameters`` alone. Software based on Transformers 4 reads
+``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``, and silently uses its own defaults
+if they are missing. They are written only if the config loads the same with them.
 """
 
 from __future__ import annotations
@@ -29,24 +28,15 @@ _TYPE_NAMES = {"rope_type", "type"}
 
 @dataclass(frozen=True)
 class Rotary:
-    """A config's JSON with the rotary fields that Transformers 4 reads.
-
-    Attributes:
-        data: the config's JSON.
-        added: the fields that are new in it, with their values.
-        unwritable: what cannot be written for Transformers 4, and why, one sentence each.
-    """
+    """A config's JSON with the rotary fields that Transformers 4 reads."""
 
     data: dict[str, Any]
-    added: dict[FieldPath, Any] = field(default_factory=dict)
-    unwritable: tuple[str, ...] = ()
+    added: dict[FieldPath, Any] = field(default_factory=dict)  # new fields in data
+    unwritable: tuple[str, ...] = ()  # fields that cannot be written, and why, one sentence each
 
 
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
-    """Add the fields that Transformers 4 reads, each only if the config loads the same with it.
-
-    ``data``: the config's JSON; it is not changed.
-    """
+    """Add the fields for Transformers 4, each only if the config still loads the same."""
     result, reasons = Rotary(data), []
     for path, node in _rope_parts(data):
         if _by_layer_type(node[_ROPE]):
@@ -77,11 +67,7 @@ def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
 
 
 def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
-    """Add the fields to a folder's config.json, formatted as Transformers formats it.
-
-    Returns:
-        What cannot be written for Transformers 4, and why, one sentence each.
-    """
+    """Add the fields to a folder's config.json; return ``unwritable``."""
     rotary = for_transformers_4(classes, json.loads((folder / CONFIG).read_bytes()))
     if rotary.added:
         write_config(folder, rotary.data)
@@ -89,7 +75,7 @@ def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
 
 
 def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
-    """Return the fields that only ``rope_parameters`` holds, where Transformers 4 does not look."""
+    """Fields that only ``rope_parameters`` holds, so that Transformers 4 misses them."""
     return [
         field_name((*path, name))
         for path, node in _rope_parts(data)
@@ -99,7 +85,7 @@ def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
 
 
 def _rope_parts(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield the path and the JSON of each part of a config that has ``rope_parameters``."""
+    """Yield each part of a config that has ``rope_parameters``, with its path."""
     if isinstance(data, dict):
         if isinstance(data.get(_ROPE), dict):
             yield path, data
@@ -113,16 +99,13 @@ def _by_layer_type(rope: Mapping[str, Any]) -> bool:
 
 
 def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``rope_parameters`` says in the fields of Transformers 4: name -> value.
-
-    ``node``: the part of the config that holds ``rope_parameters``.
-    """
+    """The Transformers 4 fields equivalent to a part's ``rope_parameters``."""
     rope: dict[str, Any] = node[_ROPE]
     fields = {name: rope[name] for name in _OWN_FIELDS if type(rope.get(name)) in (int, float)}
     scaling = {name: value for name, value in rope.items() if name not in _OWN_FIELDS}
     if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
-        # Transformers 4 has the length beside rope_scaling and the type under one name, and
-        # refuses more
+        # Transformers 4 accepts the length only beside rope_scaling, and the type only
+        # under one name
         if scaling.get("original_max_position_embeddings") == node.get(
             "original_max_position_embeddings"
         ):
@@ -135,7 +118,7 @@ def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
-    """Return a copy of the config's JSON with one more field, right after ``rope_parameters``."""
+    """Return a copy with one more field, right after ``rope_parameters``."""
     result = copy.deepcopy(data)
     node = value_at(result, path[:-1])
     items = [item for item in node.items() if item[0] != path[-1]]
@@ -148,14 +131,12 @@ def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, 
 def _load_the_same(
     classes: Classes, data: dict[str, Any], changed: dict[str, Any], added: set[FieldPath]
 ) -> bool:
-    """True if both JSONs load as the same config.
-
-    With Transformers 4, the added fields are not compared, but they have to load as written.
-    """
+    """True if both JSONs load as the same config."""
     try:
         before, after = (config_from(classes, variant).to_dict() for variant in (data, changed))
     except Exception:  # a class may refuse with any exception
         return False
+    # Transformers 4 reads the added fields: they must load as written, and are not compared
     if MAJOR < 5:
         for path in added:
             if value_at(after, path) != value_at(changed, path):

@@ -1,8 +1,7 @@
-"""Solve for the config that builds a checkpoint's tensors: ties, widths, then the proof.
+"""Solve for the config that builds a checkpoint's tensors: ties, then widths, then the proof.
 
-A field is changed where config.json says it: a class may read it under another name
-(``attribute_map``), or above the nested config that it belongs in (the oldest configs of the Hub
-have no ``text_config``).
+A field is changed where config.json has it: under another name (``attribute_map``), or outside of
+its nested config (the oldest configs on the Hub have no ``text_config``).
 """
 
 from __future__ import annotations
@@ -27,56 +26,34 @@ from .folder import Stored
 from .loading import Assessment, assess
 from .reports import Cause, and_more, how_to_give, number, short
 
-_LISTED = 6
-"""Kinds of tensors, and values of a field, that are listed."""
+_LISTED = 6  # kinds of tensors, or values of a field, in a message
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be solved.
-
-    Attributes:
-        classes: the classes of the folder.
-        data: config.json.
-        tensors: the checkpoint's tensors.
-        given: fields whose value is known, by name (``text_config.head_dim``).
-        differing_tie: two tensors that the config ties and that differ in the files, if any.
-    """
-
     classes: Classes
-    data: dict[str, Any]
-    tensors: Mapping[str, Stored]
-    given: Mapping[str, int] = field(default_factory=dict)
-    differing_tie: tuple[str, str] | None = None
+    data: dict[str, Any]  # config.json
+    tensors: Mapping[str, Stored]  # of the checkpoint
+    given: Mapping[str, int] = field(default_factory=dict)  # field name -> known value
+    differing_tie: tuple[str, str] | None = None  # tied by the config, but different in the files
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A config that builds the checkpoint's tensors, proved.
-
-    Attributes:
-        data: what config.json should hold.
-        changes: one cause for each field in which this differs from what config.json holds.
-        undecided: names of the fields that no shape shows; they stay as they are.
-    """
+    """A config that builds the checkpoint's tensors, proved."""
 
     data: dict[str, Any]
-    changes: tuple[Cause, ...]
-    undecided: tuple[str, ...]
+    changes: tuple[Cause, ...]  # one for each changed field
+    undecided: tuple[str, ...]  # unchanged fields that no shape shows
 
 
 @dataclass(frozen=True)
 class Unsolved:
-    """Why there is not exactly one config that builds the tensors.
-
-    Attributes:
-        reason: the reason, in one sentence.
-        causes: what is wrong between the config and the tensors.
-        candidates: the configs that fit equally well, each as field name -> value.
-    """
+    """Why there is not exactly one config that builds the tensors."""
 
     reason: str
     causes: tuple[Cause, ...] = ()
+    # configs that fit equally well: field name -> value
     candidates: tuple[dict[str, int], ...] = ()
 
 
@@ -108,7 +85,7 @@ def solve(task: Task) -> Solution | Unsolved:
 
 
 def _with_given(task: Task) -> dict[str, Any]:
-    """Return config.json with the values that the user gave, where it has fields of these names."""
+    """Set the fields of config.json whose value the user gave."""
     aliases: Any = getattr(task.classes.config, "attribute_map", {})
     own = {aliases.get(name, name): value for name, value in task.given.items()}
     values = {
@@ -123,12 +100,9 @@ def _with_given(task: Task) -> dict[str, Any]:
 def retied(
     task: Task, data: dict[str, Any], assessment: Assessment
 ) -> tuple[list[FieldPath], dict[str, Any], Assessment]:
-    """Flip settings that tie weights, if more tensors find a place then.
+    """Flip settings that tie weights, if more tensors find a place or ``differing_tie`` is untied.
 
-    If all have a place, one is flipped with which ``task.differing_tie`` is no longer tied.
-
-    Returns:
-        The fields that were flipped, the config's JSON with them and how the tensors load with it.
+    Returns the flipped fields, the config's JSON with them, and how the tensors load with it.
     """
     flipped: list[FieldPath] = []
     if not assessment.misplaced and task.differing_tie is None:
@@ -169,7 +143,7 @@ def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
-    """Return the field map of a class around a config, or a refusal if it cannot be learned."""
+    """Return the field map of a class around a config, or why it cannot be learned."""
     model = build(classes, data)
     if isinstance(model, Refusal):
         return model
@@ -180,16 +154,11 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
 
 
 def undecided_heads(field_map: FieldMap) -> dict[str, int]:
-    """Return the head counts that no shape shows, and fields that shapes show only together.
-
-    Heads times head dim is one number: four heads of 16 and two of 32 have the same shapes.
-
-    Returns:
-        The fields' names, with the values that the config says or implies.
-    """
+    """Field name -> value, for head counts and other fields that no shape shows alone."""
     quantities: dict[Quantity, Expression | Power] = {**field_map.powers, **field_map.expressions}
     shown = {key: made for key, made in quantities.items() if isinstance(key[1], int)}
     sizes = {key: made.base for key, made in shown.items()}
+    # heads times head_dim is one size: 4 heads of 16, or 2 of 32
     together = open_together(Problem(shown, field_map.sizes, sizes))
     fields = {*hidden_counts(field_map), *together}
     return {field_name(f): field_map.sizes[f] for f in sorted(fields, key=field_name)}
@@ -205,11 +174,7 @@ def _widths(
     flipped: Sequence[FieldPath],
     assessment: Assessment,
 ) -> Solution | Unsolved:
-    """Find the widths of a config in which every tensor has a place.
-
-    ``start``: config.json, perhaps with the values that the user gave.
-    ``flipped``: the settings that were flipped in the config of ``field_map``.
-    """
+    """Find the widths of a config in which every tensor has a place."""
     given = _paths_of(field_map, task.given)
     if isinstance(given, Unsolved):
         return given
@@ -236,16 +201,13 @@ def _widths(
 
 
 def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
-    """Return field -> value for values given by name; Unsolved if a name is not that of one field.
-
-    ``given``: name -> value. A name is the class's own or one that all configs have
-    (``attribute_map``), in full or without the nested config that it is in.
-    """
+    """Resolve the field names of given values; Unsolved if one does not name exactly one field."""
     fields = {**field_map.sizes, **field_map.non_size_fields}
     values: dict[FieldPath, int] = {}
     for name, value in given.items():
         own = getattr(field_map.builder.config_class, "attribute_map", {}).get(name, name)
         paths = [path for path in fields if field_name(path) in (name, own)]
+        # without the nested config
         paths = paths or [path for path in fields if path[-1] in (name, own)]
         is_set = len(paths) == 1 and value_in(field_map.data, paths[0]) == value
         if len(paths) != 1 or not (is_set or paths[0] in field_map.sizes):
@@ -263,7 +225,7 @@ def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, 
 def _unprovable_change(
     field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
 ) -> str | None:
-    """Return the reason if a field would change although no shape shows its value; else None."""
+    """Return the reason if a field would change without a shape that shows its value."""
     hidden = recovery.undecided - given.keys() - field_map.must_equal.keys()
     for path in sorted(hidden, key=field_name):
         if recovery.values[path] != field_map.sizes.get(path):
@@ -281,15 +243,10 @@ def _solution(
     shown_by: Sequence[tuple[str, frozenset[FieldPath]]],
     undecided: Iterable[FieldPath],
 ) -> Solution | Unsolved:
-    """Return the config with all that changes, proved; Unsolved if it does not load the weights.
+    """Return the config with all changes, proved; Unsolved if it does not load the weights.
 
-    Args:
-        task: the folder's config and tensors.
-        start: config.json, perhaps with the values that the user gave.
-        new: the new config's JSON, with every default.
-        paths: the fields that may change.
-        shown_by: the names of mismatched tensors, with the fields that set such a dimension.
-        undecided: the fields that no shape shows.
+    ``new``: the new config's JSON with all defaults. ``paths``: fields that may change.
+    ``shown_by``: mismatched tensors, each with the fields that set the mismatched dimension.
     """
     before = as_json(task.classes, start) or start
     changes: dict[FieldPath, Any] = {}
@@ -315,10 +272,7 @@ def _solution(
 
 
 def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[FieldPath]:
-    """Return where config.json says a field: under aliases and its own name, or further outside.
-
-    Of a field that is there under its own name and under an alias, the class reads the alias.
-    """
+    """Where config.json has a field: aliases (which the class prefers), own name, outer config."""
     aliases: Any = getattr(classes.config, "attribute_map", {})
     names = [*(alias for alias, own in aliases.items() if (own,) == path), *path[:1]]
     named: list[FieldPath] = [(n,) for n in names if len(path) == 1 and data.get(n) is not None]
@@ -332,17 +286,12 @@ def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[
 def _changed(
     classes: Classes, data: dict[str, Any], changes: Mapping[FieldPath, Any], new: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a config's JSON with fields changed in place, if the class reads them there.
-
-    Else all of the config is written anew.
-
-    ``new``: the new config's JSON, with every default; lists are taken from it whole.
-    """
+    """Change fields in place if the class reads them there, else write the whole config anew."""
     values: dict[FieldPath, Any] = {}
     for path, value in changes.items():
         if any(not isinstance(key, str) for key in path):
             path = path[: next(at for at, key in enumerate(path) if not isinstance(key, str))]
-            value = value_in(new, path)
+            value = value_in(new, path)  # lists are replaced whole
         values |= dict.fromkeys(_places(classes, data, path), value)
     in_place = with_values(data, values)
     full = as_json(classes, in_place)
@@ -357,10 +306,6 @@ def _changed(
 def _field_cause(
     path: FieldPath, says: Any, holds: Any, stands_for: Any, tensors: tuple[str, ...]
 ) -> Cause:
-    """Return the cause for a field that has to change.
-
-    ``stands_for``: the value that the class uses if the field is not set.
-    """
     name = field_name(path)
     said = f"says {number(says)}"
     if says is None:
@@ -374,7 +319,7 @@ def _field_cause(
 
 
 def _no_width(reason: str, assessment: Assessment) -> Unsolved:
-    """Return why no width gives the shapes of mismatched tensors, and one cause for each kind."""
+    """Return why no width gives the shapes of mismatched tensors, with one cause per kind."""
     mismatched = assessment.mismatched
     if not mismatched:
         return Unsolved(reason)
@@ -382,7 +327,7 @@ def _no_width(reason: str, assessment: Assessment) -> Unsolved:
 
 
 def _in_conflict(conflict: Conflict, assessment: Assessment) -> Unsolved:
-    """Return a conflict between shapes as Unsolved, in the names of fields and tensors."""
+    """Return a conflict between shapes in terms of fields and tensors."""
     if conflict.ambiguous:
         candidates = tuple(
             {field_name(path): value for path, value in candidate.items()}
@@ -414,10 +359,7 @@ def _in_conflict(conflict: Conflict, assessment: Assessment) -> Unsolved:
 
 
 def _needs_several(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
-    """Return the cause for a field that would need several values at once.
-
-    ``by_value``: value -> the tensors that need it.
-    """
+    """The cause for a field that needs several values; ``by_value``: value -> tensors."""
     parts = [
         f"{number(value)} in {_layers(names) or 'the rest'}"
         for value, names in sorted(by_value.items(), key=lambda item: -len(item[1]))
@@ -428,7 +370,7 @@ def _needs_several(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cau
 
 
 def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
-    """Yield a cause for each kind of mismatched tensor; layers with the same mismatch share one."""
+    """Yield a cause for each kind of mismatched tensor; equal mismatches of layers share one."""
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for mismatch in mismatched:
         kind = (_name_pattern(mismatch.name), mismatch.shape, mismatch.expected)
@@ -442,7 +384,7 @@ def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
 
 
 def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
-    """Yield one cause each for tensors that are missing, lost, or cannot be put together."""
+    """Yield one cause each for tensors that are missing, lost, or cannot be assembled."""
     model = classes.model.__name__
     for names, what in (
         (assessment.missing, f"missing in the weights: {model} would start them anew"),
@@ -461,7 +403,7 @@ def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
 
 
 def _list_and_layer(name: str) -> tuple[str, int] | None:
-    """Return the list of layers that a tensor is in and the layer's number; None: in no list."""
+    """The list of layers that a tensor is in, and its layer number, or ``None``."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdecimal() and len(part) < 10 and index:
@@ -470,7 +412,7 @@ def _list_and_layer(name: str) -> tuple[str, int] | None:
 
 
 def _name_pattern(name: str) -> str:
-    """Return a tensor's name with ``*`` in place of its layer number."""
+    """Replace a tensor's layer number by ``*``."""
     place = _list_and_layer(name)
     if place is None:
         return name
@@ -478,7 +420,7 @@ def _name_pattern(name: str) -> str:
 
 
 def _layers(names: Iterable[str]) -> str:
-    """Return where tensors are (``layers 0-29``), or their names if none of them is in a layer."""
+    """Where tensors are (``layers 0-29``), or their names if none is in a layer."""
     numbers: dict[str, set[int]] = {}
     alone: list[str] = []
     for name in names:
@@ -497,7 +439,7 @@ def _layers(names: Iterable[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers as text, the first five ranges of them: ``0-3, 7``."""
+    """Sorted numbers as text, at most five ranges: ``0-3, 7``."""
     runs = [
         [value for _, value in run]
         for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])

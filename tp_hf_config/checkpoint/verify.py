@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 4
-_OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code that folders hold
+_OF_FOLDERS = ("transformers_modules", GENERATED)  # packages of code from folders
 _WEIGHTS_MISSING = ("missing_keys", "mismatched_keys")
 
 
@@ -50,15 +50,15 @@ class _Run(TypedDict):
 
 @check_arguments
 def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripReport:
-    """Save a model to a temporary folder, load and run it in a fresh process, compare the outputs.
+    """Save a model, load and run it in a fresh process, and compare the outputs.
 
     Args:
         model: a Hugging Face model, or a module that contains one; its weights keep their values.
-        inputs: keyword arguments of its forward pass; tensors, numbers, ``None``.
+        inputs: keyword arguments of its forward pass: tensors, numbers, ``None``.
 
     Returns:
-        A report that says whether every output is the same bit for bit, and how far the others are
-        from the live model's. If the model cannot be saved, ``error`` says why.
+        A report: whether every output is the same bit for bit, and how far others are from the live
+        model's. If the model cannot be saved, ``error`` says why.
 
     Raises:
         UnsupportedModelError: there is no single Hugging Face model with whole weights.
@@ -77,13 +77,7 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
 
 
 def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return every tensor that a model's forward pass in eval mode returns, by name.
-
-    Its weights may be moved to aligned memory, because the order of sums can depend on the
-    alignment.
-
-    ``model``: the model; it is in the same mode afterwards.
-    """
+    """Every tensor that a forward pass in eval mode returns; weights may be moved to align them."""
     with child.aligned(model, in_turn=is_paged()), evaluating(model), same_random_state(0):
         return child.outputs_of(model, dict(inputs))
 
@@ -92,14 +86,10 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
 def fresh_run(
     model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
 ) -> Iterator[Callable[[Mapping[str, torch.Tensor]], RoundtripReport]]:
-    """Load and run a folder in a fresh process, while the block runs the live model saved to it.
+    """Load and run a saved folder in a fresh process, while the caller runs the live model.
 
-    ``folder``: the folder that the model was saved to.
-
-    Yields:
-        A function of what the live model computes of the inputs (:func:`live_outputs`). It waits
-        for the process, and returns a report; ``same`` is True if every output is the same bit for
-        bit and Transformers reports no problem with loading.
+    Yields a function of the outputs of the live model (:func:`live_outputs`), which waits and
+    returns a report.
     """
     class_name, options = _class_name(type(model)), _options(model)
     if class_name[0].startswith(_OF_FOLDERS):
@@ -130,21 +120,20 @@ def verify_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> RoundtripReport:
-    """Load and run a folder in a fresh process, and compare its outputs with another folder's.
+    """Load and run a folder in a fresh process, and compare it with another folder.
 
     Args:
         folder: a folder with config.json and weights.
-        against: another folder, which is run on the same small made-up inputs.
+        against: another folder, which is run on the same small random inputs.
         trust_remote_code: run the folder's own code if its class needs it.
 
     Returns:
-        A report; ``same`` is True if the folder loads with no weight missing or of another shape,
-        runs, gives finite numbers in every output, and (with ``against``) the other folder's
-        outputs bit for bit.
+        A report; ``same`` is True if all weights load, the folder runs, every output has finite
+        numbers and (with ``against``) equals the other folder's bit for bit.
 
     Raises:
-        CheckpointError: a folder or its weights do not exist, or nothing is known to run it on
-            (its class is not known, or refuses the config).
+        CheckpointError: a folder or its weights do not exist, or no inputs can be made (its class
+            is not known, or refuses the config).
     """
     path = place(folder)
     paths = [path] if against is None else [path, place(against)]
@@ -182,7 +171,7 @@ def verify_checkpoint(
 
 
 def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterator[str]:
-    """Yield why two folders may compute different things: other classes, other config fields."""
+    """Yield why two folders may differ: other classes, other config fields."""
     names = [read.classes.model.__name__ for read in (folder, other)]
     if names[0] != names[1]:
         yield f"{other.path} is of another class: {names[1]}"
@@ -198,7 +187,7 @@ def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterato
 
 
 def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
-    """Return the name of a folder's class, and small random inputs for it."""
+    """The name of a folder's class, and small random inputs for it."""
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
         raise CheckpointError(f"{read.path}: the class refuses config.json: {model.reason}.")
@@ -234,7 +223,7 @@ def _class_name(model_class: type) -> tuple[str, str]:
 
 
 def _options(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the ``from_pretrained`` options that give the live model's dtype and kernels."""
+    """The ``from_pretrained`` options for the live model's dtype and kernels."""
     options: dict[str, Any] = {"dtype": str(main_dtype(model)).removeprefix("torch.")}
     attention = getattr(model.config, "_attn_implementation", None)
     experts = getattr(model.config, "_experts_implementation", None)
@@ -244,14 +233,7 @@ def _options(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> dict[str, Any]:
-    """Return how a fresh process loads a folder: one entry of ``folders`` in :func:`child.run`.
-
-    Args:
-        folder: the folder.
-        class_name: module and name of the class; for code in the folder, an empty module and the
-            class's reference in ``auto_map``.
-        options: for ``from_pretrained``.
-    """
+    """An entry of ``folders`` in :func:`child.run`."""
     return {"folder": str(folder.absolute()), "class": class_name, "options": options}
 
 
@@ -259,13 +241,9 @@ def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> 
 def _fresh_process(
     jobs: list[dict[str, Any]], inputs: dict[str, Any], device: str, cast: bool = False
 ) -> Iterator[Callable[[], list[_Run]]]:
-    """Load and run folders in one fresh process, which is stopped when the block ends.
+    """Run jobs in one fresh process, killed at the end; ``cast`` inputs to the model's dtype.
 
-    ``jobs``: the folders (see :func:`_job`).
-    ``cast``: give floating inputs the model's dtype.
-
-    Yields:
-        A function that waits for the process, and returns one run for each folder.
+    Yields a function that waits for the process, and returns one run per folder.
     """
     with TemporaryDirectory(prefix="tp_hf_config-") as exchange:
         files = {key: f"{exchange}/{key}.pt" for key in ("inputs", "results")}
@@ -292,12 +270,7 @@ def _fresh_process(
 
 
 def _end_of(code: int, errors: str) -> str:
-    """Return how a fresh process ended that did not finish its job.
-
-    Args:
-        code: its exit status, negative for a signal.
-        errors: what it wrote to standard error.
-    """
+    """How a fresh process that failed ended, from its exit status and standard error."""
     lines = [line for line in errors.splitlines() if line.strip()]
     last = short(lines[-1] if lines else code)
     if code >= 0:
@@ -308,12 +281,6 @@ def _end_of(code: int, errors: str) -> str:
 
 
 def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
-    """Start a fresh process that does a job.
-
-    Args:
-        job_file: the job as JSON (see :func:`child.run`).
-        errors: the file for what it writes to standard error.
-    """
     with errors.open("w") as written:
         return subprocess.Popen(
             [sys.executable, child.__file__, str(job_file)],
@@ -326,12 +293,7 @@ def start_child(job_file: Path, errors: Path) -> subprocess.Popen[bytes]:
 def _problems(
     loading: Mapping[str, list[str]], kinds: Sequence[str] | None = None
 ) -> Iterator[str]:
-    """Yield one line for each kind of key that Transformers reports of loading.
-
-    Args:
-        loading: kind (``missing_keys``) -> the keys.
-        kinds: the kinds to list; ``None``: all.
-    """
+    """Yield one line for each of these kinds of keys that Transformers reports (``None``: all)."""
     for kind, keys in loading.items():
         if kinds is None or kind in kinds:
             listed = ", ".join(map(short, keys[:_SHOWN])) + and_more(keys, _SHOWN)
@@ -348,10 +310,7 @@ def _compared(
     outputs: Mapping[str, torch.Tensor],
     against: str,
 ) -> RoundtripReport:
-    """Return the report on outputs, with their differences from reference outputs.
-
-    Outputs without one finite number are not taken for the same.
-    """
+    """Report on differing outputs; outputs without a finite number never count as the same."""
     names = tuple(dict.fromkeys((*reference, *outputs)))
     differences = tuple(
         difference
@@ -367,19 +326,14 @@ def _compared(
 
 
 def _not_finite(outputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Yield a line for each output that has numbers of which none is finite."""
+    """Yield a line for each output without a finite number."""
     for name, tensor in outputs.items():
         if tensor.numel() and not bool(tensor.isfinite().any()):
             yield f"every number of {name} is NaN or infinite"
 
 
 def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> Iterator[Difference]:
-    """Yield how two tensors differ, if they do; ``None`` differs from any tensor.
-
-    Of floating types that differ, the numbers are compared.
-
-    ``a``: the reference.
-    """
+    """Yield how two tensors differ, if they do; ``a`` is the reference."""
     if a is None or b is None or not _comparable(a, b):
         count = max(tensor.numel() for tensor in (a, b) if tensor is not None)
         yield Difference(name, count, count)
@@ -398,7 +352,7 @@ def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None) -> It
 
 
 def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two tensors are of one shape, and of one type or floating types."""
+    """True for equal shapes, with equal or floating point dtypes."""
     floating = a.is_floating_point() and b.is_floating_point()
     return a.shape == b.shape and (a.dtype == b.dtype or floating)
 

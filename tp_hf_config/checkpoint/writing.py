@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all: they get their name once they are on the disk."""
+"""Write files and folders atomically: they get their name once they are on the disk."""
 
 from __future__ import annotations
 
@@ -32,17 +32,10 @@ _REPAIRED = "is being repaired by another process. Wait for it, then check again
 def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator[None]:
     """Lock a folder, so that no other process writes to it in the meantime.
 
-    The lock is on the folder itself: there is no lock file that could be left behind, and the lock
-    ends with the process that holds it. On Windows, which locks no folders, it is a file beside the
-    folder, which the system removes with the handle or the process that holds it.
-
-    Args:
-        folder: the folder.
-        busy: what another process does that holds the lock.
-        needed: False: go on without a lock on a file system that has none.
-
-    Raises:
-        CheckpointError: another process holds the lock, or the folder cannot be locked.
+    The lock is on the folder itself and ends with the process, so no lock file remains. Windows
+    cannot lock folders: there it is a file beside the folder that the system removes with its
+    handle. ``busy``: what the holder of the lock does, for the message. ``needed=False``: go on if
+    the file system has no locks.
     """
     handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
     try:
@@ -65,14 +58,7 @@ def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written under another name; it gets its own once it is on the disk.
-
-    If a link has one of these names, the link is replaced, and not what it leads to.
-
-    Args:
-        path: the file; one that is there is replaced.
-        write: writes the file that it is given.
-    """
+    """Write a file under a temporary name, then rename it; this replaces links, not targets."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     try:
@@ -85,10 +71,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to the disk.
-
-    Windows flushes only files that may be written; others it writes when it likes.
-    """
+    """Flush a file or a folder to the disk; Windows can flush only writable files."""
     try:
         handle = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
     except PermissionError:
@@ -102,24 +85,13 @@ def flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder, and with it a rename in it, to the disk; some file systems cannot do this."""
+    """Flush a folder, and so a rename in it; some file systems cannot."""
     with suppress(OSError):
         flush(folder)
 
 
 def replace_config(folder: Path, text: bytes) -> Path:
-    """Replace a folder's config.json and keep the old one beside it; the folder has to be locked.
-
-    If config.json is a link, the link is replaced, and the file it leads to stays as it is.
-
-    ``text``: the new config.json.
-
-    Returns:
-        The path that the old config has now.
-
-    Raises:
-        OSError: the new config cannot be written; the folder is as it was.
-    """
+    """Replace config.json in a locked folder, undone on errors; return the path of its backup."""
     target = folder / CONFIG
     old, count = target.read_bytes(), 0
     while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
@@ -135,19 +107,17 @@ def replace_config(folder: Path, text: bytes) -> Path:
 
 
 def write_config(folder: Path, data: dict[str, Any]) -> None:
-    """Write a config's JSON into a folder that is not complete yet, as Transformers formats it."""
+    """Write a config's JSON into an unfinished folder, as Transformers formats it."""
     text = json.dumps(data, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def new_folder(target: Path, check: Callable[[], object]) -> Iterator[Path]:
-    """Yield a hidden folder beside ``target``; it gets that name at the end, or is removed.
+    """Yield a hidden folder beside ``target``, renamed to it at the end, or removed on errors.
 
-    Args:
-        target: the final folder; one that is there is replaced.
-        check: raises if ``target`` may not be written; asked first, and again at the end, as
-            somebody may have written to it meanwhile.
+    An existing ``target`` is replaced. ``check`` raises if it may not be written; it is called
+    again at the end, because another process may have written to ``target``.
     """
     check()
     work = hidden_beside(target)
@@ -166,15 +136,12 @@ def new_folder(target: Path, check: Callable[[], object]) -> Iterator[Path]:
 
 
 def hidden_beside(target: Path, ending: str = ".unfinished") -> Path:
-    """Return the path of a hidden folder beside a folder, with a name that no other run takes."""
+    """A hidden path beside a folder, with a name that no other run uses."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
 
 
 def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
-    """Rename ``work`` to ``target``, and remove the folder that had this name.
-
-    That folder is renamed to ``aside`` first; after a failure it gets its name back.
-    """
+    """Rename ``work`` to ``target``; a folder of that name is kept in ``aside`` meanwhile."""
     with uninterrupted():
         try:
             if target.exists():
@@ -191,7 +158,7 @@ def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
 def uninterrupted() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+        yield  # only the main thread receives signals
         return
     waiting: list[int] = []
 
@@ -212,18 +179,10 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def copied_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
-    """Copy a folder with another config; give the copy its name if the block raises nothing.
+    """Copy a folder with another config; the copy gets its name if the block succeeds.
 
-    Links to folders and special files are left out.
-
-    ``text``: the new config.json.
-
-    Yields:
-        The path that the copy has until then, and the names of what was left out.
-
-    Raises:
-        CheckpointError: ``out`` exists already.
-        OSError: the copy cannot be written; nothing of it is left.
+    Yields the temporary path, and the names of links to folders and special files, which are left
+    out.
     """
     with new_folder(out, partial(check_does_not_exist, out)) as work:
         left_out = _copy(source, work)
@@ -232,7 +191,7 @@ def copied_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, 
 
 
 def _copy(source: Path, work: Path) -> list[str]:
-    """Copy a folder but for its own config.json; return the names of what was left out."""
+    """Copy a folder except its config.json; return the names of what was left out."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -250,13 +209,13 @@ def _copy(source: Path, work: Path) -> list[str]:
 
 
 def check_target(source: Path, out: Path) -> None:
-    """Raise a CheckpointError if ``source`` cannot be copied to ``out``: it exists or is inside."""
+    """Raise CheckpointError if ``out`` exists or is inside ``source``."""
     check_does_not_exist(out)
     if source.resolve() in out.resolve().parents:
         raise CheckpointError(f"{out} is inside {source}, which is copied. Say a folder outside.")
 
 
 def check_does_not_exist(out: Path) -> None:
-    """Raise a CheckpointError if ``out`` exists already, so that nothing is overwritten."""
+    """Raise CheckpointError if ``out`` exists, so that nothing is overwritten."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already. Say a folder that is not.")

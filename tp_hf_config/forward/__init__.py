@@ -1,1 +1,1 @@
-"""Run a class: make inputs, find the results that count as outputs, see how heads are split."""
+"""Run a class: make inputs, choose the results that count as outputs, see how heads are split."""

@@ -1,7 +1,7 @@
-"""Find inputs that reach as much of the tiny model as possible.
+"""Find inputs that reach as many parameters of the tiny model as possible.
 
-A parameter that no output depends on proves nothing. What may reach more: a longer text, a video
-beside the image, arguments that a class can do without, methods beside the forward pass.
+A parameter that no output depends on proves nothing. A longer text, a video beside the image,
+optional arguments, or methods beside the forward pass may reach more.
 """
 
 from __future__ import annotations
@@ -36,38 +36,25 @@ _LONG_TEXT = 32
 
 @dataclass(frozen=True)
 class WorkingInputs:
-    """Inputs and a recipe with which a model runs to its end.
-
-    Attributes:
-        inputs: keyword arguments of one forward pass of two samples.
-        partial: True if they are text alone, though the class takes images or sound too.
-        recipe: how the class is run, with the methods that reach more of it.
-    """
-
-    inputs: dict[str, Any]
-    partial: bool
-    recipe: RunRecipe
+    inputs: dict[str, Any]  # keyword arguments of a forward pass of two samples
+    partial: bool  # text alone, though the class also takes images or sound
+    recipe: RunRecipe  # with the methods that reach more parameters
 
 
 class InputsRefusal(Refusal):
-    """The user's ``make_inputs=`` is at fault; ``reason`` says whose it is and what to do."""
+    """The user's ``make_inputs=`` failed; ``reason`` names the function and the fix."""
 
 
 class GradientsError(Exception):
-    """A class runs, but its outputs cannot be differentiated, so it allows no experiments."""
+    """A class runs, but torch cannot differentiate its outputs, so experiments are impossible."""
 
 
 def working_inputs(model: nn.Module, recipe: RunRecipe = PLAIN) -> WorkingInputs | Refusal:
-    """Return inputs of two samples with which the model runs, with a recipe; or the first error.
-
-    The forms are tried in this order: the one that went furthest without data, all forms, a text of
-    three tokens (there may be few positions), the first form without encoder states, and text alone
-    of a model that takes images or sound too.
-    """
+    """Return inputs of two samples and a recipe with which the model runs, or the first error."""
     if recipe.make_inputs is not None:
         return _users_inputs(model, recipe, recipe.make_inputs)
-    first = example_inputs(model, recipe)  # it went furthest without data
-    short = islice(input_forms(model, recipe, length=3), 1)
+    first = example_inputs(model, recipe)  # it got furthest on the meta device
+    short = islice(input_forms(model, recipe, length=3), 1)  # there may be few positions
     forms = chain([first], input_forms(model, recipe), short)
     states = encoder_states_in(model, first, recipe.encoder_states)
     bare = [{name: value for name, value in first.items() if name not in states}] if states else []
@@ -118,15 +105,11 @@ def _shapes_in(inputs: Mapping[str, Any]) -> str:
 
 
 def _with_more_reached(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
-    """Return inputs and methods that reach as many of the model's parameters as possible.
-
-    A longer text comes first: no token of a short one may go to some expert, and Transformers 4
-    keeps each expert as layers of its own. Then come images and videos together, then arguments
-    that no class has to be given, then methods beside the forward pass.
-    """
+    """Return inputs and methods that reach as many parameters as possible."""
     inputs, recipe = working.inputs, working.recipe
     unreached = unreached_by(model, inputs)
     if unreached and "input_ids" in inputs:
+        # a short text may leave experts without tokens; in Transformers 4 each has its own layers
         longer = second_sample(example_inputs(model, recipe, length=_LONG_TEXT))
         if longer.keys() == inputs.keys():
             inputs, unreached = _better(model, longer, inputs, unreached, by_chance=True)
@@ -160,35 +143,27 @@ def _better(
     unreached: set[str],
     by_chance: bool = False,
 ) -> tuple[dict[str, Any], set[str]]:
-    """Return the better of two inputs, and the parameters that it does not reach.
-
-    The other inputs are better if they reach all that these do and more. If chance decides what is
-    reached (``by_chance``), they only have to reach a larger number of parameters.
-    """
+    """Return the better of two inputs, and the parameters that it does not reach."""
     if forward_error(model, other) is not None:
         return inputs, unreached
     remaining = unreached_by(model, other)
+    # if chance decides what is reached, the number counts; else nothing may be lost
     improves = len(remaining) < len(unreached) if by_chance else remaining < unreached
     return (other, remaining) if improves else (inputs, unreached)
 
 
 def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN) -> set[str]:
-    """Return the names of the parameters that the outputs do not depend on.
-
-    Raises:
-        GradientsError: torch cannot compute their gradients (Doge's experts with normed scores,
-            which it divides in place).
-    """
+    """Return the names of the parameters that no output depends on."""
     with AllFloat64():
         computed = tensors_in(outputs_of(model, inputs, recipe))
         outputs = [tensor for tensor in computed if tensor.requires_grad]
     names, parameters = zip(*model.named_parameters(), strict=True)
-    if not outputs:  # numbers of codes (WavTokenizer's encoder) have no gradients
+    if not outputs:  # integer outputs have no gradients (WavTokenizer's codes)
         return set(names)
     total = torch.stack([tensor.sum() for tensor in outputs]).sum()
     try:
         grads = torch.autograd.grad(total, parameters, allow_unused=True)
-    except RuntimeError as error:
+    except RuntimeError as error:  # Doge divides normed scores of its experts in place
         note_shortage(error)
         reason = in_one_line(error)[:200]
         raise GradientsError(f"torch cannot compute its gradients: {reason}") from error
@@ -198,7 +173,6 @@ def unreached_by(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = P
 def forward_error(
     model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe = PLAIN
 ) -> Refusal | None:
-    """Return the error that a forward pass ends with, or None if it runs to its end."""
     try:
         with torch.no_grad(), AllFloat64():
             outputs_of(model, inputs, recipe)

@@ -1,4 +1,4 @@
-"""Run a class without data: find out how it is run with a config, and whether it runs."""
+"""Run a class on the meta device, to find out whether and how it runs with a config."""
 
 from __future__ import annotations
 
@@ -32,27 +32,19 @@ from .run_recipe import (
 
 
 class DryPass(NamedTuple):
-    """A forward pass without data that ran to its end.
+    """A forward pass on the meta device that completed."""
 
-    Attributes:
-        inputs: the keyword arguments of the pass; only whole numbers and masks have data.
-        guessed: True if values of tensors without data decide what is computed.
-    """
-
-    inputs: dict[str, Any]
-    guessed: bool
+    inputs: dict[str, Any]  # keyword arguments; only integers and masks have values
+    guessed: bool  # values of meta tensors decide what is computed
 
 
 def dry_pass(
     model: nn.Module, recipe: RunRecipe, watched: AbstractContextManager[Any] | None = None
 ) -> DryPass | Refusal:
-    """Run a model on the meta device, inside ``watched``; return the pass, or the class's error.
-
-    Its experts switch to an implementation without routing.
-    """
+    """Run a model on the meta device inside ``watched``; return the pass, or the error."""
     for config in configs_of(model):
         if hasattr(type(config), "_experts_implementation"):
-            config._experts_implementation = "batched_mm"  # its shapes depend on no routing
+            config._experts_implementation = "batched_mm"  # its shapes do not depend on routing
     numbers = RealNumbers()
     try:
         with torch.no_grad(), same_random_state(), numbers:
@@ -66,11 +58,7 @@ def dry_pass(
 
 
 def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunRecipe:
-    """Return how a class is run: the form of its inputs, and the encoder states that it reads.
-
-    Raises:
-        UnsupportedModelError: the user's function raises, or returns no dict.
-    """
+    """Find the form of inputs and the encoder states of a class; calls ``make_inputs`` if given."""
     recipe = RunRecipe(_best_form(model) if make_inputs is None else 0, make_inputs=make_inputs)
     with torch.no_grad(), RealNumbers():
         inputs = example_inputs(model, recipe)
@@ -84,13 +72,14 @@ def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunR
 
 
 def _best_form(model: nn.Module) -> int:
-    """Return the index of the input form with which the forward pass goes furthest."""
+    """Index of the input form with which the forward pass gets furthest."""
     calls: list[str] = []
     best, most = 0, -1
     forms = input_forms(model)
     with _hooked(model, nn.Module.register_forward_hook, lambda name, *_: calls.append(name)):
         for number in count():
-            with torch.no_grad(), RealNumbers():  # around the run too it would lose whole numbers
+            # only here: nested around the run, it loses integers
+            with torch.no_grad(), RealNumbers():
                 inputs = next(forms, None)
             if inputs is None:
                 break
@@ -105,13 +94,10 @@ def _best_form(model: nn.Module) -> int:
 def _find_states(
     model: nn.Module, inputs: Mapping[str, Any], offered: Iterable[str]
 ) -> EncoderStates | None:
-    """Return the encoder states with which layers run that are idle without; None if none do.
-
-    A model that contains an encoder skips it when it is given states: it does not need them. The
-    first run finds the layer that reads the states, and so how wide they are.
-    """
+    """Encoder states with which otherwise idle layers run; ``None`` if there are none."""
     without = _run_watched(model, inputs)
     for argument in offered:
+        # the first run finds the layer that reads the states, and so their width
         narrow = random_states(next(model.parameters()), 1)
         read = _run_watched(model, {**inputs, argument: narrow}, narrow).read
         if read is None:
@@ -120,16 +106,16 @@ def _find_states(
         parameter = model.get_parameter(name)
         states = random_states(parameter, parameter.shape[dim])
         with_states = _run_watched(model, {**inputs, argument: states})
+        # a model with an encoder of its own skips it when given states, and needs none
         if with_states.called > without.called and with_states.ended >= without.ended:
             return EncoderStates(argument, in_all_layers(name), dim)
     return None
 
 
 class _Pass(NamedTuple):
-    """The layers that were called, whether the pass ended, and the first weight to read states."""
-
-    called: set[str]
+    called: set[str]  # layers
     ended: bool
+    # first weight that reads the states, and the dim that matches their width
     read: tuple[str, int] | None
 
 
@@ -151,7 +137,7 @@ def _run_watched(
 
 
 def _input_dim(module: nn.Module) -> int | None:
-    """Return the dimension of a layer's weight that is as long as its input is wide, or None."""
+    """The dimension of a layer's weight that matches its input width, or ``None``."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim > 2:
         return None
@@ -162,7 +148,7 @@ def _input_dim(module: nn.Module) -> int | None:
 def _hooked(
     model: nn.Module, register: Callable[..., Any], hook: Callable[..., None]
 ) -> Iterator[None]:
-    """While open, every module with parameters of its own has a hook that is told its name."""
+    """While open, every module with parameters of its own has a hook that gets its name."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):

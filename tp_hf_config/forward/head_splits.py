@@ -1,8 +1,8 @@
-"""See how layers' outputs are split into heads, by running the forward pass without data.
+"""See how outputs of layers are split into heads, from a forward pass on the meta device.
 
-The head count of a BERT layer is not in any tensor's shape. It is in what the forward pass does
-with a projection's output: ``view(batch, tokens, heads, head_dim)``. A run on the meta device shows
-it for every class, takes milliseconds and needs no layer names.
+The head count of a BERT layer is in no tensor's shape, but in what the forward pass does with a
+projection's output: ``view(batch, tokens, heads, head_dim)``. A run on the meta device shows it for
+every class, takes milliseconds and needs no layer names.
 """
 
 from __future__ import annotations
@@ -34,46 +34,35 @@ _OVER_POSITIONS = frozenset({*_SOFTMAX, F.scaled_dot_product_attention, *_POOLS}
 
 @dataclass(frozen=True)
 class HeadSplits:
-    """How the forward pass cuts and splits layers' outputs.
+    """How the forward pass cuts and splits the outputs of layers."""
 
-    Attributes:
-        heads: layer -> how each piece of its output features is split: ``((heads, head_dim),)``,
-            three of them for fused q/k/v, or ``((heads, parts, head_dim),)`` where q/k/v are fused
-            per head.
-        pieces: layer -> sizes of the pieces that its output features are cut into (fused gate and
-            up, fused q/k/v).
-        outputs: layers whose output the model returns (``lm_head``, classifiers).
-        steps: how many calls of projections there were; fewer if the forward pass broke off.
-        ended: True if the forward pass ran to its end with all its inputs, not with text alone.
-        numbers: how many numbers its operations returned, which is what it costs.
-        idle: projections that were not called.
-        alone: how many softmaxes chose from a single entry (attention over a single token), and how
-            many pools made several positions of one (all are alike then).
-    """
-
+    # layer -> split of each piece: ((heads, head_dim),), three for fused q/k/v, or ((heads, parts,
+    # head_dim),) if q/k/v are fused per head
     heads: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    # layer -> sizes of the pieces of its output features (fused gate and up, fused q/k/v)
     pieces: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    outputs: frozenset[str] = frozenset()
-    steps: int = 0
-    ended: bool = False
-    numbers: int = 0
-    idle: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()  # layers whose output the model returns (lm_head)
+    steps: int = 0  # calls of projections; fewer if the forward pass stopped early
+    ended: bool = False  # the forward pass completed with all inputs, not with text alone
+    numbers: int = 0  # in the results of all operations: the cost of the pass
+    idle: frozenset[str] = frozenset()  # projections that were not called
+    # softmaxes over a single entry (attention over one token), and pools that made several
+    # positions of one: all entries are alike then
     alone: int = 0
 
 
 def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True) -> HeadSplits:
-    """Run ``model`` (on the meta device) and return how its projections' outputs are split.
+    """Run a model on the meta device; return how the outputs of its projections are split.
 
-    A forward pass that needs real values stops part of the way; the result then has the layers that
-    ran before. If images or sound stop it early and ``text_alone`` is True, a second run on text
-    alone adds its layers.
+    A forward pass that needs values stops early; the result has the layers up to there. If images
+    or sound stop it, ``text_alone`` adds the layers of a second run on text alone.
     """
     text_alone = text_alone and recipe.make_inputs is None
     try:
         with torch.no_grad(), RealNumbers():
             text = text_inputs(model) if text_alone else None
             inputs = example_inputs(model, recipe)
-    except UnsupportedModelError:  # the user's function does not take this config
+    except UnsupportedModelError:  # make_inputs= rejects this config
         return HeadSplits()
     splits = splits_with(model, inputs)
     if splits.ended or text is None:
@@ -92,7 +81,7 @@ def observe(model: nn.Module, recipe: RunRecipe = PLAIN, text_alone: bool = True
 
 
 def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
-    """Run the model on these inputs and return its head splits, also if the pass breaks off."""
+    """Run a model on these inputs; return its head splits, even if the pass stops early."""
     ended = False
     watch = _SplitWatch()
     run = RealNumbers()
@@ -108,7 +97,7 @@ def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
             watch.returned(model(**inputs))
             ended = True
     except Exception as error:
-        note_shortage(error)  # else it needs values and ends here; the layers before have run
+        note_shortage(error)  # else the pass needs values, and stops here
     return HeadSplits(
         heads=watch.complete_heads(),
         pieces={name: tuple(sizes) for name, sizes in watch.pieces.items()},
@@ -122,10 +111,7 @@ def splits_with(model: nn.Module, inputs: Mapping[str, Any]) -> HeadSplits:
 
 
 def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the trailing dims of ``shape`` that split the last dim of ``before``.
-
-    None: that dim is not split. ``before`` is the shape before a view or reshape, ``shape`` after.
-    """
+    """Trailing dims of ``shape`` that split the last dim of ``before`` in a view, or ``None``."""
     for start in range(len(shape) - 1, -1, -1):
         if math.prod(shape[start:]) == before[-1]:
             tail = shape[start:]
@@ -136,21 +122,15 @@ def feature_split(shape: tuple[int, ...], before: tuple[int, ...]) -> tuple[int,
 
 
 def _by_piece(split: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return one split, or three where query, key and value are split one after the other.
-
-    ModernBERT's ``Wqkv`` is split as ``(3, heads, head_dim)``. ``(heads, 3, head_dim)`` is
-    different: all three of one head, then of the next.
-    """
+    """Return one split, or three if it is ``(3, heads, head_dim)`` (ModernBERT's ``Wqkv``)."""
+    # (heads, 3, head_dim) differs: q, k and v of one head, then of the next
     if len(split) == 3 and split[0] == 3 and split[1] != 3:
         return (split[1:],) * 3
     return (split,)
 
 
 def _is_over_one(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
-    """True if a softmax chooses from a single entry, or a pool makes several positions of one.
-
-    ``func`` is one of ``_OVER_POSITIONS``.
-    """
+    """True if a softmax is over a single entry, or a pool makes several positions of one."""
     first: Any = args[0] if args else kwargs.get("input")
     if func in _SOFTMAX:
         return bool(first.shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)] == 1)
@@ -161,10 +141,7 @@ def _is_over_one(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -
 
 
 def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> bool:
-    """True if a function takes the last axis of a tensor apart into single entries.
-
-    A split that ends so gives no heads but pairs: gate and up beside each other, for each unit.
-    """
+    """True if the last axis is taken apart: it holds pairs (gate and up of a unit), not heads."""
     tensor = args[0]
     if func in _TAKES:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -179,7 +156,7 @@ def _takes_apart(func: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -
 
 
 class _SplitWatch(NoValues):
-    """Follows each projection's output until the forward pass splits it."""
+    """Follows the output of each projection until the forward pass splits it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,8 +174,6 @@ class _SplitWatch(NoValues):
         self._halves: dict[int, tuple[str, int, torch.Tensor]] = {}  # split into two axes
 
     def hook(self, name: str) -> Any:
-        """Return a forward hook that marks the output of this layer as one to follow."""
-
         def remember(module: nn.Module, args: Any, output: Any) -> None:
             self.steps += 1
             self.called.add(name)
@@ -209,7 +184,7 @@ class _SplitWatch(NoValues):
         return remember
 
     def complete_heads(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Return layer -> splits, if the whole output or every piece of it is split into heads."""
+        """Layer -> splits, if its whole output or all pieces are split into heads."""
         result: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name in dict.fromkeys(name for name, _ in self._splits):
             whole = self._splits.get((name, -1))
@@ -222,15 +197,12 @@ class _SplitWatch(NoValues):
         return result
 
     def _of_pieces(self, name: str) -> list[tuple[int, ...] | None]:
-        """Return how every piece of a layer's output is split; None: it is not.
-
-        A piece as long as one head of the others is a single head: GPT-BigCode's one key and value
-        for all heads are cut but not split.
-        """
+        """Return how every piece of a layer's output is split; ``None``: it is not."""
         sizes = self.pieces[name]
         splits = [self._splits.get((name, piece)) for piece in range(len(sizes))]
         dims = {split[-1] for split in splits if split is not None and split[0] > 1}
         return [
+            # GPT-BigCode does not split the one key and one value that it cuts off
             split or ((1, size) if {size} == dims else None)
             for split, size in zip(splits, sizes, strict=True)
         ]
@@ -247,7 +219,7 @@ class _SplitWatch(NoValues):
         if func in _OVER_POSITIONS:
             self.alone += _is_over_one(func, args, kwargs or {}, output)
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        # a norm's weight is the argument before what it scales (OLMo 2's queries)
+        # followed tensors first: a norm's weight may precede what it scales (OLMo 2's queries)
         tensors.sort(key=lambda tensor: id(tensor) not in self._source)
         source = self._source.get(id(tensors[0])) if tensors else None
         split = self._halves.get(id(args[0])) if args else None
@@ -261,7 +233,6 @@ class _SplitWatch(NoValues):
     def _note(
         self, name: str, piece: int, tensors: list[torch.Tensor], func: Any, output: Any
     ) -> None:
-        """Record what a function does with a followed output: split it, cut it or change values."""
         before = tensors[0]
         if func in _SPLITS:
             tail = feature_split(tuple(output.shape), tuple(before.shape))
@@ -282,7 +253,7 @@ class _SplitWatch(NoValues):
             return
         elif func is torch.Tensor.__getitem__:
             if piece == -2 and output.shape[:-2] == before.shape[:-2]:
-                self._per_head.add(name)  # takes parts of each of the three: the three are heads
+                self._per_head.add(name)  # indexes within each of the three, so the three are heads
                 self.pieces.pop(name, None)
             if (
                 piece == -1
@@ -304,18 +275,17 @@ class _SplitWatch(NoValues):
 
 
 def heads_of(piece: int) -> str:
-    """Return the name of the quantity that is the head count of a piece."""
     return "heads" if piece == 0 else f"heads of piece {piece}"
 
 
 def counts_of(
     splits: Sequence[tuple[int, ...]], like: Sequence[tuple[int, ...]] = ()
 ) -> dict[str, int]:
-    """Return the counts of a layer that are quantities, by name: the heads of each piece.
+    """Name -> count for the counts of a layer that are quantities: the heads of each piece.
 
-    Where several parts are fused per head (each key/value head's queries, its key and its value),
-    the parts of all heads are counted too (``"parts of heads"``): how many a head has may change.
-    ``like`` are the splits at other widths: a split into one head may lack its axis.
+    If parts are fused per head (a key/value head's queries, key and value), the parts of all heads
+    are counted too (``"parts of heads"``), since their number per head may change. ``like``: splits
+    at other widths, because a split into one head may lack its axis.
     """
     counts: dict[str, int] = {}
     for piece, split in enumerate(splits):
@@ -329,10 +299,7 @@ def counts_of(
 def splits_after(
     splits: Sequence[tuple[int, ...]], removed: Collection[int]
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Return how a layer's pieces are split once some features are removed (:func:`split_after`).
-
-    None: some piece is no longer split evenly, or a removed feature is outside of all pieces.
-    """
+    """:func:`split_after` for all pieces; ``None`` also if a feature is outside of them."""
     start, result = 0, []
     for split in splits:
         end = start + math.prod(split)
@@ -345,11 +312,7 @@ def splits_after(
 
 
 def split_after(split: tuple[int, ...], removed: Collection[int]) -> tuple[int, ...] | None:
-    """Return how a projection's features are split once those at some positions are removed.
-
-    There are fewer heads if all features of a head went, and a smaller head dim if every other head
-    lost the same number. ``None``: heads lost different numbers, and the rest are not equal.
-    """
+    """Return a split after features are removed; ``None`` if the remaining heads are uneven."""
     heads, parts, dim = split[0], math.prod(split[1:-1]), split[-1]
     lost = Counter(index // dim for index in removed)  # per part of a head
     going = [[lost[head * parts + part] for part in range(parts)] for head in range(heads)]

@@ -1,8 +1,7 @@
-"""Make arguments that go beside others: masks, grids and sizes whose shapes follow from theirs.
+"""Make masks, grids and sizes whose shapes are derived from those of other arguments.
 
-Without some optional arguments parts of a model do not run: global attention for some tokens,
-entities beside the words, a voice before the text. A class has weights for them that no other input
-reaches.
+Without some optional arguments parts of a model do not run: global attention, entities beside the
+words, a voice before the text. The class has weights that no other input reaches.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 from .input_shapes import PIXELS, Shape, channels_of, crops_of, grid_of, patch_of, side_of, size_of
 
-Form = Mapping[str, Shape]
-"""Argument -> its chosen shape."""
+Form = Mapping[str, Shape]  # argument -> its chosen shape
+# argument's shape from config and form; None: leave it out
 Companion = Callable[[Any, Form], Shape | None]
-"""Returns an argument's shape from the config and a form; None if the argument is left out."""
 Inputs = Mapping[str, Any]
+# model and its other inputs -> arguments to add
 MakeOptional = Callable[[nn.Module, Inputs], dict[str, Any]]
-"""Returns the arguments to add, from a model and its other inputs."""
 
 
 def _values(*numbers: int) -> Shape:
@@ -31,17 +29,16 @@ def _values(*numbers: int) -> Shape:
 
 
 def _beside(name: str, make: Callable[[Any, Shape], Shape | None]) -> Companion:
-    """Give the argument if ``name`` is given, in a shape that is made of its shape."""
     return lambda config, form: make(config, form[name]) if name in form else None
 
 
 def _like(name: str, what: Literal["numbers", "ones", "mask", "ids"]) -> Companion:
-    """Give the argument the same shape as the argument ``name``, filled with ``what``."""
+    """Give the argument the shape of the argument ``name``, filled with ``what``."""
     return _beside(name, lambda config, other: Shape(other.size, what))
 
 
 def _steps_of(*names: str, what: Literal["mask", "no padding"] = "mask") -> Companion:
-    """Give the argument a mask over the time steps of the first of these that is given."""
+    """Make a mask over the time steps of the first of these arguments that is given."""
 
     def companion(config: Any, form: Form) -> Shape | None:
         steps = next((form[name].steps for name in names if name in form), 0)
@@ -63,7 +60,7 @@ def _merge(config: Any, form: Form) -> Shape:
 
 
 def _pools(config: Any, images: Shape) -> Shape:
-    """Return, for each of four tokens, the numbers of the patches that are pooled into it."""
+    """For each of four tokens, the indices of the patches that are pooled into it."""
     patches = prod(images.size[:-1])
     return Shape((4, 4), "values", tuple(number % patches for number in range(16)))
 
@@ -103,12 +100,12 @@ def _time_features(config: Any, steps: int) -> Shape | None:
 
 
 def _future(config: Any, past: Shape) -> Shape | None:
-    """Return the shape of what follows ``past_values``; no decoder runs without it (Informer)."""
+    """The shape of what follows ``past_values``; no decoder runs without it (Informer)."""
     length = size_of(config, "prediction_length")
     return Shape((1, length, *past.size[2:])) if length else None
 
 
-COMPANIONS: dict[str, Companion] = {
+COMPANIONS: dict[str, Companion] = {  # argument -> its shape, from the chosen shapes of others
     "grid_thw": _whole_grid,
     "image_grid_thw": _whole_grid,
     "merge_sizes": _merge,
@@ -116,11 +113,11 @@ COMPANIONS: dict[str, Companion] = {
     "spatial_shapes": _flat_grid,
     "target_sizes": _flat_grid,
     "image_token_pooling": _beside("pixel_values", _pools),
-    # rows and columns of those tokens, and zeros for the smaller image: there is none
+    # rows and columns of those tokens; zeros, because there is no smaller image
     "image_grids": _beside("pixel_values", lambda config, images: _values(2, 2, 0, 0)),
     "image_sizes": _image_sizes,
     "image_attention_mask": _beside("image_pixel_values", _patch_mask),
-    "audio_embed_sizes": _beside(  # steps that are no padding, before an encoder reduces them
+    "audio_embed_sizes": _beside(  # steps without padding, before an encoder reduces them
         "audio_input_features", lambda config, sound: Shape((1,), "values", (sound.steps,))
     ),
     "pixel_position_ids": _beside("pixel_values", _places),
@@ -149,13 +146,11 @@ COMPANIONS: dict[str, Companion] = {
     "past_values_padding": _beside("past_values", lambda config, past: _values(*[0] * past.steps)),
     "decoder_input_values": _like("input_values", "numbers"),
 }
-"""Arguments that are given beside those with chosen shapes, and what gives their shapes."""
+# some classes accept these, but cannot use them in every form
 DISPENSABLE = ("image_sizes", "pixel_attention_mask", "input_features_mask")
-"""Arguments that some classes accept, but cannot use in every form."""
 
 
 def optional_arguments(model: nn.Module, inputs: Inputs) -> list[MakeOptional]:
-    """Return what makes the optional arguments that a class takes beside these inputs."""
     parameters = inspect.signature(model.forward).parameters
     return [
         make
@@ -171,7 +166,7 @@ def _first_token(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _entities(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return two entities: one of two words and one of a single word."""
+    """Two entities: one of two words, and one of a single word."""
     ids = inputs["input_ids"]
     count = max(2, size_of(model.config, "entity_vocab_size"))
     places = torch.tensor([[0, 1], [2, -1]], device=ids.device)
@@ -182,14 +177,14 @@ def _entities(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _half_image(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return token types, half text and half image: each kind has experts of its own."""
+    """Token types, half text and half image: each has experts of its own."""
     kinds = torch.zeros_like(inputs["input_ids"])
     kinds[:, : kinds.shape[1] // 2] = 1
     return {"moe_mm_token_type_ids": kinds}
 
 
 def _hidden_steps(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return a mask that hides the first two steps of the sound from the model."""
+    """A mask that hides the first two steps of the sound."""
     if "input_features" in inputs:
         steps = inputs["input_features"].shape[1]
     else:
@@ -200,7 +195,7 @@ def _hidden_steps(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _behind(config: Any, ids: Tensor, name: str, count: int) -> Tensor:
-    """Return the text, special tokens made plain, behind ``count`` tokens of this name."""
+    """Text without special tokens, after ``count`` tokens ``name`` of the config."""
     special = {
         value
         for key, value in vars(config).items()
@@ -212,7 +207,7 @@ def _behind(config: Any, ids: Tensor, name: str, count: int) -> Tensor:
 
 
 def _voice(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return two steps of a voice, and the text behind their tokens."""
+    """Two steps of a voice, and the text after their tokens."""
     config, ids = model.config, inputs["input_ids"]
     width = size_of(config, "audio_prompt_dim", "latent_dim")
     parameter = next(model.parameters())
@@ -222,7 +217,7 @@ def _voice(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def _codes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Return two steps of sound in codebooks, and the text behind their tokens."""
+    """Two steps of sound in codebooks, and the text after their tokens."""
     config, ids = model.config, inputs["input_ids"]
     codes = torch.ones_like(ids[:, :2])[..., None].repeat(1, 1, size_of(config, "num_codebooks"))
     return {"input_ids": _behind(config, ids, "audio_token_id", 2), "audio_input_ids": codes}
@@ -230,6 +225,7 @@ def _codes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 _TEXT = ("input_ids",)
 _SOUND = ("input_values", "input_features")
+# argument -> inputs that it needs (any one of them), and its maker
 _OPTIONAL: dict[str, tuple[tuple[str, ...], MakeOptional]] = {
     "global_attention_mask": (_TEXT, _first_token),
     "entity_ids": (_TEXT, _entities),
@@ -238,4 +234,3 @@ _OPTIONAL: dict[str, tuple[tuple[str, ...], MakeOptional]] = {
     "audio_input_ids": (_TEXT, _codes),
     "mask_time_indices": (_SOUND, _hidden_steps),
 }
-"""Argument -> the inputs it goes beside (any one of them), and the function that makes it."""

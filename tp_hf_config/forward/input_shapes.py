@@ -1,4 +1,4 @@
-"""Give the shapes of a forward pass's arguments, from their names and the config's sizes."""
+"""Shapes of a forward pass's arguments, from their names and the config's sizes."""
 
 from __future__ import annotations
 
@@ -9,44 +9,35 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-_SAMPLES = 7680  # of sound: the strides of a speech encoder divide it and leave some frames
+_SAMPLES = 7680  # of sound; the strides of speech encoders divide it, and some frames remain
 _FRAMES = 64  # of a spectrogram
-PIXELS = 64
-"""The side of an image, in pixels, if the config gives none."""
+PIXELS = 64  # side of an image, if the config gives none
+# config fields for the side of an image
 IMAGE_SIZES = ("image_size", "img_size", "max_img_size", "resolution", "crop_size")
-"""Names of the config field for the side of an image."""
 _NESTED = ("text_config", "vision_config", "audio_config")
-_BINS = (
+_BINS = (  # config fields for the number of features of a sound
     *("feature_projection_input_dim", "num_mel_bins", "n_mel_bins", "n_mels", "feature_size"),
     *("input_feat_per_channel", "input_feat_size", "input_dim", "mel_dim", "input_size"),
 )
-"""Names of the config field for how wide the features of a sound are."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one tensor, and what to fill it with.
+    """The shape of one tensor, and what to fill it with."""
 
-    Attributes:
-        size: the shape of one sample; patches of an image come without a batch dimension.
-        what: ``"numbers"`` are random from 0 to 1; ``"mask"`` is all True and ``"no padding"`` all
-            False; ``"ids"`` are token ids (all 1); ``"values"`` are ``values`` row by row.
-        values: the whole numbers for ``what="values"``.
-        steps: the length in time, which a mask for it has too.
-    """
-
-    size: tuple[int, ...]
+    size: tuple[int, ...]  # of one sample; patches of an image have no batch dimension
+    # numbers: random in 0 to 1; mask: all True; no padding: all False; ids: all 1
     what: Literal["numbers", "ones", "mask", "no padding", "ids", "values"] = "numbers"
-    values: tuple[int, ...] = ()
-    steps: int = 0
+    values: tuple[int, ...] = ()  # integers for what="values", row by row
+    steps: int = 0  # length in time, which a mask for the tensor has too
 
     def tensor(self, model: nn.Module) -> torch.Tensor:
-        """Return the tensor on the model's device, random numbers and ones in the model's dtype."""
+        """The tensor on the model's device; random numbers and ones in its dtype."""
         parameter = next(model.parameters())
         if self.what in ("numbers", "ones"):
             make = torch.rand if self.what == "numbers" else torch.ones
             return make(self.size, device=parameter.device).to(parameter.dtype)
-        # sizes are computed from whole numbers, so those have data even if the model has none
+        # integers need values even for a meta model, because sizes are computed from them
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.what == "values":
             return torch.tensor(self.values, device=device).view(self.size)
@@ -58,15 +49,12 @@ class Shape:
         return torch.full(self.size, value, device=device, dtype=dtype)
 
 
+# config, names of all arguments -> shapes that an argument may have
 Choices = Callable[[Any, Collection[str]], list[Shape]]
-"""Returns the shapes that an argument may have, from a config and the names of all arguments."""
 
 
 def size_of(config: Any, *names: str, default: int = 0) -> int:
-    """Return a size by any of its names, from the config or one that is nested in it.
-
-    Of a list of sizes it is the last one. ``default`` if there is no such size.
-    """
+    """A size by any of its names, as for :func:`setting`; the last one of a list of sizes."""
     value = setting(config, *names)
     if isinstance(value, (list, tuple)) and value:
         value = value[-1]
@@ -74,10 +62,7 @@ def size_of(config: Any, *names: str, default: int = 0) -> int:
 
 
 def setting(config: Any, *names: str) -> Any:
-    """Return a setting by any of its names, from the config or one that is nested in it.
-
-    Configs for text, vision and audio come first. None if there is no such setting.
-    """
+    """A setting by any of its names, from the config or a nested one; ``None`` if there is none."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
@@ -92,26 +77,22 @@ def setting(config: Any, *names: str) -> Any:
 
 
 def held_by(config: Any) -> dict[str, Any]:
-    """Return what a config holds itself; properties may change other parts as they are read.
-
-    PE audio-video's make a config anew, slowly, and change how its text model computes attention.
-    """
+    """The attributes of a config itself; properties may change other attributes when read."""
+    # PE audio-video's properties create a config, slowly, and change its text model's attention
     return getattr(config, "__dict__", {})
 
 
 def _vision(config: Any) -> Any:
-    """Return the part of the config for vision, or the config itself."""
     part = getattr(config, "vision_config", None)
     return config if part is None else part
 
 
 def channels_of(config: Any) -> int:
-    """Return how many channels an image has: 3 if the config does not say."""
     return size_of(_vision(config), "num_channels", "in_channels", "in_chans", default=3)
 
 
 def side_of(config: Any) -> tuple[int, int] | None:
-    """Return height and width of an image in pixels, or None if the config does not give them."""
+    """Height and width of an image in pixels, or ``None`` if the config gives none."""
     given = setting(config, "model_args") or {}  # timm's arguments
     size = setting(_vision(config), *IMAGE_SIZES) or setting(config, *IMAGE_SIZES)
     size = size or given.get("img_size")
@@ -123,7 +104,7 @@ def side_of(config: Any) -> tuple[int, int] | None:
 
 
 def patch_of(config: Any) -> tuple[int, int, int]:
-    """Return the depth in frames and the height and width in pixels of a patch of an image."""
+    """Depth in frames, height and width in pixels of a patch."""
     vision = _vision(config)
     size = setting(vision, "patch_size", "spatial_patch_size") or 14
     times = size_of(vision, "temporal_patch_size", "patch_temporal", default=1)
@@ -132,16 +113,13 @@ def patch_of(config: Any) -> tuple[int, int, int]:
 
 
 def grid_of(config: Any) -> int:
-    """Return how many patches an image has in each direction, so that they merge to four tokens."""
+    """Patches of an image in each direction, so that they merge to four tokens."""
     names = ("spatial_merge_size", "merge_size", "pooling_kernel_size", "downsample_factor")
     return 2 * max(1, size_of(_vision(config), *names, default=2))
 
 
 def crops_of(config: Any) -> tuple[int, tuple[int, int]] | None:
-    """Return the number of crops of an image, the whole image included, and its height and width.
-
-    None if the config has no list of sizes to cut (``image_grid_pinpoints``) or no image size.
-    """
+    """Number of crops of an image, itself included, with height and width; ``None``: no crops."""
     sizes, side = setting(config, "image_grid_pinpoints"), side_of(config)
     if not sizes or side is None:
         return None
@@ -187,7 +165,7 @@ def _crop_and_whole(config: Any, names: Collection[str]) -> list[Shape]:
 
 
 def _flattened(config: Any, names: Collection[str]) -> list[Shape]:
-    """Return the shape of flattened patches, each behind its row and column."""
+    """The shape of flattened patches, each after its row and column."""
     _, height, width = patch_of(config)
     numbers = size_of(_vision(config), "patch_embed_hidden_size")
     numbers = numbers if setting(config, "patch_size") is None else 0
@@ -197,7 +175,8 @@ def _flattened(config: Any, names: Collection[str]) -> list[Shape]:
 def _features(config: Any, names: Collection[str]) -> list[Shape]:
     audio = getattr(config, "audio_config", None) or config
     bins = size_of(audio, *_BINS) or size_of(config, *_BINS, default=80)
-    frames = 2 * size_of(audio, "max_source_positions")  # all frames: some classes count them
+    # all frames, because some classes check the number
+    frames = 2 * size_of(audio, "max_source_positions")
     counted = [Shape((1, bins, frames), steps=frames)] if frames else []
     few = 2 * size_of(audio, "n_window") or _FRAMES
     stacked = bins * size_of(audio, "num_stacked_frames", default=4)
@@ -251,7 +230,7 @@ def _rows(config: Any, names: Collection[str]) -> list[Shape]:
 
 
 def _protein(config: Any, names: Collection[str]) -> list[Shape]:
-    """Return tokens of a protein, none of them special."""
+    """Tokens of a protein, none of them special."""
     part = getattr(config, "protein_encoder_config", config)
     special = [getattr(part, f"{name}_token_id", None) or 0 for name in ("pad", "mask", "eos")]
     count = max(1, size_of(part, "vocab_size") - max(special) - 1)
@@ -270,7 +249,7 @@ def _past(config: Any, names: Collection[str]) -> list[Shape]:
     return [Shape((1, length, width), steps=length), Shape((1, length), steps=length)]
 
 
-MAIN: dict[str, Choices] = {
+MAIN: dict[str, Choices] = {  # given if the forward pass takes them
     "pixel_values": _pixels,
     "input_features": _features,
     "input_values": _samples,
@@ -282,8 +261,7 @@ MAIN: dict[str, Choices] = {
     "visual_feats": _of("visual_feat_dim"),
     "visual_pos": _of("visual_pos_dim"),
 }
-"""Arguments that are given if the forward pass takes them, and what gives their shapes."""
-REQUIRED: dict[str, Choices] = {
+REQUIRED: dict[str, Choices] = {  # given only if the forward pass cannot do without them
     "hidden_states": _rows,
     "pixel_values_videos": _film,
     "past_values": _past,
@@ -297,12 +275,10 @@ REQUIRED: dict[str, Choices] = {
     "context_hidden_states": _of("hidden_size"),
     "audio_mel": _features,
 }
-"""Arguments that are given only if the forward pass cannot do without, and their shapes."""
-TOWERS = {
+TOWERS = {  # argument -> part of the config without which it is not given
     "pixel_values": "vision_config",
     "input_features": "audio_config",
     "input_values": "audio_config",
     "image_pixel_values": "vision_config",
     "audio_input_features": "audio_config",
 }
-"""Argument -> the part of the config without which it is of no use."""

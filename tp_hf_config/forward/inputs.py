@@ -1,7 +1,7 @@
 """Make small example inputs for any Hugging Face model, from its forward signature and config.
 
-Arguments of forward passes have the same names all over Transformers, but not the same shapes:
-:func:`input_forms` goes through the shapes that there are, likely ones first.
+Arguments have the same names all over Transformers, but not the same shapes: :func:`input_forms`
+yields the known shapes, likely ones first.
 """
 
 from __future__ import annotations
@@ -40,25 +40,15 @@ def example_inputs(
     config: Any = None,
     length: int = _TEXT_LENGTH,
 ) -> dict[str, Any]:
-    """Return keyword arguments for one small forward pass of ``model``, on its device.
+    """Keyword arguments for a small forward pass of one sample; see :func:`input_forms`.
 
-    For text ``(1, length)`` token ids, for vision ``(1, channels, height, width)`` pixels of the
-    config's own size, for speech ``(1, bins, frames)`` features or ``(1, samples)`` values; with
-    ``recipe.make_inputs`` what that function makes. Sizes are those of ``config`` if it is given
-    (for a module that wraps a Hugging Face model).
+    ``config`` is that of the Hugging Face model, if ``model`` wraps one.
     """
     return next(input_forms(model, recipe, config, length, recipe.form))
 
 
 def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) -> dict[str, Any]:
-    """Return what the user's function makes for a config, as the model can take it.
-
-    Floating point tensors get the model's dtype and device, and have no data on the meta device.
-    Whole numbers and masks stay real there, on the CPU: sizes are computed from them.
-
-    Raises:
-        UnsupportedModelError: the function raises, or returns something else than a dict.
-    """
+    """The result of the user's ``make_inputs``, in the model's dtype and on its device."""
     config = model.config if config is None else config
     name, kind = function_name(make_inputs), type(config).__name__
     try:
@@ -81,6 +71,7 @@ def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) 
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
+            # sizes are computed from integers, so they need values
             return value.cpu() if parameter.is_meta else value.to(parameter.device)
         if parameter.is_meta:
             return torch.empty(value.shape, dtype=parameter.dtype, device="meta")
@@ -90,15 +81,11 @@ def given_inputs(model: nn.Module, make_inputs: MakeInputs, config: Any = None) 
 
 
 def function_name(make_inputs: MakeInputs) -> str:
-    """Return the name of a user's function; of another callable, the name of its class."""
     return getattr(make_inputs, "__name__", type(make_inputs).__name__)
 
 
 def text_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Return keyword arguments without images and sound, for a model that takes text beside them.
-
-    None if the model takes no text, or nothing but text.
-    """
+    """Text alone, for a model that takes images or sound too; ``None`` for any other model."""
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters or not _main(parameters, model.config):
         return None
@@ -107,7 +94,6 @@ def text_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 
 def video_forms(model: nn.Module, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments with a video beside the image, for a class that takes both."""
     if {"pixel_values", _VIDEOS} <= inspect.signature(model.forward).parameters.keys():
         yield from input_forms(model, recipe, first=recipe.form, also=(_VIDEOS,))
 
@@ -120,11 +106,9 @@ def input_forms(
     first: int = 0,
     also: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments for one small forward pass, in every form that a class may expect.
+    """Yield inputs of one small forward pass, in every form that a class may expect.
 
-    The text has one token for each feature that the model makes of an image or a sound. A decoder
-    that reads encoder states is given some. The forms before number ``first`` are skipped;
-    arguments named in ``also`` are given although the class can do without.
+    Forms before number ``first`` are skipped. Arguments in ``also`` are given even if optional.
     """
     if recipe.make_inputs is not None:
         yield given_inputs(model, recipe.make_inputs, config)
@@ -146,7 +130,7 @@ def input_forms(
 def _forms(
     parameters: Mapping[str, Any], config: Any, also: Collection[str]
 ) -> Iterator[dict[str, Shape]]:
-    """Yield forms: the shape of every argument that is given, text aside."""
+    """Yield forms: the shapes of all arguments but text."""
     main = _main(parameters, config, also)
     for chosen in _combinations([*main.values()]):
         form = complete = dict(zip(main, chosen, strict=True))
@@ -178,10 +162,10 @@ def _main(
 
 
 def _combinations(choices: list[list[Shape]]) -> Iterator[tuple[Shape, ...]]:
-    """Yield combinations of one option each, those of the first options first.
+    """Yield combinations of one option per argument, the first options first.
 
-    Then come other options for one argument at a time. If several arguments have a choice, all
-    second options follow, all third ones and so on; an argument with fewer keeps its last one.
+    Then one argument at a time gets its other options. If several have a choice, all second options
+    follow, then all third ones; an argument with fewer options keeps its last one.
     """
     first = [options[0] for options in choices]
     yield tuple(first)
@@ -196,10 +180,7 @@ def _combinations(choices: list[list[Shape]]) -> Iterator[tuple[Shape, ...]]:
 def _texts(
     model: nn.Module, parameters: Mapping[str, Any], config: Any, length: int
 ) -> list[dict[str, Tensor]]:
-    """Return possible texts; for sound in codebooks also one row or column of ids per codebook.
-
-    The last one is of two texts that belong together, for a class that chooses between them.
-    """
+    """Possible texts; for sound in codebooks also one row or column of ids per codebook."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     ids = torch.arange(1, 1 + length, device=device)[None] % max(2, size_of(config, "vocab_size"))
@@ -215,13 +196,13 @@ def _texts(
         columns = (ids[..., None].repeat(1, 1, count) for count in (books, books + 1))
         several = (ids.repeat(books, 1), *columns)
         texts += [{**texts[0], names[-1]: books_of_ids} for books_of_ids in several]
-    if names:  # of several texts one is chosen
+    if names:  # two texts, for a class that chooses between them
         texts.append(dict.fromkeys(names, torch.stack([ids, ids.roll(1, -1)], 1)))
     return texts
 
 
 def _token(config: Any, kind: str) -> int | None:
-    """Return the token that stands for an image, a video or a sound, or None if there is none."""
+    """The id of the token for an image, a video or a sound, or ``None``."""
     for part in (config, *map(held_by(config).get, ("vision_config", "audio_config"))):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             token = getattr(part, name, None)
@@ -233,7 +214,7 @@ def _token(config: Any, kind: str) -> int | None:
 def _with_placeholders(
     model: nn.Module, inputs: dict[str, Any], parameters: Mapping[str, Any], config: Any
 ) -> dict[str, Any]:
-    """Return the inputs with tokens for features of images and sounds, and masks beside these."""
+    """Add tokens for the features of images and sounds, and the masks that they need."""
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim > 2:
         return inputs
@@ -258,7 +239,7 @@ def _with_placeholders(
         result["attention_mask"] = torch.ones_like(ids)
     if "mm_token_type_ids" in parameters:
         kinds = torch.zeros_like(ids)
-        for kind in reversed(_MODALITIES):  # a video's token may be an image's
+        for kind in reversed(_MODALITIES):  # images last: a video may have the image's token
             kinds[ids == _token(config, kind)] = 1 + _MODALITIES.index(kind)
         result["mm_token_type_ids"] = kinds
     if "token_type_ids" in parameters:
@@ -268,12 +249,12 @@ def _with_placeholders(
 
 
 def _expands_placeholder(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """True if the forward pass itself repeats the one token for a sound, by the sound's mask."""
+    """True if the forward pass repeats a sound's one token itself, by the sound's mask."""
     return _OWN_COUNT in inputs and not hasattr(model, "get_audio_features")
 
 
 def _token_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
-    """Return how many tokens of a kind (image, video, audio) the text has to have."""
+    """Number of tokens of a kind (image, video, audio) that the text needs."""
     name = f"get_{kind}_features"
     if _token(config, kind) is None:
         return 0
@@ -289,7 +270,7 @@ def _token_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config:
 
 
 def _expected_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], config: Any) -> int:
-    """Return how many features a forward pass says it has, when the text has one token for them."""
+    """Number of features in the error of a forward pass with one token for them; 0 if none."""
     ids = inputs["input_ids"]
     with_one = torch.cat([torch.full_like(ids[:, :1], _token(config, kind) or 0), ids], dim=1)
     try:
@@ -303,7 +284,7 @@ def _expected_count(model: nn.Module, kind: str, inputs: Mapping[str, Any], conf
 
 
 def _feature_count(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int:
-    """Return how many features a method makes of the images (videos, sounds) in the inputs."""
+    """Number of features that a method computes from the images (videos, sounds)."""
     accepted = inspect.signature(method).parameters
     others = {name: value for name, value in inputs.items() if name not in _TEXT}
     own = {name: value for name, value in inputs.items() if name in accepted}
@@ -312,11 +293,11 @@ def _feature_count(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int
             with torch.no_grad(), NoValues():
                 features = method(**given)
             break
-        except Exception as error:  # some count the text's tokens here and say what they expect
+        except Exception as error:  # some check the text's tokens here, and state the number
             note_shortage(error)
             if expected := re.search(r"features:? (\d+)$", str(error)):
                 return int(expected[1])
-    else:  # it takes something else; the forward pass will say so
+    else:  # it takes something else; the forward pass will fail
         return 0
     pooled = getattr(features, "pooler_output", features)
     features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
@@ -328,11 +309,7 @@ def _feature_count(method: Callable[..., Any], inputs: Mapping[str, Any]) -> int
 
 
 def second_sample(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs with a second sample beside the first.
-
-    Tokens, main inputs and encoder states of the second are reversed along their last axis; all
-    other arguments are equal to the first's.
-    """
+    """Add a second sample, with tokens, main inputs and encoder states reversed."""
     packed = "target_sizes" in inputs  # the patches of all images in one row
     result = dict(inputs)
     for name, value in inputs.items():

@@ -1,4 +1,4 @@
-"""Find the hidden states that go into a layer and come out, and run a model without some layers."""
+"""Find the hidden states that layers take and return; run a model without some layers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Tensor, nn
 
 
 def hidden_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the hidden states among a layer's arguments: the first floating point tensor."""
+    """Hidden states among a layer's arguments: the first floating point tensor."""
     values = (*args, *kwargs.values())
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def hidden_out(output: Any) -> Tensor | None:
-    """Return the hidden states that a layer returns, alone or as the first of several results."""
+    """Hidden states that a layer returns, alone or as the first of several results."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
-Argument = int | str
-"""An argument of a layer: its position, or its name."""
+Argument = int | str  # position or name
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Argument, Any]:
@@ -32,15 +31,11 @@ def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Argument,
 
 @contextmanager
 def handed_on(layers: Sequence[nn.Module]) -> Iterator[dict[int, Argument]]:
-    """While open, note which results each of these layers hands to the next one.
-
-    Yields:
-        Place among a layer's results -> the argument of the next layer that is this very tensor.
-        LUKE's layers hand on the states of words and those of entities.
-    """
+    """Note place among a layer's results -> argument of the next layer that is this tensor."""
+    # LUKE's layers pass on the states of words and those of entities
     handed: dict[int, Argument] = {}
-    places: dict[int, int] = {}  # id of a tensor that the layer before returned -> its place
-    alive: list[Any] = []  # no other tensor has the id of one of these
+    places: dict[int, int] = {}  # id of a tensor that the previous layer returned -> its place
+    alive: list[Any] = []  # keeps the ids unique
 
     def receive(layer: nn.Module, args: Any, kwargs: Any) -> None:
         for argument, value in _arguments(args, kwargs).items():
@@ -71,15 +66,8 @@ def without_layers(
 ) -> Iterator[list[str]]:
     """While open, these layers return the hidden states that they are given.
 
-    Whatever else a layer returns stays what it computes.
-
-    Args:
-        layers: the layers.
-        handed: results that are hidden states too, by their place, and the arguments that they
-            are returned from; see :func:`handed_on`.
-
-    Yields:
-        The classes of layers for which that cannot be: their output is of another shape.
+    Results in ``handed`` are hidden states too; others stay as computed. Yields the classes of
+    layers that cannot be skipped, because their output has another shape.
     """
     impossible: list[str] = []
 

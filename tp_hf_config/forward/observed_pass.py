@@ -1,8 +1,8 @@
-"""Run one forward pass of an experiment in float64, and keep results beside its outputs.
+"""Run a forward pass of an experiment in float64, and keep results beside its outputs.
 
-A part of a model may run without an output that depends on it: its result is not used (a pooling
-head), or only decides (the scores of which the best few are taken). Then its results are watched as
-if they were outputs: those that nothing is computed from, and those that decide choices.
+No output depends on some parts of a model: their result is not used (a pooling head), or only
+decides (the scores of a top-k). Then results that nothing is computed from, and those that decide,
+are watched like outputs.
 """
 
 from __future__ import annotations
@@ -25,38 +25,29 @@ from ..model.tensors import owner, saved_buffers
 from .output_tensors import largest_in, outputs_of, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
 
-_NONE = 1e-12  # a smaller gradient is none
+_NONE = 1e-12  # a smaller gradient counts as zero
 _NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
-_BLANK = tuple(
+_BLANK = tuple(  # they read only the shape of a tensor, so its values decide nothing
     form.format(what)
     for what in ("zeros", "ones", "full", "empty", "rand", "randn")
     for form in ("new_{}", "{}_like")
 )
-"""Functions that read only the shape of a tensor: its values choose nothing there."""
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
 class PassResult(NamedTuple):
-    """One floating point tensor that a forward pass computes.
-
-    Attributes:
-        module: the name of the innermost module that is running.
-        function: the name of the function that returns the tensor.
-        number: how many results of that function the module had before in this pass.
-    """
-
-    module: str
-    function: str
-    number: int
+    module: str  # innermost running module
+    function: str  # that returns it
+    number: int  # previous results of the function in the module, in this pass
 
 
 class AllFloat64(DefaultDtype):
     """Turns casts to lower precision into float64: float32 norms would hide small differences.
 
-    Constants are float64 too: Transformers 4 fills a mask of the default dtype with float64's least
-    number. Nothing that is computed in this mode stays in the caches of classes.
+    Constants are float64 too: Transformers 4 fills a mask of the default dtype with float64's
+    smallest number. The caches of classes are not used.
     """
 
     def __init__(self) -> None:
@@ -82,32 +73,22 @@ class AllFloat64(DefaultDtype):
         kwargs = dict(kwargs) if kwargs else {}
         if kwargs.get("dtype") in _LOW:
             kwargs["dtype"] = torch.float64
-        if func is F.embedding:  # the padding row has a gradient like any other
+        if func is F.embedding:  # the padding row gets a gradient too
             args = (*args[:2], None, *args[3:])
             kwargs.pop("padding_idx", None)
         return super().__torch_function__(func, types, args, kwargs)
 
 
 class _ResultWatch(AllFloat64):
-    """Keeps the results of functions while a model runs.
-
-    Parts that switch gradients off have them here if the whole pass has: an experiment asks what
-    depends on what.
-
-    Args:
-        wanted: the results to keep; ``None`` to keep every result and fill ``read`` too.
-
-    Attributes:
-        results: the results that were kept.
-        read: tensors that went into functions whose own result carries no gradient: an order,
-            positions, a comparison, a number.
-    """
+    """Keeps the ``wanted`` results of a pass; ``None``: all, and fills ``read``."""
 
     def __init__(self, wanted: Collection[PassResult] | None):
         super().__init__()
         self.wanted = wanted
         self._modules = {result.module for result in wanted or ()}
         self.results: dict[PassResult, Tensor] = {}
+        # inputs of functions whose result has no gradient: an order, positions, a comparison, a
+        # number
         self.read: list[Tensor] = []
         self._running = [""]
         self._numbers: Counter[tuple[str, str]] = Counter()
@@ -116,13 +97,14 @@ class _ResultWatch(AllFloat64):
     def over(self, model: nn.Module) -> Iterator[None]:
         """While open, keep track of which module of the model is running."""
         with ExitStack() as stack, self:
-            around = {"": ""}  # module -> itself, or for a list of modules what runs them
+            around = {"": ""}  # module -> itself, or for a list of modules the one that runs them
             first: dict[nn.Module, str] = {}
             followed: set[nn.Module] = set()
             for name, module in named_modules(model):
                 first.setdefault(module, name)
                 holder = name.rpartition(".")[0]
                 around[name] = around[holder] if isinstance(module, _LISTS) else name
+                # also modules inside a counted one, so that it does not get their results
                 counted = self._counts(name) or self._counts(around[holder])
                 if not counted or module in followed:
                     continue
@@ -133,10 +115,7 @@ class _ResultWatch(AllFloat64):
             yield
 
     def _counts(self, module: str) -> bool:
-        """True if results of this module may be kept.
-
-        ``over`` also follows the modules right inside it, whose results are their own.
-        """
+        """True if results of this module may be kept."""
         return self.wanted is None or module in self._modules
 
     def _enter(self, name: str, *_: Any) -> None:
@@ -146,6 +125,7 @@ class _ResultWatch(AllFloat64):
         self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # an experiment asks what depends on what, also where a class switches gradients off
         if func is torch._C._set_grad_enabled:
             return None
         output = super().__torch_function__(func, types, args, kwargs)
@@ -177,11 +157,7 @@ def outputs_in_float64(
     watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> list[Tensor]:
-    """Return the floating point outputs of one forward pass, with a fixed random seed.
-
-    The watched results come last; one that this pass does not compute is a single NaN. Scores of
-    what is masked, as infinity, are 0.
-    """
+    """Outputs of a forward pass with a fixed seed, and watched results (NaN if missing)."""
     torch.default_generator.manual_seed(0)
     watch = _ResultWatch(set(watched))
     with watch.over(model) if watched else AllFloat64():
@@ -198,15 +174,12 @@ def _floating(outputs: Any) -> list[Tensor]:
 def watched_results(
     model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe = PLAIN
 ) -> tuple[PassResult, ...]:
-    """Return the results to watch: they depend on parameters that no output depends on.
+    """Results to watch: they depend on parameters that no output depends on.
 
-    These are all results by which something is chosen, and of the results that nothing is computed
-    from as many as it takes to observe every such parameter, those that depend on most of them
-    first. For matrices that are still unobserved, the last result that depends on each follows.
-
-    Returns:
-        The results in the order of the pass; none if outputs depend on all parameters, or if the
-        pass changes a parameter in place.
+    These are all results that decide something. Of the results that nothing is computed from, the
+    fewest that observe all parameters are added, and for each matrix still unobserved the last
+    result that depends on it. They are in the order of the pass; none if the pass changes a
+    parameter in place.
     """
     computed = outputs_in_float64(model, inputs, recipe=recipe)
     outputs = [output for output in computed if output.requires_grad]
@@ -218,7 +191,7 @@ def watched_results(
     try:
         with watch.over(model):
             outputs_of(model, inputs, recipe)
-    except RuntimeError as error:  # a parameter is changed in place, where the class wants none
+    except RuntimeError as error:  # the class changes a parameter in place, under no_grad
         note_shortage(error)
         return ()
     consumed, read = _consumed(watch.results.values()), {_edge(tensor) for tensor in watch.read}
@@ -234,27 +207,25 @@ def watched_results(
 
 
 class _Dependence:
-    """Tells which of some parameters each result of a pass depends on."""
-
     def __init__(self, parameters: Sequence[Tensor], results: dict[PassResult, Tensor]):
         self.results = results
         self._parameters = parameters
         self._observed: dict[PassResult, set[int]] = {}
 
     def on(self, result: PassResult) -> set[int]:
-        """Return the parameters, by ``id``, of a result; none if it was changed in place since."""
+        """The ``id`` of each parameter that a result depends on; none if changed in place."""
         if result not in self._observed:
             tensor, without = self.results[result], self._parameters
             try:
                 if tensor.requires_grad:
                     without = _unobserved([unmasked(tensor)], without)
-            except RuntimeError as error:  # torch computes no gradients then (MiniMax-M3's scores)
+            except RuntimeError as error:  # changed in place since (MiniMax-M3's scores)
                 note_shortage(error)
             self._observed[result] = set(map(id, self._parameters)) - set(map(id, without))
         return self._observed[result]
 
     def fewest(self, results: Iterable[PassResult]) -> set[PassResult]:
-        """Return as few results as depend on all the parameters that any do, largest sets first."""
+        """Few results that together depend on all parameters that any does."""
         needed: set[PassResult] = set()
         observed: set[int] = set()
         for result in sorted(results, key=lambda result: (-len(self.on(result)), result)):
@@ -267,11 +238,10 @@ class _Dependence:
 def _last_dependents(
     model: nn.Module, dependence: _Dependence, parameters: Sequence[Tensor]
 ) -> set[PassResult]:
-    """Return, for each of these parameters, the last result that depends on it.
+    """For each parameter, the last result in its module, or the one around, that depends on it.
 
-    Nothing later does: a softmax over a single score (SwiftFormer's) gives 1, and attention over
-    equal values (X-CLIP's first layer) gives those values, whatever the scores are. The search is
-    in the module that the parameter belongs to, and the one around it.
+    Later ones do not depend on it: a softmax over a single score (SwiftFormer) is 1, and attention
+    over equal values (X-CLIP's first layer) returns these values, whatever the scores are.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     results: set[PassResult] = set()
@@ -293,7 +263,7 @@ def _edge(tensor: Tensor) -> _Edge:
 
 
 def _consumed(tensors: Iterable[Tensor]) -> set[_Edge]:
-    """Return the edges of the autograd graph that something else is computed from."""
+    """Edges of the autograd graph that something else is computed from."""
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     visited = set(waiting)
     consumed: set[_Edge] = set()
@@ -308,7 +278,6 @@ def _consumed(tensors: Iterable[Tensor]) -> set[_Edge]:
 
 
 def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parameters that these tensors do not depend on."""
     if not outputs or not parameters:
         return list(parameters)
     generator = torch.Generator().manual_seed(3)
@@ -329,12 +298,10 @@ def _unobserved(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list
 def followed_buffers(
     model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[PassResult], recipe: RunRecipe
 ) -> frozenset[str]:
-    """Return the names of the saved buffers of norms whose gradients a pass can compute.
+    """Saved buffers of norms whose gradients a pass can compute; none if the pass fails.
 
-    Tables of other modules stay out: the outputs may depend on some of them alone (MiniMax's decays
-    of a text of one block), or have no gradient behind a choice (EnCodec's codebooks). Torch
-    computes no gradients of its own batch norms' statistics. There are none at all if a pass fails
-    with them: a class may write to a buffer.
+    Tables of other modules are excluded: outputs may depend on a part only (MiniMax's decays, for a
+    text of one block), or a choice hides the gradient (EnCodec's codebooks).
     """
     buffers = {
         name: buffer
@@ -348,6 +315,7 @@ def followed_buffers(
             outputs = outputs_in_float64(model, inputs, watched, recipe)
             depending = [output.sum() for output in outputs if output.requires_grad]
             total = torch.stack(depending).sum()
+            # a class may write to a buffer, which fails
             torch.autograd.grad(total, list(buffers.values()), allow_unused=True)
     except RuntimeError as error:
         note_shortage(error)
@@ -356,15 +324,15 @@ def followed_buffers(
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """True if a module's own tensors are all vectors, and it is none of torch's batch norms."""
+    """True if a module's own tensors are all vectors, except for torch's batch norms."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    # torch computes no gradients of their statistics
     of_torch = isinstance(module, nn.modules.batchnorm._NormBase)
     return not of_torch and all(tensor.ndim <= 1 for tensor in own)
 
 
 @contextmanager
 def following(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """While open, autograd follows these tensors."""
     followed = [tensor for tensor in tensors if not tensor.requires_grad]
     try:
         for tensor in followed:

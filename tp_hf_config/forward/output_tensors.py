@@ -1,8 +1,8 @@
-"""Run a model and take the tensors out of what it returns.
+"""Run a model and collect the tensors in its outputs.
 
-Some methods of a class use parts of it that its forward pass leaves out: text that looks at an
-image (BLIP's ``get_multimodal_features``), features behind a projection (FLAVA), contacts of a
-protein (ESM). What these methods compute counts as outputs of the model.
+Some methods of a class use parts that its forward pass does not: text that attends to an image
+(BLIP's ``get_multimodal_features``), projected features (FLAVA), contacts of a protein (ESM). Their
+results count as outputs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from ..model.config_json import is_own
 from .run_recipe import PLAIN, RunRecipe
 
 Inputs = Mapping[str, Any]
+# of methods that return something and change nothing
 _PREFIXES = ("get_", "predict_", "encode", "decode", "compute_")
-"""Prefixes of methods that return something and change nothing."""
-_MASKED = 1e30
-"""A larger score marks what is masked; beside it every difference would vanish."""
+_MASKED = 1e30  # larger scores are masked; beside them every difference would vanish
 
 
 def outputs_of(model: nn.Module, inputs: Inputs, recipe: RunRecipe = PLAIN) -> Any:
-    """Return the forward pass's outputs; with methods in the recipe, a list that adds theirs.
-
-    The model keeps nothing that the pass computed.
-    """
+    """Outputs of the forward pass, in a list with those of the recipe's methods, if any."""
     with _tensors_put_back(model):
         outputs = model(**inputs)
         method_outputs = []
@@ -44,12 +40,10 @@ def outputs_of(model: nn.Module, inputs: Inputs, recipe: RunRecipe = PLAIN) -> A
 
 @contextmanager
 def _tensors_put_back(model: nn.Module) -> Iterator[None]:
-    """While open, modules may keep tensors that they compute; then they get back what they had.
+    """Restore tensors that modules keep as attributes, in dictionaries or as buffers.
 
-    LeViT's attention keeps its biases from one pass to the next, Mimi its codebooks, RecurrentGemma
-    its states. With other weights, the next pass would compute with the tensors of the old ones.
-    They are among a module's own attributes, in dictionaries of its own, and buffers. Torch's
-    modules keep none.
+    LeViT keeps its attention biases between passes, Mimi its codebooks, RecurrentGemma its states.
+    With other weights, the next pass would use the old tensors. Torch's modules keep none.
     """
     before = [
         (holder, dict(holder))
@@ -72,13 +66,12 @@ def _tensors_put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _holders(attributes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the dictionaries of a module that may get tensors; the first is its attributes."""
+    """Dictionaries of a module that may get tensors; the first holds its attributes."""
     own = [value for key, value in attributes.items() if type(value) is dict and is_own(key)]
     return [attributes, attributes["_buffers"], *own]
 
 
 def methods_beside(model: nn.Module, inputs: Inputs) -> Iterator[str]:
-    """Yield the names of the methods, other than those of all models, that take these inputs."""
     for name, _ in inspect.getmembers(type(model), inspect.isfunction):
         own = not any(hasattr(base, name) for base in (PreTrainedModel, GenerationMixin))
         may_return = own and name.startswith(_PREFIXES)
@@ -89,10 +82,10 @@ def methods_beside(model: nn.Module, inputs: Inputs) -> Iterator[str]:
 def _arguments(
     model: nn.Module, method: Callable[..., Any], inputs: Inputs
 ) -> dict[str, Any] | None:
-    """Return the inputs that a method takes, or None if it takes none or needs others too.
+    """The inputs that a method takes; ``None`` if it takes none, or needs others.
 
-    A required first parameter that has another name than all inputs gets the main input (ESM's
-    tokens). A required ``attention_mask`` masks no token.
+    A required first parameter with an unknown name gets the main input (ESM's tokens). A required
+    ``attention_mask`` masks nothing.
     """
     named = inspect.signature(method).parameters.values()
     arguments = {
@@ -117,7 +110,6 @@ def _arguments(
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a model's output, however it is nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, tuple, list)):
@@ -126,16 +118,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def unmasked(scores: Tensor) -> Tensor:
-    """Return scores with 0 for masked ones.
-
-    A head that is masked as a whole leaves nothing but zeros, as it does where no score is masked.
-    """
+    """Set masked scores to 0, so that all scores of a removed head are 0."""
     masked = scores.detach().abs() > _MASKED
     return scores.masked_fill(masked, 0.0) if bool(masked.any()) else scores
 
 
 def largest_in(tensor: Tensor | None) -> float:
-    """Return the largest absolute value of a tensor; 0 if there is none."""
     if tensor is None or not tensor.numel():
         return 0.0
     values = tensor.detach()
@@ -144,5 +132,4 @@ def largest_in(tensor: Tensor | None) -> float:
 
 
 def largest_by_name(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
-    """Return the largest absolute value of each tensor; 0: there is none."""
     return {name: largest_in(one) for name, one in tensors.items()}

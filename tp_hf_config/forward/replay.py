@@ -1,8 +1,8 @@
-"""Skip the parts of a model that compute the same in many passes: their results are replayed.
+"""Skip parts of a model that compute the same in many passes: their results are replayed.
 
-An experiment changes a few parameters and runs the model on the same inputs as before. Everything
-in front of the first changed parameter computes what it always does: a vision tower in front of a
-text model, the backbone of a detector.
+An experiment changes a few parameters and runs the model on the same inputs. Everything before the
+first changed parameter computes the same: a vision tower before a text model, the backbone of a
+detector.
 """
 
 from __future__ import annotations
@@ -25,24 +25,17 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 class _Call(NamedTuple):
-    """One call of a module: what went in and what came out, without gradients."""
-
     given: Any
     result: Any
 
 
 class Replay:
-    """The results of a model's parts, for passes that change nothing in these parts.
+    """The recorded results of a model's parts, for passes that change nothing in them.
 
-    A part is replayed if none of its parameters and buffers is changed or asked for its gradient,
-    and if its inputs have no gradient and are equal to those of the call that was recorded. Calls
-    that draw random numbers, change their inputs, return them or views of them, or take or return
-    more than tensors and plain values are never replayed, but the parts inside of them may be;
-    parts that compute a watched result are not.
-
-    Args:
-        model: the model, whose parameters have their usual values outside of experiments.
-        watched: intermediate results that count as outputs.
+    A part is replayed if none of its tensors is changed or differentiated, and its inputs equal the
+    recorded ones and have no gradient. A call is never replayed if it draws random numbers, changes
+    its inputs, returns them or views of them, or handles more than tensors and plain values; parts
+    inside may be. Parts that compute a result in ``watched`` (it counts as an output) always run.
     """
 
     def __init__(self, model: nn.Module, watched: Sequence[PassResult] = ()):
@@ -50,12 +43,11 @@ class Replay:
         names = {result.module for result in watched}
         self._running = {module for name, module in model.named_modules() if name in names}
         self._calls: dict[tuple[nn.Module, int], _Call] = {}
-        self._impure: set[nn.Module] = set()  # those with a call that has to run
+        self._impure: set[nn.Module] = set()  # modules with a call that must run
         self._outermost: dict[frozenset[int], list[nn.Module]] = {}
 
     @contextmanager
     def without(self, changed: Collection[Tensor]) -> Iterator[None]:
-        """While open, replay every part of the model that holds none of these tensors."""
         numbers: Counter[nn.Module] = Counter()
         with ExitStack() as stack:
             for module in self._parts(frozenset(map(id, changed))):
@@ -63,20 +55,17 @@ class Replay:
                 own = vars(module).get("forward")
                 stack.callback(_restore_forward, module, own)
                 run = partial(self._run, module, forward, numbers)
-                module.forward = update_wrapper(run, forward)  # callers may ask for its parameters
+                module.forward = update_wrapper(run, forward)  # callers may inspect its signature
             yield
 
     def outputs(
         self, changed: Collection[Tensor], inputs: Mapping[str, Any], recipe: RunRecipe
     ) -> list[Tensor] | None:
-        """Return the floating point outputs of a pass that replays what holds no changed tensor.
-
-        The watched results come last.
-        ``None``: the pass fails, for want of something that is collected inside of what it skips.
-        """
+        """Outputs and watched results of a pass with replayed parts; ``None`` if it fails."""
         try:
             with self.without(changed):
                 return outputs_in_float64(self._model, inputs, self._watched, recipe)
+        # something may be collected inside a skipped part
         except Exception as error:  # a class may fail in any way
             note_shortage(error)
             return None
@@ -87,16 +76,14 @@ class Replay:
         return self._outermost[changed]
 
     def _parts_without(self, module: nn.Module, changed: frozenset[int]) -> Iterator[nn.Module]:
-        """Yield the outermost modules inside a module that hold no changed tensor, and no hook.
-
-        Lists of modules never run. A hook inside would miss the call: Transformers collects
-        attentions and hidden states by hooks.
-        """
+        """Yield the outermost modules inside that hold no changed tensor and no hook."""
         for child in module.children():
             inside = set(child.modules())
             free = changed.isdisjoint(map(id, (*child.parameters(), *child.buffers())))
             free = free and child not in self._impure and inside.isdisjoint(self._running)
+            # Transformers collects attentions and hidden states with hooks
             free = free and not any(map(_has_hooks, inside - {child}))
+            # lists of modules never run
             if free and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 yield child
             else:
@@ -110,7 +97,7 @@ class Replay:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Call a module, or return what its recorded call of the same number returned."""
+        """Call a module, or return the result of its recorded call of the same number."""
         key = module, numbers[module]
         numbers[module] += 1
         given = (args, kwargs)
@@ -129,11 +116,11 @@ class Replay:
             self._outermost.clear()
             return result
         self._calls[key] = _Call(before, _copied(result))
-        return _copied(result)  # no gradients for what is behind
+        return _copied(result)  # without gradients, like a replayed result
 
 
 def _restore_forward(module: nn.Module, own: Any) -> None:
-    """Give a module its own ``forward`` back; without one, its class's applies again."""
+    """Restore a module's own ``forward``; without one, that of its class applies."""
     vars(module).pop("forward")
     if own is not None:
         vars(module)["forward"] = own
@@ -148,7 +135,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _storages(value: Any) -> set[int]:
-    """Return where the tensors in a value keep their numbers."""
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
 

@@ -1,7 +1,7 @@
-"""How a class is run with one config: its inputs, and what runs beside the forward pass.
+"""How a class is run with one config: its inputs, and the methods beside the forward pass.
 
-A decoder alone (Whisper's, BART's) computes the keys and values of its cross-attention from the
-states of an encoder outside the model. Without them those layers do not run.
+A decoder alone (Whisper's, BART's) computes keys and values of its cross-attention from the states
+of an encoder outside the model. Without them those layers do not run.
 """
 
 from __future__ import annotations
@@ -14,70 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# a user's function: config -> keyword arguments of the forward pass
 MakeInputs = Callable[[Any], Mapping[str, Any]]
-"""A user's function: takes a config, returns keyword arguments of the forward pass."""
+# argument names for encoder states
 STATES = ("encoder_hidden_states", "encoder_outputs", "cross_attention_states")
-"""Names that classes give the argument for encoder states."""
-AXIS = 2
-"""The axis of the states along which their channels stand."""
+AXIS = 2  # of the channels of encoder states
 _LENGTH = 4
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class EncoderStates:
-    """The argument for encoder states, and the dimension of the parameter that reads them.
-
-    In the name of a ``reader``, ``*`` stands for numbers of layers where it is that of a class.
-    """
+    """The argument for encoder states, and the parameter that reads them."""
 
     argument: str
-    reader: str
-    dim: int
+    reader: str  # parameter name; for a class with * as layer numbers
+    dim: int  # of the parameter
 
     @property
     def layer(self) -> str:
-        """The name of the layer that reads the states."""
         return self.reader.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class RunRecipe:
-    """How a class is run with one config.
+    """How a class is run with one config. Running the tiny model may add methods and attention."""
 
-    :func:`~tp_hf_config.forward.find_recipe.find_recipe` makes it without data; the tiny model,
-    which runs with data, may add methods and another attention.
-
-    Attributes:
-        form: the index of the form of its inputs, as
-            :func:`~tp_hf_config.forward.inputs.input_forms` yields them.
-        methods: methods to run beside the forward pass; their results count as outputs.
-        attention: the attention implementation: eager, unless that computes NaN.
-        encoder_states: which encoder states it reads, if any.
-        make_inputs: the user's function that makes the inputs; then they have no form.
-    """
-
-    form: int = 0
-    methods: tuple[str, ...] = ()
-    attention: str = "eager"
+    form: int = 0  # index in input_forms()
+    methods: tuple[str, ...] = ()  # run beside the forward pass; their results count as outputs
+    attention: str = "eager"  # eager, unless that computes NaN
     encoder_states: EncoderStates | None = None
-    make_inputs: MakeInputs | None = None
+    make_inputs: MakeInputs | None = None  # the user's function; then there is no form
 
 
-PLAIN = RunRecipe()
-"""The first form of inputs, and the forward pass alone."""
+PLAIN = RunRecipe()  # the first form of inputs, and the forward pass alone
 
 
 def in_all_layers(name: str) -> str:
-    """Return a parameter's name with ``*`` for numbers of layers."""
     return _NUMBER.sub(".*", name)
 
 
 def encoder_states_of(model: nn.Module, states: EncoderStates | None) -> EncoderStates | None:
-    """Return the states that a model reads, with the first layer that reads them; None if none.
-
-    ``states`` are those of its class.
-    """
+    """The class's states with the first layer of this model that reads them, or ``None``."""
     if states is None:
         return None
     for name, _ in model.named_parameters():
@@ -89,14 +67,13 @@ def encoder_states_of(model: nn.Module, states: EncoderStates | None) -> Encoder
 def encoder_states_in(
     model: nn.Module, inputs: Mapping[str, Any], states: EncoderStates | None
 ) -> dict[str, Tensor]:
-    """Return the encoder states among the inputs of a forward pass, by name; empty if none."""
     states = encoder_states_of(model, states)
     value = None if states is None else inputs.get(states.argument)
     return {states.argument: value} if states is not None and isinstance(value, Tensor) else {}
 
 
 def random_encoder_states(model: nn.Module, states: EncoderStates | None) -> dict[str, Tensor]:
-    """Return random states of one sample as a keyword argument; empty if the model reads none."""
+    """Random states of one sample as a keyword argument; empty if none are read."""
     states = encoder_states_of(model, states)
     if states is None:
         return {}
@@ -105,5 +82,4 @@ def random_encoder_states(model: nn.Module, states: EncoderStates | None) -> dic
 
 
 def random_states(like: Tensor, width: int) -> Tensor:
-    """Return random states of one sample, on the device and in the dtype of a tensor."""
     return torch.rand((1, _LENGTH, width), device=like.device).to(like.dtype)

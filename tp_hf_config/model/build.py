@@ -1,7 +1,6 @@
 """Build a model class from a config, without weights.
 
-A config goes through its JSON, as ``from_pretrained`` would read it, so a builder gives what a
-reload will give.
+Configs pass through JSON, as in ``from_pretrained``, so a build has the shapes of a reload.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _Made = TypeVar("_Made")
 _MOST_MODULES = 150_000  # the largest models have 120,000, with 384 experts in 60 layers
 _MOST_LAYERS = 10_000
 _LARGEST = 2**28  # a dimension of a parameter; experiments count its units one by one
-_KINDS = (
+_KINDS = (  # config class -> model class, asked in this order
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
@@ -43,24 +42,17 @@ _KINDS = (
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_MAPPING",
 )
-"""Mappings from config class to model class, in the order in which they are asked."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something cannot be; ``reason`` is in the class's own words, or in ours."""
+    """Why something is impossible, in the words of the model class or in ours."""
 
     reason: str
 
 
 class Builder:
-    """Builds one model class from JSON configs, on the meta device.
-
-    Args:
-        model: the live model; its class, config class and dtype are used, its weights are not.
-        options: arguments of the class's constructor beside the config.
-        attention: the attention implementation that every config is given.
-    """
+    """Builds one model class from JSON configs; ``options``: the constructor's other arguments."""
 
     def __init__(
         self,
@@ -75,24 +67,20 @@ class Builder:
         self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
 
     def with_attention(self, attention: str) -> Builder:
-        """Return a builder of the same class with another attention implementation."""
         other = copy.copy(self)
         other.attention = attention
         return other
 
     def of_class(self, model_class: type[PreTrainedModel]) -> Builder:
-        """Return a builder of another class with the same config class, options and dtype."""
         other = copy.copy(self)
         other.model_class = model_class
         return other
 
     def config(self, data: dict[str, Any]) -> PreTrainedConfig:
-        """Return the config that ``from_pretrained`` would read, with eager experts.
-
-        Exceptions of the config class pass through.
-        """
+        """The config that ``from_pretrained`` would read, with eager experts; raises its errors."""
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
         values = (decode or dict)(copy.deepcopy(data))
+        # from_dict logs the whole config, which takes a sixth of the time of a build
         alone = _reads_values_alone(self.config_class) and not values.get("pruned_heads")
         config = self.config_class(**values) if alone else self.config_class.from_dict(values)
         config._attn_implementation = self.attention
@@ -101,20 +89,12 @@ class Builder:
         return config
 
     def build(self, data: dict[str, Any], buffers: bool = False) -> nn.Module | Refusal:
-        """Build the class from a config's JSON.
-
-        Args:
-            data: the config as JSON.
-            buffers: True to compute buffers on the CPU; parameters have no data all the same.
-
-        Returns:
-            The model in eval mode, or a refusal in the class's own words.
-        """
+        """Build the class in eval mode; ``buffers`` computes buffers on the CPU."""
 
         def make() -> nn.Module:
             config = self.config(data)
             if hasattr(type(config), "_experts_implementation"):
-                config._experts_implementation = "batched_mm"  # its shapes need no routing
+                config._experts_implementation = "batched_mm"  # its shapes do not depend on routing
             model: nn.Module = self.model_class(config, **self.options)
             return model.train(False)
 
@@ -126,24 +106,16 @@ class Builder:
         return built
 
     def initialised(self, data: dict[str, Any]) -> Refusal | None:
-        """Return the refusal of a class to draw initial weights for a config's JSON, or ``None``.
-
-        They are drawn on the meta device. Loading a folder runs the same code, and keeps the
-        weights that it has.
-        """
+        """Return why the class refuses to draw initial weights, as loading a folder does."""
         return _constructed(lambda: _draw(self._plain(data)), _AllOnMeta(draws=True))
 
     def shapes_at(self, data: dict[str, Any]) -> Shapes | Refusal:
-        """Return the shapes that the class builds from a config's JSON, or its refusal."""
         model = self.build(data)
         return model if isinstance(model, Refusal) else shapes(model)
 
     def build_unfilled(self, data: dict[str, Any]) -> nn.Module | Refusal:
-        """Build the class in float64 without initial weights, or return its refusal.
-
-        Parameters may have no data (a vision tower takes seconds to draw them), all buffers have.
-        Where the class makes something of its parameters, it has initial weights.
-        """
+        """Build in float64; parameters have values only if the class computes tensors from them."""
+        # drawing the parameters of a vision tower takes seconds
         model = _constructed(
             lambda: self._plain(data).double(), DefaultDtype(torch.float64), _EmptyOnMeta()
         )
@@ -151,7 +123,6 @@ class Builder:
         return self.build_real(data) if unfit else model
 
     def build_real(self, data: dict[str, Any]) -> nn.Module | Refusal:
-        """Build the class with its initial weights in float64 on the CPU, or return its refusal."""
         return _constructed(
             lambda: self._plain(data).double(), DefaultDtype(torch.float64), initial_values=True
         )
@@ -162,10 +133,6 @@ class Builder:
 
 
 def _reads_values_alone(config_class: type[PreTrainedConfig]) -> bool:
-    """True if ``from_dict`` is Transformers' own: the constructor, and a log line.
-
-    That line writes the whole config out, which takes a sixth of the time that a build takes.
-    """
     holder = next(one for one in config_class.__mro__ if "from_dict" in vars(one))
     return holder.__module__ == "transformers.configuration_utils"
 
@@ -173,7 +140,6 @@ def _reads_values_alone(config_class: type[PreTrainedConfig]) -> bool:
 def _constructed(
     make: Callable[[], _Made], *places: AbstractContextManager[Any], initial_values: bool = False
 ) -> _Made | Refusal:
-    """Return what is made while :func:`_construction` is open, or the class's refusal."""
     try:
         with _construction(*places, initial_values=initial_values):
             return make()
@@ -189,7 +155,7 @@ def _made_of_parameters(model: nn.Module) -> bool:
 
 
 def _draw(model: Any) -> None:
-    """Draw initial weights of every module by the model that it is in; constructors skip meta."""
+    """Call ``_init_weights`` of the model around each module; constructors skip it on meta."""
     waiting = [(model, model)]
     while waiting:
         module, owner = waiting.pop()
@@ -204,14 +170,7 @@ def without_data(
     max_modules: int = _MOST_MODULES,
     than: str = "any model has",
 ) -> PreTrainedModel | Refusal:
-    """Build a model class from a config on the meta device, in the config's dtype.
-
-    ``max_modules``: how many modules it may have; building one with 10^9 layers would not end.
-    ``than``: what that is far more than.
-
-    Returns:
-        The model in eval mode, or a refusal in the class's own words.
-    """
+    """Build a model class in eval mode on the meta device, in the config's dtype."""
     wanted = getattr(config, "dtype", None)
     dtype = wanted if isinstance(wanted, torch.dtype) else torch.float32
 
@@ -221,6 +180,7 @@ def without_data(
         model.train(False)
         return model
 
+    # a build with 10^9 layers would never finish
     limit = _limited(max_modules, f"far more than {than}")
     return _constructed(make, DefaultDtype(dtype), _AllOnMeta(), limit)
 
@@ -228,13 +188,7 @@ def without_data(
 def module_of(
     source: nn.Module | PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
 ) -> nn.Module:
-    """Return a module as it is, or a config's class built without weights.
-
-    ``model_class``: the class to build from a config; None for the one it belongs to.
-
-    Raises:
-        UnsupportedModelError: no class belongs to the config, or the class refuses it.
-    """
+    """Return a module as it is, or build a config's class without weights."""
     if isinstance(source, nn.Module):
         return source
     target = class_of(source) if model_class is None else model_class
@@ -253,7 +207,7 @@ def module_of(
 
 
 def too_many_layers(data: Mapping[str, Any], path: FieldPath = ()) -> str | None:
-    """Return why a config, as JSON, has more layers than any model; ``None``: it has not."""
+    """Why a config's JSON has more layers than any model, or ``None``."""
     for key, value in data.items():
         if isinstance(value, Mapping):
             reason = too_many_layers(value, (*path, key))
@@ -266,11 +220,7 @@ def too_many_layers(data: Mapping[str, Any], path: FieldPath = ()) -> str | None
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that a config belongs to: the one it names, or the auto classes' choice.
-
-    Raises:
-        UnsupportedModelError: no class of the installed Transformers belongs to the config.
-    """
+    """Return the class that a config names in ``architectures``, or that an auto class loads."""
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
@@ -305,7 +255,7 @@ def _limited(max_modules: int, why: str) -> Iterator[None]:
         yield
 
 
-_OF_FLOATS = {
+_OF_FLOATS = {  # their results have the default dtype, unless another is given
     getattr(torch, name)
     for name in (
         *("empty", "empty_strided", "empty_permuted", "zeros", "ones", "rand", "randn", "eye"),
@@ -313,21 +263,19 @@ _OF_FLOATS = {
         *("hann_window", "kaiser_window"),
     )
 } | {torch.fft.fftfreq, torch.fft.rfftfreq}
-"""Functions whose results are of the default dtype, where no other is asked for."""
-_BY_VALUES = {
+_BY_VALUES = {  # their results have the default dtype if an argument is a Python float
     getattr(torch, name)
     for name in ("arange", "as_tensor", "asarray", "full", "range", "scalar_tensor", "tensor")
 }
-"""Functions whose results are of the default dtype if an argument is a ``float``."""
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}
 
 
 class DefaultDtype(TorchFunctionMode):
-    """While open, ``dtype`` is what this thread's new floating point tensors are of by default.
+    """While open, new floating point tensors of this thread have ``dtype`` by default.
 
-    What torch computes of whole numbers and numbers of Python's (a quotient, a mask times the
-    least number of a dtype) is computed with the whole numbers converted to ``dtype``, as torch
-    converts them to its default: in torch's own default it could overflow.
+    If torch computes floats from integer tensors and Python numbers (a quotient, a mask times the
+    smallest number of a dtype), the integers are converted to ``dtype`` first, as torch converts
+    them to its own default, where the result could overflow.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -342,20 +290,19 @@ class DefaultDtype(TorchFunctionMode):
                 kwargs["dtype"] = self.dtype
             return func(*args, **kwargs)
         if func is torch.where and _holds(given, _is_float) and not _holds(given, _says_dtype):
-            condition, *values = args  # where torch's own default would overflow, it raises
+            condition, *values = args  # torch raises if its own default overflows
             return func(condition, *(torch.as_tensor(v, dtype=self.dtype) for v in values))
         output = func(*args, **kwargs)
         default = torch.get_default_dtype()
         if default is self.dtype or not isinstance(output, Tensor) or output.dtype is not default:
             return output
-        if func in _CASTS or _holds(given, _says_dtype):  # that dtype is asked for
+        if func in _CASTS or _holds(given, _says_dtype):  # that dtype was requested
             return output
         args = self._converted(args)
         output = func(*args, **{name: self._converted(value) for name, value in kwargs.items()})
         return output.to(self.dtype) if output.dtype is default else output
 
     def _converted(self, value: Any) -> Any:
-        """Return a value with its tensors of whole numbers in the dtype."""
         if type(value) in (list, tuple):
             return type(value)(map(self._converted, value))
         return value.to(self.dtype) if isinstance(value, Tensor) else value
@@ -373,45 +320,40 @@ def _is_float(value: Any) -> bool:
 
 
 def _says_dtype(value: Any) -> bool:
-    """True for a dtype, and for a tensor that has one which is no kind of whole number."""
     if isinstance(value, Tensor):
         return value.is_floating_point() or value.is_complex()
     return isinstance(value, torch.dtype)
 
 
-_FILLS = {
+_FILLS = {  # they fill a tensor in place and return it
     *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
     *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
 }
-"""Functions that give a tensor values, and return it."""
 
 
 class _AllOnMeta(DeviceContext):
-    """The meta device for this thread's new tensors; ``torch.device`` tells all threads of it.
-
-    Functions that give tensors initial values do nothing, which saves a third of the time, unless
-    ``draws`` is True: a class may refuse what it should draw.
-    """
+    """Creates this thread's tensors on the meta device; ``torch.device`` affects all threads."""
 
     def __init__(self, draws: bool = False) -> None:
         super().__init__(torch.device("meta"))
         self._draws = draws
 
     def __enter__(self) -> Any:
-        # above another device, which the caller has set
+        # on top of the stack, above a device that the caller has set
         return TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         TorchFunctionMode.__exit__(self, *exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # skipping initial values saves a third of the time; a class may refuse to draw them
         if not self._draws and (tensor := _without_values(func, args, kwargs)) is not None:
             return tensor
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _without_values(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Return the tensor on meta that a function would fill; ``None``: it does something else."""
+    """The meta tensor that a call would fill; ``None`` for any other call."""
     filled: Any = None
     if func in _FILLS:
         filled = args[0] if args else kwargs["tensor"]  # by name, in ``nn.init``
@@ -419,7 +361,7 @@ def _without_values(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 class _OnMeta(_AllOnMeta):
-    """The meta device, but for single whole numbers: those on the CPU work with any device."""
+    """Like ``_AllOnMeta``, but single integers are on the CPU: they combine with any device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor and args and type(args[0]) is int and _is_whole(kwargs):
@@ -433,7 +375,7 @@ def _is_whole(options: Any) -> bool:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Puts ``torch.empty`` (parameters without values) on meta; computed tensors stay real."""
+    """Puts ``torch.empty`` (parameters) on the meta device; computed tensors have values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -446,10 +388,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype for all threads, if it is another, as ``from_pretrained`` does.
-
-    Results in half precision depend on where torch rounds; only torch itself rounds alike.
-    """
+    """Set torch's default dtype for all threads, so that half precision rounds as in a reload."""
     with ONE_AT_A_TIME:
         before = torch.get_default_dtype()
         try:
@@ -463,14 +402,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _construction(
     *places: AbstractContextManager[Any], initial_values: bool = False
 ) -> Iterator[None]:
-    """Construct as ``from_pretrained`` does: without initial values or log lines.
+    """Construct as ``from_pretrained`` does: without initial values and log lines.
 
-    Nothing that is computed while this is open stays in the caches of classes, and no tensor is one
-    of ``inference_mode``.
-
-    Args:
-        places: modes that say where tensors go, and of which dtype they are.
-        initial_values: draw them, and let gradients be computed.
+    The caches of classes are not used, and no tensor is an ``inference_mode`` tensor. ``places``
+    are modes that set device and dtype. ``initial_values`` draws weights and computes gradients.
     """
     from transformers import PreTrainedModel
 
@@ -480,7 +415,7 @@ def _construction(
         surroundings = [torch.inference_mode(False), on_cpu(), without_caches()]
         surroundings.append(no_log_lines(logging.CRITICAL + 1))
         if not initial_values:
-            # it would tie weights too; models inside of models draw theirs, so that it is the class
+            # on the class, since inner models call it too; it would also tie weights
             nothing = replaced(PreTrainedModel, "init_weights", lambda model: None)
             surroundings += [torch.no_grad(), nothing]
         for surrounding in (*surroundings, *places):

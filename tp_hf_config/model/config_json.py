@@ -1,4 +1,4 @@
-"""Treat a config as JSON: name its fields, read their values and set others."""
+"""Treat a config as JSON: name, read and set its fields."""
 
 from __future__ import annotations
 
@@ -25,17 +25,13 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
 @functools.total_ordering
 @dataclass(frozen=True, eq=False)
 class EntryOfKind:
-    """The key of the entries that a list has for all layers of one kind; they change together.
+    """Key of the list entries of all layers of one kind, which change together.
 
-    It equals its number, by which a model with few layers, learned by itself, names that entry.
-
-    Attributes:
-        number: the number of the first such layer in a model with few layers.
-        places: length of the list -> which of its entries these are, in a model with few layers
-            and in the full one.
+    Equals its ``number``: a small model that was learned on its own uses that number as the key.
     """
 
-    number: int
+    number: int  # the first such layer in a model with few layers
+    # length of the list (few layers, or the full model) -> indices of the entries
     places: Mapping[int, tuple[int, ...]]
 
     def __int__(self) -> int:
@@ -51,7 +47,7 @@ class EntryOfKind:
         return hash(self.number)
 
     def __str__(self) -> str:
-        """Return the numbers of the full model's layers: ``0-3+5``."""
+        """Return the layer numbers in the full model: ``0-3+5``."""
         numbers = self.places[max(self.places)]
         ranges: list[list[int]] = []
         for number in numbers:
@@ -62,22 +58,22 @@ class EntryOfKind:
         return "+".join("-".join(map(str, dict.fromkeys((r[0], r[-1])))) for r in ranges)
 
 
+# keys that lead to a field: ("text_config", "hidden_size")
 FieldPath = tuple[str | int | EntryOfKind, ...]
-"""A field, by the keys that lead to it in a config's JSON: ``("text_config", "hidden_size")``."""
+# fields about where a model comes from; saving writes them
 ORIGIN = ("transformers_version", "_name_or_path", "architectures")
-"""Config fields that say where a model comes from; saving it writes them."""
+# fields that affect neither shapes nor a forward pass in float64
 OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
-"""Config fields that set no shape, and nothing that a pass in float64 computes."""
 
 _NAME, _ARGUMENTS = "architecture", "model_args"
+# every timm architecture calls it with its sizes (timm/models/_builder.py)
 _BUILD = "build_model_with_cfg"
-"""timm's function that every architecture calls with its sizes (``timm/models/_builder.py``)."""
+# sizes of input and output; Transformers sets num_classes itself
 _ENDS = ("in_chans", "num_classes")
-"""Arguments that say what goes in and comes out; the second one Transformers gives itself."""
 
 
 def _places(node: Any, key: Any) -> tuple[Any, ...]:
-    """Return the keys that a field's key stands for in a list or an object; most for themselves."""
+    """The indices in ``node`` that a key covers: several for an :class:`EntryOfKind`."""
     if isinstance(key, EntryOfKind) and isinstance(node, list):
         return key.places.get(len(node), (key.number,))
     return (key,)
@@ -92,22 +88,19 @@ def field_name(path: FieldPath) -> str:
 
 
 def config_json(config: PreTrainedConfig, use_diff: bool = True) -> dict[str, Any]:
-    """Return the config as ``save_pretrained`` writes it (``use_diff``), or with every default.
-
-    The sizes that the name of an architecture stands for are written out.
-    """
+    """The config as saved (``use_diff``) or with all defaults, after :func:`spelled_out`."""
     result: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
     return spelled_out(result)
 
 
 def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a config's JSON with the sizes that names of architectures stand for.
+    """Add the sizes implied by the names of timm architectures to a config's JSON.
 
-    Transformers builds timm's models by ``architecture``, with ``model_args`` in place of the sizes
-    that the name stands for (``transformers/models/timm_wrapper/configuration_timm_wrapper.py``).
-    With all of them written out, they are fields like others. What the config gives itself comes
-    first. An architecture stays as it is if timm is not installed, does not have it, or takes its
-    sizes as descriptions of blocks (EfficientNet).
+    Transformers builds timm models from ``architecture``, with ``model_args`` overriding the sizes
+    that the name implies (``transformers/models/timm_wrapper/configuration_timm_wrapper.py``).
+    Written out, they are fields like others; values of the config take precedence. Nothing is added
+    if timm is not installed, lacks the architecture, or describes its sizes as blocks
+    (EfficientNet).
     """
     result = {k: spelled_out(v) if isinstance(v, dict) else v for k, v in data.items()}
     name, given = data.get(_NAME), data.get(_ARGUMENTS)
@@ -119,10 +112,7 @@ def spelled_out(data: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _sizes_of(name: str, given: str) -> str:
-    """Return the arguments that an architecture gives its class, as JSON; ``{}``: none can be told.
-
-    ``given``: the arguments that a config has for it, as JSON.
-    """
+    """The arguments, as JSON, that a timm architecture passes to its class; ``{}`` if unknown."""
     arguments = json.loads(given)
     try:
         import timm
@@ -159,12 +149,10 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _is_setting(value: Any) -> bool:
-    """True for a number or a name, and for a list of those; ``None`` sets nothing."""
     return all(isinstance(leaf, (bool, int, float, str)) for leaf in _leaves(value))
 
 
 def without_names(data: Any, names: Collection[str]) -> Any:
-    """Return a config's JSON without the fields of these names, in nested configs too."""
     if isinstance(data, dict):
         kept = ((key, value) for key, value in data.items() if key not in names)
         return {key: without_names(value, names) for key, value in kept}
@@ -172,7 +160,7 @@ def without_names(data: Any, names: Collection[str]) -> Any:
 
 
 def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[str, Any]:
-    """Return a copy of a config's JSON with some fields set; missing parents are created."""
+    """Return a copy with some fields set; missing parents are created."""
     result = copy.deepcopy(data)
     for path, value in values.items():
         node: Any = result
@@ -186,12 +174,11 @@ def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[s
 
 
 def is_own(key: str) -> bool:
-    """True if a module's attribute is its class's own, and not one that every module has."""
+    """True if a module attribute belongs to its class, not to every ``nn.Module``."""
     return key not in _MODULE_INTERNALS
 
 
 def is_plain(value: Any) -> bool:
-    """True if a value consists of numbers, strings and ``None`` only, however nested."""
     if isinstance(value, (tuple, list)):
         return all(is_plain(item) for item in value)
     if isinstance(value, dict):
@@ -200,7 +187,7 @@ def is_plain(value: Any) -> bool:
 
 
 def value_at(data: Any, path: FieldPath) -> Any:
-    """Return the value of a field in a config's JSON, or None if the JSON does not have it."""
+    """The value of a field; ``None`` if it is missing, IndexError if a list is too short."""
     for key in path:
         if isinstance(data, dict):
             data = data.get(key)
@@ -212,10 +199,7 @@ def value_at(data: Any, path: FieldPath) -> Any:
 
 
 def plain_fields(data: Mapping[str, Any], field: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield each field of a config's JSON that is no object, and its value; a list is one value.
-
-    ``field`` is where ``data`` stands.
-    """
+    """Yield each field that is not an object, with its value; ``field`` is the path of ``data``."""
     for key, value in data.items():
         if isinstance(value, dict):
             yield from plain_fields(value, (*field, key))
@@ -224,7 +208,6 @@ def plain_fields(data: Mapping[str, Any], field: FieldPath = ()) -> Iterator[tup
 
 
 def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
-    """Return a copy of a config's JSON without one field."""
     result = copy.deepcopy(data)
     parent = value_at(result, path[:-1])
     if isinstance(parent, dict):
@@ -233,10 +216,7 @@ def without_field(data: dict[str, Any], path: FieldPath) -> dict[str, Any]:
 
 
 def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[FieldPath, Any]]:
-    """Return the changed leaves of a config's JSON with their new values.
-
-    A list counts as one leaf; ``field`` is where ``old`` and ``new`` stand.
-    """
+    """The changed leaves and their new values; a list is one leaf. ``field``: path of ``old``."""
     if isinstance(old, dict) and isinstance(new, dict):
         changed: list[tuple[FieldPath, Any]] = []
         for key, value in new.items():
@@ -247,7 +227,6 @@ def changed_values(old: Any, new: Any, field: FieldPath = ()) -> list[tuple[Fiel
 
 
 def configs_of(module: nn.Module) -> Iterator[Any]:
-    """Yield the config objects that a module holds, those nested in its config included."""
     from transformers import PretrainedConfig
 
     config = vars(module).get("config")
@@ -256,7 +235,7 @@ def configs_of(module: nn.Module) -> Iterator[Any]:
 
 
 def config_nodes(config: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield a config and all configs in it, each with the keys that lead to it."""
+    """Yield a config and all nested configs, each with its path."""
     from transformers import PretrainedConfig
 
     yield path, config

@@ -1,7 +1,7 @@
-"""Keep what was learned and proved of a class on disk, so that another process need not ask again.
+"""Keep what was learned about a class on disk, so that other processes need not learn it again.
 
-Entries are JSON files in the user's cache folder, written whole or not at all, so several processes
-may share it. An entry that cannot be read counts as missing.
+Entries are JSON files in the user's cache folder. Each is written atomically, so processes can
+share the folder. An entry that cannot be read counts as missing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from .build import Builder
 from .config_json import OF_NO_EFFECT, without_names
 from .shortage import shortage_noted
 
-VARIABLE = "TP_HF_CONFIG_CACHE"
-"""The environment variable that moves the cache to another folder, or switches it off."""
+VARIABLE = "TP_HF_CONFIG_CACHE"  # environment variable: another cache folder, or "off"
 _PACKAGE = __name__.partition(".")[0]
-_VERSIONED = sys.stdlib_module_names | {"torch"}
-"""Packages whose version is in the key instead of their files."""
+_VERSIONED = sys.stdlib_module_names | {"torch"}  # packages keyed by version, not by files
 _SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 
 _suspended: ContextVar[bool] = ContextVar("_suspended", default=False)
@@ -41,7 +39,6 @@ _suspended: ContextVar[bool] = ContextVar("_suspended", default=False)
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """While open, nothing is read from the cache, and nothing is written to it."""
     token = _suspended.set(True)
     try:
         yield
@@ -50,7 +47,7 @@ def suspended() -> Iterator[None]:
 
 
 def folder() -> Path | None:
-    """Return the folder of the cache, which need not exist; None if the cache is switched off."""
+    """The cache folder, which need not exist; ``None`` if the cache is switched off."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     usual = os.path.join(base, _PACKAGE) if os.path.isabs(base) else "off"  # no home folder
     given = os.environ.get(VARIABLE, usual)
@@ -58,19 +55,19 @@ def folder() -> Path | None:
 
 
 def load(key: str) -> Any:
-    """Return what was stored under a key; None if nothing was, or if it cannot be read."""
+    """Return what was stored under a key; ``None`` if nothing was, or if it cannot be read."""
     place = folder()
     with contextlib.suppress(Exception):  # damaged, or of another library
         return None if place is None else _decoded(json.loads((place / key).read_text()))
 
 
 def store(key: str, value: Any) -> None:
-    """Store plain values and this package's dataclasses under a key, if they can be written."""
+    """Store plain values and this package's dataclasses; values of other types are skipped."""
     place = folder()
-    if place is None or shortage_noted():  # short of memory, too little may have been learned
+    if place is None or shortage_noted():  # short of memory, so the results may be incomplete
         return
     new = place / f".new-{uuid.uuid4()}"
-    with contextlib.suppress(OSError, TypeError):  # a full disk; a value of another kind
+    with contextlib.suppress(OSError, TypeError):  # a full disk; a type without an encoding
         try:
             place.mkdir(parents=True, exist_ok=True)
             new.write_text(json.dumps(_encoded(value)))
@@ -80,7 +77,7 @@ def store(key: str, value: Any) -> None:
 
 
 def _encoded(value: Any) -> Any:
-    """Return a value as JSON; what JSON has no form for becomes ``{kind: content}``."""
+    """Return a value as JSON; types that JSON lacks become ``{type: content}``."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -113,11 +110,11 @@ def _decoded(value: Any) -> Any:
 
 
 def class_digest(builder: Builder, model: nn.Module) -> str | None:
-    """Return a digest of the code of a class and its config class, with the class's options.
+    """Digest of the code of a class and its config class, and of the class's options.
 
-    It covers the files of all classes in ``model`` (the class built from its config) and of all
-    functions and classes in these files, also of those put there at run time (kernels of another
-    library). None: one has no file, because it was typed into a shell.
+    Covers the files of all classes in ``model`` (a build), and of what these files import or were
+    patched with at run time (kernels of another library). ``None`` if a class has no file (typed
+    into a shell).
     """
     kinds: set[type] = {type(module) for module in model.modules()}
     kinds |= {type(vars(module).get("config")) for module in model.modules()}
@@ -140,11 +137,11 @@ def class_digest(builder: Builder, model: nn.Module) -> str | None:
 
 @cache
 def _own_code() -> bytes:
-    """Return this package's files, which change while its version does not."""
+    """This package's source: it changes between releases, the version does not."""
     return b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def entry_key(digest: str, *parts: Any) -> str:
-    """Return the key of an entry: a digest, and configs without what has no effect (names)."""
+    """Return the key of an entry; config fields without effect (names) are left out."""
     values = without_names([digest, *parts], OF_NO_EFFECT)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

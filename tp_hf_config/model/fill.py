@@ -1,7 +1,7 @@
-"""Move weights from a model before a cut to the model after it, and remember where they came from.
+"""Move weights from a model to its pruned successor, and record where they came from.
 
-This is the only place that takes positions out of parameters and gradients to prune them. A step
-cuts the live model itself; ``apply_cuts`` fills a new build of the class.
+Only this file removes positions from parameters and gradients. A pruning step cuts the live model
+in place; ``apply_cuts`` fills a new build of the class.
 """
 
 from __future__ import annotations
@@ -25,25 +25,19 @@ class Cut(Protocol):
 
     @property
     def edits(self) -> Mapping[str, Any]:
-        """The edits of each tensor that changes; a tied parameter has the first of its names."""
+        """Tensor name -> its edits; a tied parameter is under its first name."""
 
-    def of(self, name: str, values: Tensor) -> Tensor:
-        """Return a tensor's values after the cut."""
+    def of(self, name: str, values: Tensor) -> Tensor: ...
 
     def kept(self, name: str) -> dict[int, Tensor]:
-        """Return dimension -> the positions that stay, for each dimension that is cut."""
+        """Dimension -> remaining positions, for each dimension that is cut."""
 
 
 def fill(new: nn.Module, old: nn.Module, values_of: Callable[[str, Tensor], Tensor]) -> None:
-    """Give a build the parameters that are made of another model's; tied ones stay tied.
+    """Give a build, whose parameters have no data, parameters made from another model's.
 
-    Args:
-        new: the build, whose parameters have no data.
-        old: the model whose names, ties and ``requires_grad`` count.
-        values_of: gets the first name of each parameter and its values, returns the new values.
-
-    Raises:
-        ConfigSyncError: the class builds another shape.
+    Names, ties and ``requires_grad`` are those of ``old``. ``values_of`` gets the first name of
+    each parameter and its old values. Raises ConfigSyncError if the build has another shape.
     """
     built = dict(new.named_parameters(remove_duplicate=False))
     for names in parameter_names(old).values():
@@ -57,12 +51,7 @@ def fill(new: nn.Module, old: nn.Module, values_of: Callable[[str, Tensor], Tens
 
 
 class LiveCut:
-    """A cut of a live model: each parameter and its gradient is copied once, one at a time.
-
-    Args:
-        model: the model.
-        cut: what is done to it; its shapes are proved.
-    """
+    """A cut of a live model in place, one tensor at a time; the resulting shapes are proved."""
 
     def __init__(self, model: nn.Module, cut: Cut):
         self._model, self._cut = model, cut
@@ -72,14 +61,10 @@ class LiveCut:
 
     @property
     def remaining(self) -> int:
-        """How many tensors are not cut yet."""
         return len(self._remaining)
 
     def carry_out(self) -> None:
-        """Cut what is not cut yet; if interrupted, finish first and then raise.
-
-        What fails twice (memory) remains for the next call.
-        """
+        """Cut what remains, and raise an interrupt only then; what fails twice (memory) remains."""
         try:
             self._carry_out()
         except BaseException:
@@ -109,29 +94,18 @@ class LiveCut:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a Parameter was cut from.
-
-    Attributes:
-        parameter: the Parameter that existed when recording began.
-        kept: dimension -> the positions of ``parameter`` that are left, if it lost some.
-    """
-
-    parameter: nn.Parameter
-    kept: Mapping[int, Tensor]
+    parameter: nn.Parameter  # as it was when recording began
+    kept: Mapping[int, Tensor]  # dimension -> remaining positions; cut dimensions only
 
 
 class Lineage:
-    """The origins of the Parameters that are cut while it records.
-
-    Code that holds something of a Parameter's shape (an optimizer) needs them.
-    """
+    """Origins of Parameters cut while it records; an optimizer's state has their shapes."""
 
     def __init__(self) -> None:
-        self._origins: Any = WeakIdKeyDictionary()  # a Parameter that is cut again is freed
+        self._origins: Any = WeakIdKeyDictionary()  # weak: a Parameter that is cut again is freed
         self._successors: dict[nn.Module, nn.Module] = {}
 
     def note(self, new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
-        """Record that ``new`` holds the kept positions of ``old``."""
         origin = self.origin_of(old)
         merged = dict(origin.kept)
         for dim, positions in kept.items():
@@ -139,17 +113,15 @@ class Lineage:
         self._origins[new] = Origin(origin.parameter, merged)
 
     def note_successor(self, model: nn.Module, successor: nn.Module) -> None:
-        """Record that another module holds what is left of a model's parameters."""
         self._successors[model] = successor
 
     def successor_of(self, model: nn.Module) -> nn.Module:
-        """Return the module that holds what is left of a model's parameters, mostly itself."""
         while model in self._successors:
             model = self._successors[model]
         return model
 
     def origin_of(self, parameter: nn.Parameter) -> Origin:
-        """Return where a Parameter comes from; one that was not cut comes from itself."""
+        """The origin of a Parameter; one that was not cut is its own origin."""
         origin: Origin | None = self._origins.get(parameter)
         return Origin(parameter, {}) if origin is None else origin
 
@@ -159,13 +131,11 @@ _recording: list[Lineage] = []
 
 
 def note(new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
-    """Tell every recording of a cut."""
     for lineage in _recording:
         lineage.note(new, old, kept)
 
 
 def note_successor(model: nn.Module, successor: nn.Module) -> None:
-    """Tell every recording which module holds what is left of a model's parameters."""
     for lineage in _recording:
         lineage.note_successor(model, successor)
 

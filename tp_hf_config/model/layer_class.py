@@ -1,8 +1,8 @@
-"""Generate the subclass of a model class whose layers are each built from a config of their own.
+"""Generate a subclass of a model class that builds each layer from a config of its own.
 
 Transformers reads ``per_layer_config`` into the config (5.15 and newer), but few of its classes
-build their layers from it (pull request 45332).  The generated file does, and imports nothing but
-Transformers: it is saved beside the weights, and loaded with ``trust_remote_code=True``.
+build their layers from it (pull request 45332). The generated file does, and imports nothing but
+Transformers. It is saved beside the weights and loaded with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from .surroundings import ONE_AT_A_TIME
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# package of the generated modules, which are copied into folders
 GENERATED = "tp_hf_config_generated"
-"""The package of the generated modules; folders hold copies of them."""
-_MARK = "layers_with_own_config"
-"""The attribute of a generated class that holds the names of its lists of layers."""
+_MARK = "layers_with_own_config"  # attribute of a generated class: the names of its lists of layers
 
 _SOURCE = '''\
 """{stock} with layers that differ: each is built from its own entry in ``per_layer_config``.
@@ -160,18 +159,14 @@ _PREFIX = "Layerwise"
 
 
 def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the class from which a generated class is derived; of another, the class itself."""
+    """The class that a generated class is derived from; any other class itself."""
     if not layer_lists(model_class):
         return model_class
     return next(base for base in model_class.__mro__[1:] if hasattr(base, "from_pretrained"))
 
 
 def layer_lists(model_class: type) -> tuple[str, ...]:
-    """Return the names of the lists whose layers a generated class builds from own configs.
-
-    The names count from the model that a task's class holds (``layers`` of a ``LlamaModel``). They
-    are empty for a class that was not generated.
-    """
+    """Lists built from own configs, relative to the base model; empty for a stock class."""
     names: tuple[str, ...] = getattr(model_class, _MARK, ())
     return names
 
@@ -179,14 +174,7 @@ def layer_lists(model_class: type) -> tuple[str, ...]:
 def layerwise_class(
     model: PreTrainedModel, lists: Mapping[str, Iterable[type]]
 ) -> type[PreTrainedModel]:
-    """Return the generated subclass of a model's class; made once for each class and lists.
-
-    ``lists``: the name of each list of layers -> the classes of its layers.
-
-    Returns:
-        The class. Its module lies in a temporary folder until the process ends, from where
-        ``save_pretrained`` copies it.
-    """
+    """Return the generated subclass; ``lists``: list of layers -> classes of the layers."""
     base: Any = model.base_model
     named = tuple((name, tuple(dict.fromkeys(classes))) for name, classes in lists.items())
     key: Any = (type(model), type(base), type(model.config), named)
@@ -203,10 +191,7 @@ _generated: dict[Any, type[PreTrainedModel]] = {}
 def _generate(
     stock: type, loaded: Mapping[str, type], lists: tuple[tuple[str, tuple[type, ...]], ...]
 ) -> Any:
-    """Write and import the module of a stock class and of those beside it; return its class.
-
-    ``loaded``: the name of each auto class -> the stock class that it loads.
-    """
+    """Write a module with subclasses of ``loaded`` (by auto class); return that of ``stock``."""
     loaders: dict[type, list[str]] = {}
     for auto, cls in loaded.items():
         loaders.setdefault(cls, []).append(auto)
@@ -231,21 +216,19 @@ def _generate(
 
 
 def _name(stock: type) -> str:
-    """Return the name of the class that is generated of a class.
-
-    ``save_pretrained`` takes a class with "Tokenizer" in its name (audio codecs) for a tokenizer,
-    and writes two names into ``auto_map`` (transformers 5.24, ``custom_object_save``).
-    """
+    # save_pretrained mistakes "Tokenizer" (in names of audio codecs) for a tokenizer, and writes
+    # two names into auto_map (transformers 5.24, custom_object_save)
     return f"{_PREFIX}{stock.__name__.replace('Tokenizer', 'Codec')}"
 
 
 def _loaded_classes(
     model: PreTrainedModel, lists: Mapping[str, tuple[type, ...]]
 ) -> dict[str, type]:
-    """Return each auto class that loads a model's class, or one beside it -> that class.
+    """Auto class -> the class it loads: the model's, or one beside it.
 
-    Beside it are classes of the same config with such layers in the same lists and no others.
-    ``AutoModel`` always loads one, as vLLM asks for it: the class without a head, if there is one.
+    Beside it are classes of the same config that have such layers in the same lists and in no
+    others. ``AutoModel`` is always included, because vLLM asks for it; it loads the class without a
+    head.
     """
     stock: Any = type(model)
     own = auto_classes(type(model.config), stock)
@@ -263,12 +246,10 @@ def _loaded_classes(
 def _has_layers_of(
     candidate: Any, model: PreTrainedModel, lists: Mapping[str, tuple[type, ...]]
 ) -> bool:
-    """True if a class builds layers of these classes from a model's config, in these lists only.
-
-    It has to find their weights too: ``LlamaForQuestionAnswering`` does not, for its prefix.
-    """
+    """True if a class builds layers of these classes, in these lists only."""
     if getattr(candidate, "config_class", None) is not type(model.config):
         return False
+    # LlamaForQuestionAnswering would not find its weights
     if candidate.base_model_prefix != model.base_model_prefix:
         return False
     built = without_data(candidate, model.config)
@@ -284,7 +265,6 @@ def _has_layers_of(
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    """Return the ``auto_map`` of a config whose model is of a generated class."""
     file = model_class.__module__.rpartition(".")[2]
     return {
         auto: f"{file}.{cls.__name__}"
@@ -298,23 +278,20 @@ def _generated_in(module: ModuleType) -> list[Any]:
 
 
 def auto_classes(config_class: type, stock: type) -> list[str]:
-    """Return the names of the auto classes that load a class, the one to name to users first."""
+    """Auto classes that load a class; the first is the one to show to users."""
     names = [auto for auto, classes in _mapped(config_class).items() if stock in classes]
     return names or ["AutoModel"]
 
 
 def _mapped(config_class: type) -> dict[str, tuple[Any, ...]]:
-    """Return the name of each auto class -> the classes that it loads for a config's class.
-
-    ``AutoModel`` comes first, then those for one task. ``AutoBackbone`` loads no folder on a disk
-    (transformers 5.24 asks the Hub for it).
-    """
+    """Auto class -> classes it loads for a config class; ``AutoModel`` first, then tasks."""
     from transformers.models.auto import modeling_auto
 
     result: dict[str, tuple[Any, ...]] = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         found = (
+            # AutoBackbone cannot load a local folder: transformers 5.24 asks the Hub
             mapping.get(config_class, None) if name.startswith("AutoModel") and mapping else None
         )
         if found:
@@ -345,12 +322,12 @@ def _module(name: str, text: str) -> Any:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        vars(module)["SOURCE"] = text  # for pickles; a system that cleans up may take the file
+        vars(module)["SOURCE"] = text  # for pickling; the system may delete temporary files
         sys.modules[full] = module
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[full]  # the next one to ask would get what was defined so far
+            del sys.modules[full]  # else the next caller would get a partial module
             raise
         for cls in _generated_in(module):
             copyreg.pickle(cls, _reduced)
@@ -358,7 +335,7 @@ def _module(name: str, text: str) -> Any:
 
 
 def _reduced(model: Any) -> tuple[Any, ...]:
-    """Reduce a model for pickle and ``copy``: its module is made again from its text."""
+    """Reduce a model for ``pickle`` and ``copy``; its module is recreated from its source."""
     cls: Any = type(model)
     text = vars(sys.modules[cls.__module__])["SOURCE"]
     name = cls.__module__.rpartition(".")[2]
@@ -372,7 +349,7 @@ def _unfilled(module: str, text: str, name: str) -> Any:
 
 @cache
 def _folder() -> Path:
-    """Return the folder of this process's generated modules; it goes when the process ends."""
+    """Folder of this process's generated modules, deleted when the process ends."""
     folder = tempfile.mkdtemp(prefix="tp_hf_config-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

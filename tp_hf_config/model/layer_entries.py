@@ -1,8 +1,8 @@
-"""Layers with settings of their own: entries for single layers in a config (``per_layer_config``).
+"""Config entries for single layers (``per_layer_config``), for models whose layers differ.
 
-While a model is pruned so that its layers may differ, every layer has an entry for every setting
-that may: a field of its own.  Between steps only settings that differ stay there, and a model whose
-layers all agree is of its stock class again, with nothing but the one number in its config.
+During pruning, every layer has an entry for every setting that may differ, as a field of its own.
+Between steps the config keeps only entries of settings that differ. If all layers agree, the model
+has its stock class again, and its config has no entries.
 """
 
 from __future__ import annotations
@@ -23,45 +23,32 @@ from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEY = "per_layer_config"
-"""The field of a config that holds the entries: layer number -> setting -> value."""
+KEY = "per_layer_config"  # config field of the entries: layer number -> setting -> value
 EXPLICIT = "serialize_explicit_per_layer_config"
 GLOBAL_READS = "allow_global_per_layer_attribute_access"
 
 
 @dataclass(frozen=True)
 class LayerList:
-    """A list of layers that can be built from entries of their own.
-
-    Attributes:
-        name: its name in the base model.
-        config_path: the keys that lead to the config of its layers in the model's.
-        classes: the classes of its layers.
-    """
-
-    name: str
-    config_path: FieldPath
-    classes: tuple[type, ...]
+    name: str  # in the base model
+    config_path: FieldPath  # from the model's config to that of the layers
+    classes: tuple[type, ...]  # of its layers
 
 
 def entries_supported() -> bool:
-    """True if this version of Transformers reads ``per_layer_config`` (5.15 and newer)."""
+    """True if Transformers reads ``per_layer_config`` (5.15 and newer)."""
     from transformers import PretrainedConfig
 
     return hasattr(PretrainedConfig, KEY)
 
 
 def may_differ(model: PreTrainedModel) -> bool:
-    """True if a model of a stock class has layers that could be built from own entries."""
     stock = not layer_lists(type(model))
     return stock and entries_supported() and bool(layer_lists_of(model))
 
 
 def shared_field(field: FieldPath) -> FieldPath:
-    """Return the field that an entry stands for: ``per_layer_config.3.n_inner`` -> ``n_inner``.
-
-    Of a field that is in no entry, the field itself.
-    """
+    """Remove the entry from a field: ``per_layer_config.3.n_inner`` -> ``n_inner``."""
     if KEY not in field:
         return field
     at = field.index(KEY)
@@ -69,21 +56,16 @@ def shared_field(field: FieldPath) -> FieldPath:
 
 
 def name_in_all_layers(name: str) -> str:
-    """Return a field's name without the layer in whose entry it is; see :func:`shared_field`."""
+    """Like :func:`shared_field`, for a field's name."""
     return re.sub(rf"{KEY}\.\d+\.", "", name)
 
 
 def layer_number(field: FieldPath) -> int | None:
-    """Return the number of the layer in whose entry a field is; ``None`` if it is in none."""
     return int(field[field.index(KEY) + 1]) if KEY in field else None
 
 
 def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
-    """Return the lists of a model's layers that can be built from entries of their own.
-
-    Their layers get the config as an argument of that name, and are no more than
-    ``num_hidden_layers`` of it.
-    """
+    """Return the lists of layers that can be built from entries of their own."""
     base = model.base_model
     paths = {type(node): path for path, node in config_nodes(model.config)}
     result: list[LayerList] = []
@@ -94,7 +76,8 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
         config = config_around(base, name)
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
         count = getattr(config, "num_hidden_layers", None)
-        counted = type(count) is int and len(module) <= count  # a hybrid's may have one for a kind
+        # a hybrid may have a list for each kind
+        counted = type(count) is int and len(module) <= count
         takes_config = all("config" in inspect.signature(cls).parameters for cls in classes)
         if type(config) in paths and counted and takes_config:
             result.append(LayerList(name, paths[type(config)], classes))
@@ -102,7 +85,6 @@ def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
 
 
 def config_around(model: nn.Module, name: str) -> Any:
-    """Return the config of the nearest module around a submodule of this name."""
     while True:
         name = name.rpartition(".")[0]
         config = vars(model.get_submodule(name)).get("config")
@@ -111,7 +93,7 @@ def config_around(model: nn.Module, name: str) -> Any:
 
 
 def entries_of(config: Any) -> dict[int, dict[str, Any]]:
-    """Return layer -> its entry, with every setting for which some layer has one."""
+    """Layer -> values of all settings for which some layer has an entry."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     own = sorted(config._heterogeneity_spec.explicit_per_layer_attributes)
@@ -123,7 +105,6 @@ def entries_of(config: Any) -> dict[int, dict[str, Any]]:
 
 
 def values_by_layer(model: PreTrainedModel) -> dict[FieldPath, tuple[Any, ...]]:
-    """Return each field of which layers have values of their own -> its value in every layer."""
     result: dict[FieldPath, tuple[Any, ...]] = {}
     for path, config in config_nodes(model.config):
         entries = list(entries_of(config).values())
@@ -134,7 +115,7 @@ def values_by_layer(model: PreTrainedModel) -> dict[FieldPath, tuple[Any, ...]]:
 
 
 def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
-    """Put entries into a config, in the place of those that there were; none if there are none."""
+    """Replace the entries of a config; an empty mapping removes them."""
     config.per_layer_config = None
     if entries:
         vars(config)[EXPLICIT] = True
@@ -145,10 +126,7 @@ def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
 
 
 def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any]:
-    """Return a config's JSON in which all layers are alike, and none has an entry.
-
-    ``like``: the number of the layer that all are like; ``None``: they have the numbers for all.
-    """
+    """Remove entries: all layers are like layer ``like``, or have the global values (``None``)."""
     result: dict[str, Any] = {}
     for key, value in data.items():
         if key in (KEY, EXPLICIT, GLOBAL_READS, "auto_map"):
@@ -163,7 +141,7 @@ def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any
 
 
 def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None:
-    """Give the modules of each layer the config from which the layer would be built now."""
+    """Give the modules of each layer the config that the layer is built from."""
     base = model.base_model
     for layers in lists:
         whole = config_around(base, layers.name)
@@ -175,11 +153,7 @@ def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None
 
 
 class ListedLayers:
-    """A model in which every layer has an entry for every setting that may differ.
-
-    ``keys``: the path of a config -> the settings of which every layer gets an entry, with the
-    value that holds for all layers that have none yet.
-    """
+    """Gives every layer an entry for all ``keys``: path of a config -> setting -> default."""
 
     def __init__(self, model: PreTrainedModel, keys: Mapping[FieldPath, Mapping[str, int]]):
         self.model, self.keys = model, keys
@@ -189,10 +163,7 @@ class ListedLayers:
         self._opened: tuple[type, dict[str, Any]]
 
     def open(self) -> None:
-        """Give every layer its entries, and the model the class that builds them so, or raise.
-
-        If it raises, the model and its config are as they were.
-        """
+        """Give every layer its entries, and the model its generated class; undone on errors."""
         model, listed_class = self.model, type(self.model)
         if not layer_lists(listed_class):
             lists = {found.name: found.classes for found in self.lists}
@@ -217,21 +188,15 @@ class ListedLayers:
         self._opened = own_class, config_json(model.config)
 
     def _restore(self) -> None:
-        """Give every config the attributes that it had."""
         for values, own in self._before:
             values.clear()
             values.update(own)
 
     def close(self) -> None:
-        """Keep the entries of settings that differ; if none do, the class is the stock one.
-
-        If nothing was changed meanwhile, config and class are as they were. Where the class does
-        not build what would be left (six heads that all layers agree on, which do not divide the
-        hidden size), all entries stay.
-        """
+        """Keep entries of settings that differ; if none do, restore the stock class."""
         model = self.model
         own_class, opened = self._opened
-        if config_json(model.config) == opened:
+        if config_json(model.config) == opened:  # nothing was changed since open()
             model.__class__ = own_class
             self._restore()
             with_own_configs(model, self.lists)
@@ -245,8 +210,10 @@ class ListedLayers:
             model.__class__ = self.stock
             vars(model.config).pop("auto_map", None)
         elif Builder(model).initialised(config_json(model.config)) is not None:
-            for node in differing:  # the class reads the one number for all layers too
+            for node in differing:  # the class also reads the value for all layers
                 vars(node)[GLOBAL_READS] = True
+        # keep all entries if the class cannot build the result: all layers agree on six heads, but
+        # 6 does not divide the hidden size
         if any(changed) and isinstance(Builder(model).build(config_json(model.config)), Refusal):
             model.__class__, model.config.auto_map = listed
             for node, entries, values in states:
@@ -259,21 +226,13 @@ class ListedLayers:
 
 
 def _keep_what_differs(config: Any, implied: Mapping[str, int]) -> bool:
-    """Write settings in which all layers agree once, and leave entries of the others alone.
-
-    Where nothing changed, numbers that the config leaves to a default stay so.
-
-    ``implied``: setting -> what its number for all layers is, or implies.
-
-    Returns:
-        True if the config says something else than before it had entries.
-    """
+    """Write settings on which all layers agree once, keep other entries; True if values changed."""
     entries = entries_of(config)
     values = {
         key: {entry[key] for entry in entries.values()} for key in next(iter(entries.values()))
     }
     set_entries(config, {})
-    as_before = all(
+    as_before = all(  # then defaults that the config did not write out stay unwritten
         found == {implied.get(key)} and getattr(config, key, None) in (None, *found)
         for key, found in values.items()
     )

@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
-    """Return the outermost ``PreTrainedModel`` in ``model`` and the name it has there.
-
-    The name is empty when ``model`` itself is the ``PreTrainedModel``.
-
-    Raises:
-        UnsupportedModelError: ``model`` contains none, or several side by side, or is a
-            DistributedDataParallel.
-        TypeError: ``model`` is no module.
-    """
+    """Return the outermost ``PreTrainedModel``, and its name in ``model`` (may be empty)."""
     from transformers import PreTrainedModel
 
     check("model", model, "nn.Module")
@@ -48,13 +40,7 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise if a model is handed in inside a wrapper of torch (``torch.compile``, data parallel).
-
-    Such a wrapper returns what the model does, so the width of that would be kept for its sake.
-
-    Raises:
-        UnsupportedModelError: it is.
-    """
+    """Raise for a wrapper of torch, since pruning would keep the width of the wrapper's output."""
     from torch.nn.parallel import DistributedDataParallel
     from transformers import PreTrainedModel
 
@@ -77,11 +63,7 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_has_data(model: nn.Module) -> None:
-    """Raise if some of a model's parameters have no data.
-
-    Raises:
-        UnsupportedModelError: some are on the meta device, where accelerate leaves offloaded ones.
-    """
+    """Raise if parameters are on the meta device, as accelerate's offloaded ones are."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta and behind(model) is model:
             raise UnsupportedModelError(
@@ -93,16 +75,7 @@ def check_has_data(model: nn.Module) -> None:
 
 
 def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool = False) -> None:
-    """Raise if the model's weights are not plain, whole tensors in memory.
-
-    Args:
-        model: the model.
-        weights: True if the weights are going to be pruned and so must have data.
-        sharded: True to accept those that FSDP2 keeps in shards.
-
-    Raises:
-        UnsupportedModelError: the weights are quantised, on the meta device, offloaded or sharded.
-    """
+    """Raise if weights are quantised, sharded (``sharded`` accepts FSDP2), or lack data."""
     check_plain(model)
     name = plain_class(type(model)).__name__
     if weights:
@@ -116,14 +89,7 @@ def check_followable(model: PreTrainedModel, weights: bool = True, sharded: bool
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Raise if a model's weights are quantised.
-
-    If they are plain tensors that were quantised in their file (GGUF), the model forgets that it
-    was quantised, so that ``save_pretrained`` writes it; a warning says so.
-
-    Raises:
-        UnsupportedModelError: they are quantised.
-    """
+    """Raise if weights are quantised; remove the quantization config of unpacked ones."""
     name = plain_class(type(model)).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         method = _method(model)
@@ -132,6 +98,7 @@ def check_plain(model: PreTrainedModel) -> None:
                 f"{name} is quantised ({method}): its weights are packed and cannot be pruned. "
                 f"{_INSTEAD}"
             )
+        # plain tensors from a quantised file (GGUF): save_pretrained shall write them as they are
         quantizer: Any = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
@@ -189,7 +156,7 @@ def _is_unpacked(model: PreTrainedModel) -> bool:
 
 
 def _is_float(tensor: torch.Tensor) -> bool:
-    """True if a tensor has a floating point dtype that can be computed with: no float8."""
+    """True for floating point dtypes that torch can compute with, so not for float8."""
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.element_size() > 1
 
 

@@ -1,7 +1,7 @@
-"""Run a forward pass of a model without data past the places where values decide.
+"""Run forward passes on the meta device, also where the model's code asks for values.
 
-Weights and what is computed from them have shapes only. Whole numbers and masks (token ids, an
-image's grid, positions) stay real on the CPU, so that sizes computed from them are known.
+Weights and what is computed from them have shapes only. Integers and masks (token ids, an image's
+grid, positions) have values on the CPU, so sizes computed from them are known.
 """
 
 from __future__ import annotations
@@ -24,45 +24,38 @@ _INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 _PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _META = torch.device("meta")
-_FEW = 8  # positions that are chosen along a long row
-_MOST_RESULTS = 100_000  # operations in the cache before it is emptied
+_FEW = 8  # positions that are selected in a one-dimensional tensor
+_MOST_RESULTS = 100_000  # cached operations before the cache is emptied
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
-_LARGE = 2**21
-"""A tensor of more numbers than this holds no sizes."""
+_LARGE = 2**21  # numbers; a larger tensor holds no sizes
 _SCATTER = torch.ops.aten.masked_scatter.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
-_PADDING = 4
-"""Index of the padding among the arguments of a convolution."""
+_PADDING = 4  # index of the argument of a convolution
+# they read values of meta tensors, or may move a tensor to another device
 _CHOOSING = (_NONZERO, _ITEM, _COPY, _SCATTER, *_PUT, *_INDEX)
-"""Operations that ask for values of tensors without data, or may move them from the device."""
 _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__)
 
 
 @contextmanager
 def _plain_on_meta() -> Iterator[None]:
-    """While open, forward passes on the meta device do not switch autocast and do not compile.
-
-    Transformers 4, and code from the Hub, switch autocast off around rotary embeddings, which
-    raises on the meta device. ModernBERT's parts are compiled there wherever Triton is installed.
-    """
+    """While open, meta forward passes skip autocast and compilation."""
     original: Any = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        # Transformers 4 and Hub code disable autocast for rotary embeddings, which raises on meta
         on_meta = device_type == "meta"
         return nullcontext() if on_meta else original(device_type, *args, **kwargs)
 
-    dynamo = sys.modules.get("torch._dynamo")  # imported only where something is to be compiled
+    # imported only to compile, as ModernBERT does if Triton is installed
+    dynamo = sys.modules.get("torch._dynamo")
     uncompiled = nullcontext() if dynamo is None else dynamo.config.patch(disable=True)
     with replaced(torch, "autocast", autocast), uncompiled:
         yield
 
 
 class NoValues(TorchFunctionMode):
-    """Answers questions about values, which masks ask, in a forward pass on the meta device.
-
-    Nothing that is computed in this mode stays in the caches of classes.
-    """
+    """Answers questions about values that masks ask; the caches of classes are not used."""
 
     def __enter__(self) -> Any:
         self._around = ExitStack()
@@ -76,35 +69,29 @@ class NoValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _VALUES and args[0].is_meta:
-            return True  # masks ask whether anything is masked; no value is known here
+            return True  # masks ask whether anything is masked
         if func is torch.Tensor.__contains__ and args[0].is_meta:
-            return False  # the question is: is there a padding token?
+            return False  # the question is whether there is a padding token
         if func is torch.Tensor.tolist and args[0].is_meta:
             return torch.ones(args[0].shape, device="cpu", dtype=torch.long).tolist()
         return func(*args, **(kwargs or {}))
 
 
 class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes whole numbers and the few others made from them; all else has shapes only.
+    """Computes integers, and the few floats made from them; all else has shapes only.
 
-    Where values choose (which tokens an expert takes, which images are more than padding), this
-    mode chooses all. Of a long row (experts, one after the other) it chooses the first few, which
-    are like all others.
-
-    Attributes:
-        guessed: True once a value without data has chosen something: the run may then differ
-            from one with data.
-        numbers: how many numbers all operations together returned.
+    Where values select (the tokens of an expert, the images that are not padding), everything is
+    selected. In one dimension only the first ``_FEW`` positions are, because all are alike.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.guessed = False
-        self.numbers = 0
+        self.guessed = False  # a meta value selected something: with data the pass may differ
+        self.numbers = 0  # in the results of all operations together
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing compiles here, and dynamo's guard costs more than all else
+        return False  # nothing is compiled here; dynamo's guard takes most of the time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs) if kwargs else {}
@@ -124,7 +111,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is _COPY and "device" in kwargs:
                 kwargs["device"] = _META
             if func is _SCATTER and _too_few(*args):
-                raise RuntimeError("fewer features than places for them")  # as with data
+                raise RuntimeError("fewer features than places for them")  # as on a real device
             if func in _PUT and not self.guessed:
                 _check_broadcast(*args[:3])
             if func in _INDEX:
@@ -141,7 +128,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _stays_real(func: Any, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
-        """True if an operation that asks for the meta device runs on the CPU instead."""
+        """True if an operation that asks for the meta device runs on the CPU."""
         if func is _COPY:
             dtype = kwargs.get("dtype") or tensors[0].dtype
             return not tensors[0].is_meta and not dtype.is_floating_point
@@ -152,10 +139,7 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
-    """Run an operation on real numbers; return only a shape for what cannot hold sizes.
-
-    Those are sinusoids and results of more than ``_LARGE`` numbers.
-    """
+    """Run an operation with values; sinusoids and large results get shapes only."""
     new = _makes_new(func)
     pointwise = new and torch.Tag.pointwise in func.tags
     if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
@@ -167,7 +151,7 @@ def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tens
 
 
 def _is_large(output: Any) -> bool:
-    """True if a result has too many numbers to hold sizes; never for a mask, which chooses."""
+    """True if a result is too large to hold sizes; never for a mask, which selects."""
     if not isinstance(output, torch.Tensor) or output.dtype == torch.bool:
         return False
     return output.numel() > _LARGE
@@ -183,15 +167,12 @@ def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
+# on the meta device most operations compute shapes in Python, which is slow
 _result_shapes: dict[Any, tuple[Any, ...]] = {}
-"""What each operation returns for which argument shapes.
-
-On the meta device most operations compute that in Python, which is slow.
-"""
 
 
 def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return an operation's result on the meta device; run it only once for equal shapes."""
+    """Return an operation's result on the meta device; it runs once for equal shapes."""
     if not _makes_new(func):
         return func(*args, **kwargs)
     key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
@@ -201,7 +182,7 @@ def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if cached is None:
         if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
-            raise RuntimeError("negative padding is not supported")  # as with data
+            raise RuntimeError("negative padding is not supported")  # as on a real device
         output = func(*args, **kwargs)
         outputs = output if isinstance(output, tuple) else (output,)
         if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):
@@ -223,7 +204,7 @@ def _makes_new(func: Any) -> bool:
 
 
 def _signature(value: Any) -> Any:
-    """Return what of an argument decides the shapes of results, as part of a cache key."""
+    """The part of an argument that decides the shapes of results, for a cache key."""
     if isinstance(value, torch.Tensor):
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, (list, tuple)):
@@ -232,23 +213,17 @@ def _signature(value: Any) -> Any:
 
 
 def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> bool:
-    """True if a source has fewer numbers than the mask chooses; False if the mask has no data."""
+    """True if ``source`` has fewer numbers than the mask selects; False for a meta mask."""
     if mask.is_meta:
         return False
-    own = mask  # an expanded one holds each row once
+    own = mask  # without the repeats of an expanded mask
     for dim, stride in enumerate(mask.stride()):
         own = own.narrow(dim, 0, 1) if stride == 0 else own
     return source.numel() * own.numel() < int(own.sum()) * values.numel()
 
 
 def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -> None:
-    """Raise if a source does not fit the positions it is put into, in torch's words for it.
-
-    Nothing is checked where the positions have no data.
-
-    Raises:
-        RuntimeError: the source cannot be broadcast to the indexed positions.
-    """
+    """Raise torch's error if ``source`` does not fit its positions; meta ones are not checked."""
     positions = _positions(indices)
     if any(index is not None and index.is_meta for index in (*indices, *positions)):
         return
@@ -262,10 +237,7 @@ def _check_broadcast(values: torch.Tensor, indices: Any, source: torch.Tensor) -
 
 
 def _positions(indices: Any) -> list[Any]:
-    """Return the indices, with each mask replaced by the positions that it chooses.
-
-    Their number is a size. A mask without data chooses all positions.
-    """
+    """Replace masks by positions, whose number is a size; a meta mask selects all positions."""
     result: list[Any] = []
     for index in indices:
         if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
@@ -277,7 +249,7 @@ def _positions(indices: Any) -> list[Any]:
 
 
 def _without_data(value: Any) -> Any:
-    """Return a value with real tensors, in containers too, replaced by ones on the meta device."""
+    """Move the tensors of a value, also in containers, to the meta device."""
     if isinstance(value, torch.Tensor) and not value.is_meta:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     if isinstance(value, (tuple, list)):

@@ -1,8 +1,8 @@
-"""Models larger than memory: what is computed from their weights lies in files that are mapped.
+"""Prune models larger than memory: tensors are computed into mapped files.
 
-safetensors maps the files that it reads, so weights as they are stored need no memory of their own:
-the system reads their pages when they are used, and drops them when memory is short.  While
-:func:`paged` is open, the same is true of weights that are cut, stacked or cast.
+safetensors maps the files that it reads, so stored weights need no memory of their own: the system
+reads pages when they are used, and drops them when memory is short. While :func:`paged` is open,
+this is also true of weights that are cut, stacked or cast.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 @contextmanager
 def paged(folder: Path | None) -> Iterator[None]:
-    """Let :func:`in_file` put tensors into files of a folder; ``None``: it keeps them in memory.
+    """While open, :func:`in_file` puts tensors into files of a folder; ``None``: into memory.
 
-    The files have no names, so they are removed with their tensors, also if the process is killed.
+    The files have no names, so they vanish with their tensors, even if the process is killed.
     Windows does not allow that; there the system pages memory to its own file.
     """
     token = _folder.set(None if os.name == "nt" else folder)
@@ -41,16 +41,11 @@ def paged(folder: Path | None) -> Iterator[None]:
 
 
 def is_paged() -> bool:
-    """True while :func:`paged` is open with a folder."""
     return _folder.get() is not None
 
 
 def in_file(values: Tensor) -> Tensor:
-    """Return a tensor whose values are in a mapped file; while nothing is paged, the tensor itself.
-
-    Raises:
-        CheckpointError: the disk is full.
-    """
+    """Copy a large CPU tensor into a mapped file; while nothing is paged, return it as it is."""
     folder = _folder.get()
     if folder is None or values.device.type != "cpu" or values.nbytes < _SMALLEST:
         return values
@@ -58,7 +53,7 @@ def in_file(values: Tensor) -> Tensor:
         return values
     handle, name = tempfile.mkstemp(dir=folder)
     try:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process at a write
+        if hasattr(os, "posix_fallocate"):  # else writing to a full disk would kill the process
             os.posix_fallocate(handle, 0, values.nbytes)
         storage: Any = torch.UntypedStorage.from_file(name, True, values.nbytes)
     except OSError as error:
@@ -73,7 +68,7 @@ def in_file(values: Tensor) -> Tensor:
 
 
 class _ConversionsInFiles(TorchFunctionMode):
-    """Puts the results of operations that Transformers converts weights with into files."""
+    """Puts results of the operations that Transformers converts weights with into files."""
 
     _COPYING = (torch.stack, torch.cat, Tensor.contiguous, Tensor.to)
 
@@ -91,10 +86,10 @@ class _ConversionsInFiles(TorchFunctionMode):
 
 @contextmanager
 def conversions_in_files() -> Iterator[None]:
-    """Put weights that Transformers stacks, splits or casts into files, if tensors are paged."""
+    """Put weights that Transformers stacks, splits or casts into files, if paged."""
     if not is_paged():
         yield
         return
-    # a mode is seen by its own thread alone, and mapped files need no threads to be read
+    # a mode applies to its own thread only, and mapped files need no threads to be read
     with patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"), _ConversionsInFiles():
         yield

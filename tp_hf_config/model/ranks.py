@@ -1,4 +1,4 @@
-"""Make sure that all processes of a distributed run prune the same, before any of them does."""
+"""Make sure that all processes of a distributed run prune alike, before any of them prunes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,12 @@ def agree(
     failure: BaseException | None = None,
     more: str = "",
 ) -> None:
-    """Go on if all ranks do the same; every rank has to call this at the same point.
+    """Raise on every rank unless all ranks agree; all must call this at the same point.
 
-    Args:
-        kind: the error of the ranks that could go on.
-        when: where this rank is, for messages: ``"step 1"``.
-        parts: what is pruned or measured, and a digest of how, in order.
-        failure: why this rank cannot go on; it is raised here, and on other ranks an error of
-            ``kind`` that quotes it.
-        more: the end of that error's message.
-
-    Raises:
-        TPHFConfigError: one cannot go on, does something else, is elsewhere or does not come, which
-            is known once the process group's timeout is over.
+    ``when``: where this rank is ("step 1"). ``parts``: what is pruned or measured, each with a
+    digest of how, in order. ``failure``: why this rank cannot continue. It is raised here, and the
+    other ranks raise ``kind`` with its text, followed by ``more``. A rank that never calls this is
+    reported after the timeout of the process group.
     """
     text = "" if failure is None else in_one_line(failure)
     reason = _difference(when, tuple(parts), text) if are_several() else ""
@@ -44,7 +37,6 @@ def agree(
 
 
 def gathered(value: _T) -> list[_T]:
-    """Return the values of all ranks, in their order; every rank has to call this."""
     import torch.distributed as dist
 
     if not are_several():
@@ -55,29 +47,23 @@ def gathered(value: _T) -> list[_T]:
 
 
 def summed(values: Tensor, device: torch.device | str) -> Tensor:
-    """Return the sum of all ranks' tensors; every rank has to call this, and gets the same bits.
-
-    Args:
-        values: this rank's tensor, which may be overwritten.
-        device: where the process group adds up.
-    """
+    """Sum over all ranks on ``device``, to the same bits; all call it. May overwrite ``values``."""
     import torch.distributed as dist
 
     total = values.to(device).contiguous()
-    dist.reduce(total, 0)  # an all_reduce need not give all ranks the same bits
+    dist.reduce(total, 0)  # all_reduce may return other bits on other ranks
     dist.broadcast(total, 0)
     return total.to(values.device)
 
 
 def are_several() -> bool:
-    """True if this process is one of several in a process group."""
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _difference(when: str, parts: tuple[tuple[str, str], ...], failure: str) -> str:
-    """Return why the ranks cannot go on together; empty: all do the same."""
+    """Return why the ranks cannot continue together; empty if all agree."""
     import torch.distributed as dist
 
     try:
@@ -106,14 +92,11 @@ def _difference(when: str, parts: tuple[tuple[str, str], ...], failure: str) -> 
 
 
 def _absence(when: str) -> str:
-    """Wait until every rank calls this; return which ones do not within the timeout, if any.
-
-    Ranks leave a note in the process group's store, for no backend but gloo tells who is missing,
-    and NCCL ends the process of those who wait.
-    """
+    """Wait for all ranks; return which ones do not come within the timeout, or nothing."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
+    # only gloo reports who is missing, and NCCL kills the processes that wait
     store = _get_default_store()
     if store is None:  # MPI has none
         return ""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> its shape."""
+Shapes = Mapping[str, tuple[int, ...]]  # by tensor name
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all parameters (tied ones under each name) and saved buffers."""
+    """Shapes of all parameters (tied ones under each name) and saved buffers."""
     result: dict[str, tuple[int, ...]] = {}
     buffers: dict[str, tuple[int, ...]] = {}
     visited: set[int] = set()
@@ -30,23 +29,15 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under each of its names."""
     modules: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
     return modules
 
 
 def vanished_counts(old: nn.Module, new: nn.Module) -> list[str]:
-    """Return the whole-number attributes that are above 0 in ``old`` and 0 in ``new``.
+    """Names of int attributes that are positive in ``old`` and 0 in ``new``.
 
     Then a field that sets no shape should have changed too: DeepSeek's ``num_key_value_groups`` is
-    heads over ``num_key_value_heads``, which its latent attention does not use for any weight.
-
-    Args:
-        old: a build of the class.
-        new: another build of it, at other values.
-
-    Returns:
-        The attributes' full names (``model.layers.0.self_attn.num_key_value_groups``).
+    heads over ``num_key_value_heads``, which sets no weight's shape in its latent attention.
     """
     before = dict(old.named_modules())
     return [
@@ -61,17 +52,9 @@ def vanished_counts(old: nn.Module, new: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A live tensor whose shape the config does not build.
-
-    Attributes:
-        name: the tensor's name.
-        shape: its shape in the live model.
-        expected: the shape that the config builds; ``None`` if it builds no such tensor.
-    """
-
     name: str
-    shape: tuple[int, ...]
-    expected: tuple[int, ...] | None
+    shape: tuple[int, ...]  # in the live model
+    expected: tuple[int, ...] | None  # built from the config; None: no such tensor
 
     def __str__(self) -> str:
         if self.expected is None:
@@ -80,7 +63,6 @@ class Mismatch:
 
 
 def compare(live: Shapes, built: Shapes) -> Sequence[Mismatch]:
-    """Return a mismatch for every live tensor that the build lacks or has in another shape."""
     return [
         Mismatch(name, shape, built.get(name))
         for name, shape in live.items()

@@ -1,10 +1,10 @@
-"""Weights that FSDP2 (``fully_shard``) keeps in shards on several processes: read and fill them.
+"""Read and fill weights that FSDP2 (``fully_shard``) shards over several processes.
 
-Pruners work on a copy of the sharded model on the meta device: FSDP2 replaces the classes of
-modules, and the sharded model stays as it was until the pruned one is built.
+Pruners work on a copy of the sharded model on the meta device, because FSDP2 replaces the classes
+of modules. The sharded model is unchanged until the pruned one is built.
 
-Torch's distributed modules are looked up, not imported: a model is under FSDP2 only if somebody
-else has imported them.
+Torch's distributed modules are looked up, not imported: a model is under FSDP2 only if they are
+already imported.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# sharded model -> its copy on the meta device
 meta_copies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Sharded model -> its copy on the meta device."""
 
 
 def behind(model: nn.Module) -> nn.Module:
-    """Return the sharded model that a meta copy is of; any other model itself."""
+    """Return the sharded model of a meta copy; any other model itself."""
     return next((sharded for sharded, copy in meta_copies.items() if copy is model), model)
 
 
 def _fsdp_module() -> Any:
-    """Return the class that ``fully_shard`` puts before a module's own; ``None``: not imported."""
+    """The class that ``fully_shard`` adds to a module; ``None`` if not imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def plain_class(model_class: type) -> type:
-    """Return the class that a model had before ``fully_shard``."""
     fsdp = _fsdp_module()
     if fsdp is None or not issubclass(model_class, fsdp):
         return model_class
@@ -41,25 +40,24 @@ def plain_class(model_class: type) -> type:
 
 
 def _sharded_parts(module: nn.Module) -> Iterator[Any]:
-    """Yield those parts of a module, itself included, that are under ``fully_shard``."""
+    """Yield the modules under ``fully_shard`` in a module, itself included."""
     fsdp = _fsdp_module()
     if fsdp is not None:
         yield from (part for part in module.modules() if isinstance(part, fsdp))
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """True if a module, or one inside it, is under ``fully_shard``."""
     return any(True for _ in _sharded_parts(module))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """True if a tensor is spread over several processes, as FSDP2 and tensor parallelism do."""
+    """True if a tensor is spread over processes (FSDP2, tensor parallelism)."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)
 
 
 def sharded_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that FSDP2 or HSDP alone divides, without tensor parallelism."""
+    """Parameters that only FSDP2 or HSDP divides, not tensor parallelism."""
     managed: set[Any] = {p for part in _sharded_parts(module) for p in part.parameters()}
     return {
         parameter
@@ -70,13 +68,12 @@ def sharded_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Put the shards back into the place of parameters that a forward pass has gathered."""
     for part in _sharded_parts(module):
         part.reshard()
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return all values of a tensor; of shards, gathered from all ranks, which all have to ask."""
+    """Return all values of a tensor; shards are gathered, so every rank has to call this."""
     if not is_dtensor(tensor):
         return tensor  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -84,7 +81,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def divided_like(values: Tensor, parameter: Any) -> Tensor:
-    """Return values that every rank has, divided over the ranks as a parameter is."""
+    """Divide values that every rank has over the ranks as ``parameter`` is."""
     if not is_dtensor(parameter):
         return values.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
@@ -94,17 +91,13 @@ def divided_like(values: Tensor, parameter: Any) -> Tensor:
 
 
 def whole_tensor(model: nn.Module, name: str) -> Tensor:
-    """Return the values of a parameter or buffer; of a meta copy, gathered from all ranks."""
     layer, _, key = name.rpartition(".")
     return whole(getattr(behind(model).get_submodule(layer), key).detach())
 
 
 @contextmanager
 def gathered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """While open, layers of a meta copy have whole parameters and gradients; all ranks enter it.
-
-    ``names``: the layers' names. Of any other model nothing changes.
-    """
+    """Give these layers of a meta copy whole parameters and gradients; all ranks enter it."""
     source, held = behind(model), list[tuple[Any, str, Any]]()
     whole_of: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are gathered once
     try:
@@ -124,7 +117,7 @@ def gathered(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def _own_modules(layer: nn.Module) -> list[nn.Module]:
-    """Return a layer, and the modules that compute its weights."""
+    """Return a layer and the modules of its parametrizations."""
     return [layer, *getattr(layer, "parametrizations", nn.ModuleDict()).modules()]
 
 
@@ -135,10 +128,7 @@ def _whole_of(parameter: Any) -> nn.Parameter:
 
 
 class Passes:
-    """Forward passes of a model whose parts FSDP2 gathers on all ranks together.
-
-    ``note`` gets each part under ``fully_shard`` once it is gathered.
-    """
+    """Forward passes that gather on all ranks together; ``note`` gets each gathered FSDP2 part."""
 
     def __init__(self, model: nn.Module, note: Callable[[nn.Module], None]):
         self._note, self._parts = note, list(_sharded_parts(model))
@@ -146,7 +136,7 @@ class Passes:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch the passes inside ``with``; the shards are back in place afterwards."""
+        """Watch the passes inside ``with``; afterwards parameters are sharded again."""
         handles = [part.register_forward_pre_hook(self._gathered) for part in self._parts]
         try:
             yield
@@ -157,11 +147,10 @@ class Passes:
                 part.reshard()
 
     def begin(self) -> None:
-        """Begin a pass."""
         self._waiting = dict.fromkeys(self._parts)
 
     def give_up(self) -> None:
-        """After an error in a pass, gather with the other ranks what they still wait for."""
+        """After an error in a pass, gather the parts that other ranks still wait for."""
         for part in self._waiting:
             part.unshard()  # type: ignore[operator]
         for part in self._parts:

@@ -1,4 +1,4 @@
-"""Run experiments without a trace: one at a time, random numbers as before, nothing printed."""
+"""Run experiments without side effects: one at a time, random state restored, nothing printed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+# held while a class is learned, built or tried out: threads share what is learned or replaced
 ONE_AT_A_TIME = threading.RLock()
-"""Held by the thread that learns a class, experiments with it or builds it.
-
-What was learned is kept for all threads, and :func:`replaced` functions are looked up by all.
-"""
-_UNKNOWN = 4 * 2**30
-"""Bytes that count as free where the system does not say how many are."""
+_UNKNOWN = 4 * 2**30  # bytes that count as free if the system does not report free memory
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While open, torch computes on one core for this thread; tiny tensors gain nothing by more.
-
-    Torch's setting is that of the thread that sets it, and that with which new threads begin. So
-    another thread sets the second one as it was.
-    """
-    import torch  # the shell asks for the other one before it needs torch
+    """While open, this thread runs torch on one core: more do not speed up tiny tensors."""
+    import torch  # the command line imports this module before it needs torch
 
     threads = torch.get_num_threads()
     if threads == 1:
         yield
         return
+    # set_num_threads also sets the number for new threads: restore that
     as_before = threading.Thread(target=torch.set_num_threads, args=(threads,))
     try:
         torch.set_num_threads(1)
@@ -48,23 +41,17 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def plain_autograd() -> Iterator[None]:
-    """While open, gradients are computed and nothing is cast, whatever the caller has switched.
-
-    Experiments follow gradients in float64: ``no_grad``, ``inference_mode`` and ``autocast`` around
-    a call of this library would make all units look alike. New tensors are on the CPU.
-    """
+    """Enable gradients in full precision, on the CPU, whatever the caller has set."""
     import torch
 
+    # under no_grad, inference_mode or autocast all units would look alike
     uncast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), uncast[0], uncast[1], on_cpu():
         yield
 
 
 def on_cpu() -> AbstractContextManager[Any]:
-    """Return what puts new tensors on the CPU if the caller has set another default device.
-
-    Else it does nothing: torch asks a device that is set at every call.
-    """
+    """Put new tensors on the CPU if a default device is set, which torch consults at every call."""
     import torch
 
     return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
@@ -72,15 +59,12 @@ def on_cpu() -> AbstractContextManager[Any]:
 
 @contextmanager
 def same_random_state(seed: int | None = None) -> Iterator[None]:
-    """Let torch's random numbers go on afterwards as if none had been drawn while this is open.
-
-    ``seed``: of all generators, while this is open. ``torch.manual_seed`` would seed devices that
-    are not in use too, whose state cannot be restored.
-    """
+    """Restore the state of the random generators in use; ``seed`` them while it is open."""
     generators = _generators_in_use()
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators if seed is not None else ():
+            # torch.manual_seed also seeds unused devices, whose state cannot be restored
             generator.manual_seed(seed)
         yield
     finally:
@@ -103,7 +87,6 @@ def _generators_in_use() -> list[Any]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout and the like off, and restore each module's training mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -114,7 +97,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 class _FromOtherThreads(logging.Filter):
-    """Lets log lines of the thread that made it pass only from a level on; all those of others."""
+    """Drops log lines below a level, but only from the thread that created it."""
 
     def __init__(self, level: int):
         super().__init__()
@@ -126,15 +109,13 @@ class _FromOtherThreads(logging.Filter):
 
 @contextmanager
 def no_log_lines(level: int) -> Iterator[None]:
-    """While open, Transformers shows this thread's log lines only from ``level`` up.
-
-    A level would hold for all threads, and it would empty the caches of a thousand loggers.
-    """
+    """While open, this thread's Transformers log shows only lines of at least ``level``."""
     logger: logging.Logger | None = logging.getLogger("transformers")
     handlers: list[logging.Handler] = []
     while logger is not None:
         handlers += logger.handlers
         logger = logger.parent if logger.propagate else None
+    # setLevel would affect all threads, and clear the caches of a thousand loggers
     own = _FromOtherThreads(level)
     for handler in handlers:
         handler.addFilter(own)
@@ -147,10 +128,7 @@ def no_log_lines(level: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
-    """While open, Transformers shows no progress bars, and only log lines from ``level`` up.
-
-    Log lines of other threads appear as before. Of progress bars it has one switch for all threads.
-    """
+    """:func:`no_log_lines`, and no progress bars in any thread: they have one switch."""
     from transformers.utils import logging as untyped
 
     bars: Any = untyped
@@ -166,11 +144,9 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """While open, another library's function is ``replacement`` for calls from this thread.
+    """While open, this thread's calls of a library function call ``replacement``.
 
-    Calls from other threads go to the function that there was. This is for what torch and
-    Transformers give no other way to: they look the function up in a module or class, which all
-    threads share.
+    Only for functions that are looked up in a module or class, and have no other switch.
     """
     with ONE_AT_A_TIME:
         own, original = vars(owner).get(name), getattr(owner, name)
@@ -180,7 +156,7 @@ def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator
         try:
             yield
         finally:
-            threads.clear()  # a module that was imported meanwhile may keep the function
+            threads.clear()  # a module imported meanwhile may hold the wrapper
             if own is None:
                 delattr(owner, name)
             else:
@@ -206,14 +182,13 @@ def _class_by_thread(original: Any, replacement: Callable[..., Any], threads: Se
 
 
 def without_caches() -> AbstractContextManager[None]:
-    """While open, Transformers' classes compute what they would otherwise take from a cache.
+    """While open, Transformers' classes compute what they would read from a cache.
 
-    Some classes cache what they compute from sizes alone (positions of patches, sinusoids) for all
-    their models, by the dtype that is asked for. In an experiment the result is float64 whatever
-    was asked for; in a pass without data it may have no numbers. A live model with as many patches
-    would read it. Transformers uses no cache while torch compiles
-    (``pytorch_utils.compile_compatible_method_lru_cache``), so these passes tell it that torch
-    does. There is no other way.
+    Some classes cache what they compute from sizes (positions of patches, sinusoids) for all their
+    models, by requested dtype. Experiments would put float64 or meta tensors there, and a live
+    model would read them. Transformers bypasses these caches while torch compiles
+    (``pytorch_utils.compile_compatible_method_lru_cache``), so this pretends that torch compiles.
+    There is no other way.
     """
     from transformers import pytorch_utils
 
@@ -221,11 +196,7 @@ def without_caches() -> AbstractContextManager[None]:
 
 
 def free_memory(device: torch.device | None = None) -> int:
-    """Return how many bytes are free on a device, or on this machine for devices that share them.
-
-    Linux (where pages of files count as free) and Windows say it. macOS says only how much memory
-    there is: half of it counts as free. Where nothing is said it is ``_UNKNOWN``.
-    """
+    """Free bytes on a device, or on this machine for devices that share its memory."""
     if device is not None:
         import torch
 
@@ -234,6 +205,7 @@ def free_memory(device: torch.device | None = None) -> int:
             return int(asked(device)[0])
     with suppress(OSError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as lines:
+            # includes the page cache
             line = next(line for line in lines if line.startswith("MemAvailable"))
         return 1024 * int(line.split()[1])
     windows: Any = getattr(ctypes, "windll", None)
@@ -241,5 +213,6 @@ def free_memory(device: torch.device | None = None) -> int:
     if windows is not None and windows.kernel32.GlobalMemoryStatusEx(status):
         return status[2]
     with suppress(AttributeError, OSError, ValueError):
+        # macOS reports only the total
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return _UNKNOWN

@@ -1,7 +1,7 @@
 """Read parameters and buffers by name, and find tied weights.
 
-A tied weight is one Parameter under several names. Pruning replaces it under each name separately
-and so unties it silently.
+A tied weight is one Parameter with several names. Torch-Pruning replaces it under each name
+separately, which unties it silently.
 """
 
 from __future__ import annotations
@@ -16,28 +16,21 @@ from torch import nn
 from .build import Refusal
 from .paging import in_file, is_paged
 
-PIECE = 1 << 20  # bytes per step: so little memory stays in cache and is reused in the next step
+PIECE = 1 << 20  # bytes per step; small enough that the next step reuses it in the CPU cache
+# words are summed by position modulo this prime, so that a checksum depends on their order
 _COLUMNS = 1021
-"""Words are added up by their place modulo this prime, so a checksum depends on their order."""
 _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> dtype
 
 
 def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Return one copy of a tensor with only some positions of some dimensions.
-
-    The copy is filled a few rows at a time. Selecting one whole dimension after the other would
-    need memory for the intermediate tensors.
-
-    Args:
-        tensor: the tensor, of any shape.
-        positions: dim -> the positions to keep along it, as a 1-d index tensor; at least one dim.
-    """
+    """Copy some positions of some dimensions (dim -> 1-d index tensor; at least one dim)."""
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
     shape = _shape_of(tensor, positions)
     result = tensor.new_empty(shape)
     if not others:
         return in_file(_select_along(tensor, dim, index, result))
     last, last_index = others[-1]
+    # a few rows at a time, because intermediate tensors would need memory
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
     for start in range(0, len(index), rows):
         piece = tensor.index_select(dim, index[start : start + rows])
@@ -50,11 +43,8 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
 def _select_along(
     tensor: torch.Tensor, dim: int, index: torch.Tensor, result: torch.Tensor
 ) -> torch.Tensor:
-    """Fill ``result`` with some positions of one dimension, and return it.
-
-    Along the last dimension ``gather`` is two to five times as fast as ``index_select``, which
-    copies one number at a time there; it does not take every dtype.
-    """
+    """Fill ``result`` with some positions of one dimension, and return it."""
+    # gather is 2 to 5 times as fast as index_select on the last dimension, but lacks some dtypes
     if dim == tensor.ndim - 1 > 0:
         bits = _OF_SIZE.get(tensor.dtype.itemsize, tensor.dtype)
         numbers, target = tensor.view(bits), result.view(bits)
@@ -69,34 +59,22 @@ def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> li
 
 @dataclass(frozen=True)
 class Tie:
-    """Names that share one Parameter.
+    """Names that share one Parameter."""
 
-    Attributes:
-        names: the names, in the model's order.
-        parameter: the Parameter that they shared when the tie was found.
-    """
-
-    names: tuple[str, ...]
-    parameter: nn.Parameter
+    names: tuple[str, ...]  # in the model's order
+    parameter: nn.Parameter  # when the tie was found
 
     def pruned(self, model: nn.Module) -> list[str]:
-        """Return the names that now hold another Parameter than the shared one.
-
-        A name that still holds the old Parameter belongs to a layer that the pruner did not see
-        (T5's ``shared``): it takes over the Parameter of the others.
-        """
+        """Return the names that now hold another Parameter."""
+        # others are of layers the pruner did not see (T5's shared)
         return [name for name in self.names if model.get_parameter(name) is not self.parameter]
 
     def keeper(self, model: nn.Module) -> str:
-        """Return the name whose Parameter all names take: the first pruned one, or the first."""
+        """The name whose Parameter all names get: the first pruned one, or the first."""
         return next(iter(self.pruned(model)), self.names[0])
 
     def conflict(self, model: nn.Module, alike: bool = False) -> Refusal | None:
-        """Return why the names cannot share one Parameter again, or None if they can.
-
-        ``alike``: True if all names have lost the same channels for certain; then only their shapes
-        are compared, not their values.
-        """
+        """Return why the names cannot share one Parameter again; ``alike``: compare shapes only."""
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)
         refusal = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
@@ -110,7 +88,7 @@ class Tie:
 
 
 def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> Refusal | None:
-    """Return why names with these shapes cannot share one Parameter, or None if all are equal."""
+    """Return why names with these shapes cannot share one Parameter, or ``None``."""
     (first, shape), *others = shapes.items()
     for name, other in others:
         if other != shape:
@@ -122,14 +100,12 @@ def shapes_apart(shapes: Mapping[str, tuple[int, ...]]) -> Refusal | None:
 
 
 def channels_apart(first: str, other: str) -> Refusal:
-    """Return the refusal for two names of one weight that lost different channels."""
     return Refusal(
         f"{first} and {other} are tied, one weight under two names, but lost different channels"
     )
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return every Parameter with all its names; the model lists it by the first one."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -137,13 +113,12 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def put_parameter(model: nn.Module, names: Sequence[str], parameter: nn.Parameter) -> None:
-    """Put one Parameter under each of these names."""
     for module, key in (owner(model, name) for name in names):
-        setattr(module, key, parameter)  # an LSTM keeps a list of them beside
+        setattr(module, key, parameter)  # setattr, because an LSTM also keeps a list of them
 
 
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return name -> buffer for floating point buffers saved with the model (a router's bias)."""
+    """The floating point buffers that are saved with the model (a router's bias)."""
     return {
         f"{name}.{key}".lstrip("."): buffer
         for name, module in model.named_modules()
@@ -155,14 +130,12 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the parameter or buffer with this name."""
     module, key = owner(model, name)
     value: torch.Tensor = getattr(module, key)
     return value
 
 
 def ties_of(model: nn.Module) -> list[Tie]:
-    """Return a tie for every Parameter that has several names."""
     return [
         Tie(tuple(names), parameter)
         for parameter, names in parameter_names(model).items()
@@ -171,22 +144,19 @@ def ties_of(model: nn.Module) -> list[Tie]:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return what changes once a model's weights do: a checksum of each parameter's values.
-
-    What is written through ``.data`` (an adapter that is merged, a moving average) is in no version
-    counter. A parameter that is gathered from shards, or of a model that is paged, is not read: its
-    version counter has to do.
-    """
+    """Return a value that changes whenever a weight does: a checksum of each parameter."""
     return tuple(
+        # writes through .data (merged adapter, moving average) change no version counter
         (name, parameter.dtype, tuple(parameter.shape), _checksum(parameter))
         if type(parameter) is nn.Parameter and not parameter.is_meta and not is_paged()
+        # gathered from shards, or paged: not read
         else (name, id(parameter), tuple(parameter.shape), parameter._version)
         for name, parameter in model.named_parameters()
     )
 
 
 def _checksum(values: torch.Tensor) -> int:
-    """Return a number that depends on every bit of a tensor: it is read once, at memory's speed."""
+    """A number that depends on every bit; the tensor is read once, at memory speed."""
     bits = values.detach().flatten().view(torch.uint8)
     if len(bits) % 8 or bits.storage_offset() % 8:
         bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)])
@@ -198,22 +168,19 @@ def _checksum(values: torch.Tensor) -> int:
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a parameter or buffer, and the tensor's name in that module."""
+    """Return the module that holds a parameter or buffer, and the name it has there."""
     module_name, _, key = name.rpartition(".")
     return model.get_submodule(module_name), key
 
 
 def is_matrix_stack(model: nn.Module, name: str) -> bool:
-    """True if a parameter stacks several matrices (experts) and is no convolution's weight.
-
-    A convolution's weight may have a weight norm: then it stands two modules deeper. A scale for
-    each channel of an image (SwiftFormer's) has three dimensions too, but is no matrix.
-    """
+    """True if a parameter stacks several matrices (experts), and no convolution has it."""
     shape = tensor(model, name).shape
+    # with a weight norm, a convolution's weight is two modules deeper
     owners = (name.rsplit(".", depth)[0] for depth in (1, 3) if name.count(".") >= depth)
     return (
         len(shape) == 3
-        and 1 not in shape[1:]
+        and 1 not in shape[1:]  # a scale for each channel of an image (SwiftFormer)
         and not any(
             isinstance(model.get_submodule(layer), nn.modules.conv._ConvNd) for layer in owners
         )
@@ -221,7 +188,7 @@ def is_matrix_stack(model: nn.Module, name: str) -> bool:
 
 
 def compute_unsaved(model: Any) -> set[str]:
-    """Set unsaved parameters (Marian's positions) as loading does, and return their names."""
+    """Initialise unsaved parameters (Marian's positions) as loading does; return names."""
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     names = {name for name, _ in model.named_parameters() if name in ignored}
     for parameter, aliases in parameter_names(model).items() if names else ():
