@@ -27,9 +27,8 @@ def build_live(
 ) -> tuple[Builder, nn.Module | Refusal]:
     """Return a builder for a live model, and what it builds from the model's config.
 
-    The class may take constructor arguments that no config holds (BERT's ``add_pooling_layer``).
-    The builder gets those that build the model's tensors; if none do, it gets none. With
-    ``buffers``, buffers have values, on the CPU.
+    The builder gets the constructor arguments that no config holds (BERT's ``add_pooling_layer``),
+    if some build the model's tensors. With ``buffers``, buffers have values, on the CPU.
     """
     builder, data = Builder(model), config_json(model.config)
     built = builder.build(data, buffers=buffers)
@@ -94,7 +93,6 @@ def missing_parts(
 
 
 def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes) -> str:
-    """Return what to change so that the config no longer builds what the model lacks."""
     from transformers import PreTrainedModel
 
     data = config_json(model.config, use_diff=False)
@@ -172,7 +170,6 @@ def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
 
 
 def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
-    """Return the class and plain attributes of each module in a layer."""
     facts: dict[tuple[str, str], Any] = {}
     for name, module in named_modules(layer):
         facts[name, "class"] = type(module).__name__

@@ -16,10 +16,7 @@ Quantity = tuple[str, int | str]
 
 @dataclass(frozen=True)
 class Expression:
-    """``base`` plus, for every set of fields, a coefficient times the product of their steps.
-
-    A step is a field's value minus the value at which the expression was learned.
-    """
+    """``base`` plus, for sets of fields, a coefficient times their steps (changes of value)."""
 
     base: int  # the size when no field changes
     terms: Mapping[frozenset[FieldPath], Fraction]  # fields -> coefficient; no constant term
@@ -109,10 +106,7 @@ class Power:
 def followed(
     rules: Mapping[FieldPath, Power], values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, int]:
-    """Return the fields that the rules set when the given fields get these values.
-
-    Fields that are themselves given are left out, and so are values that are not whole.
-    """
+    """Return the values that the rules set for fields not given; none that is not whole."""
     following: dict[FieldPath, int] = {}
     for name, rule in rules.items():
         if name not in values and rule.fields & values.keys():

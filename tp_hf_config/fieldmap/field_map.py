@@ -60,7 +60,6 @@ class FieldMap:
         )
 
     def moves_shapes(self, field: FieldPath) -> bool:
-        """True if a field sets some tensor dim, so that the tensor's shape shows its value."""
         return any(
             isinstance(which, int) and field in expression.fields
             for (_, which), expression in self.expressions.items()
@@ -108,7 +107,6 @@ class FieldMap:
         return self.full_splits(self.depth.canonical(name))
 
     def full_splits(self, shallow_name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return :meth:`splits_of` a layer of the full model, by its name in the shallow one."""
         splits = self.splits.heads.get(shallow_name)
         if splits is None or not self.depth.pieces:
             return splits
@@ -135,7 +133,6 @@ def nonlinear_fields(field_map: FieldMap) -> frozenset[FieldPath]:
 
 
 def state_of(field_map: FieldMap) -> dict[str, Any]:
-    """Return the attributes of a field map that are stored on disk."""
     names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}
     return {name: getattr(field_map, name) for name in names}
 
@@ -211,7 +208,6 @@ class Depth:
         return next((ratio for ratio in ratios if ratio is not None), Fraction(1))
 
     def with_all_pieces(self, shallow_shapes: Shapes) -> Shapes:
-        """Return shapes of the shallow model with ``pieces`` as long as in the full model."""
         full = dict(shallow_shapes)
         for (name, dim), ratio in self.pieces.items():
             if name in full:
@@ -289,12 +285,9 @@ def build_mismatch(
 
 
 def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
-    """Return why a class stops running at other values, or None; casts ``new`` to float32.
-
-    A class may build what it cannot run (DeepSeek-V2 with an odd ``kv_lora_rank``). If tensor
-    values decide what is computed, this pass and that of the unpruned model assume the same ones.
-    """
-    # in another dtype, what a class casts to float32 is copied, and may run for that reason alone
+    """Return why a class stops running (DeepSeek-V2 with an odd ``kv_lora_rank``), or None."""
+    # Both passes assume the same where tensor values decide what is computed. In another dtype,
+    # what a class casts to float32 is copied, and may run for that reason alone.
     stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
     if isinstance(stopped, Refusal):
         return Refusal(f"{STOPS}: {stopped.reason}")
@@ -335,7 +328,6 @@ def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
 def nearest_accepted(
     field_map: FieldMap, values: dict[FieldPath, int], field: FieldPath
 ) -> list[int]:
-    """Return the nearest values below and above that the class accepts, at most 256 away."""
     accepted: list[int] = []
     for direction in (-1, 1):
         for distance in range(1, 257):

@@ -51,8 +51,6 @@ class ConfigText:
 
 @dataclass(frozen=True)
 class Kinds:
-    """How the layers of one list differ."""
-
     kinds: tuple[frozenset[tuple[Key, Hashable]], ...]  # of each layer, facts not in ``common``
     common: Facts  # the facts that all layers share
     counts: frozenset[Key]  # keys of values that only number the layers, and so make no kinds
@@ -96,7 +94,6 @@ class Kinds:
 
 
 def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """Return every list of layers that is not empty, by its name."""
     return {
         name: module
         for name, module in named_modules(model)
@@ -161,10 +158,7 @@ def _counts(values: Sequence[Hashable]) -> bool:
 
 
 def _numbers_in(values: Sequence[Hashable]) -> list[Hashable]:
-    """Return the one number in each name if the names are alike otherwise, else nothing.
-
-    VibeVoice's convolutions keep their states in a cache under ``convnext_layer_7``.
-    """
+    """Return the one number in names alike otherwise (VibeVoice's caches: ``convnext_layer_7``)."""
     parts = [re.split(r"(\d+)", value) for value in values if isinstance(value, str)]
     alike = {(around[0], *around[2:]) for around in parts if len(around) == 3}
     numbered = len(parts) == len(values) and all(len(around) == 3 for around in parts)
@@ -214,11 +208,7 @@ def facts_in(
 def _config_entries(
     model: nn.Module, name: str, length: int, shorter: bool
 ) -> dict[str, Callable[[int], Hashable]]:
-    """Return the entries for layers in the nearest config: key -> layer's number -> entry.
-
-    An entry is from a list or dictionary with one for each layer, or says whether a list holds the
-    layer's number.
-    """
+    """Return the nearest config's entries for layers: key -> layer's number -> entry."""
     parts = name.split(".")
     if length < 2 or any(part.isdigit() for part in parts):
         return {}  # of lists inside layers, the config's list may describe any
@@ -251,15 +241,12 @@ def _entry(values: Mapping[int, Any], number: int) -> Hashable:
 
 
 class ModuleFacts:
-    """Facts about single modules, each collected once."""
-
     def __init__(self) -> None:
         self._at: dict[int, dict[str, Hashable]] = {}
         self._identities: dict[Hashable, bool] = {}
         self._configs: dict[int, Hashable] = {}
 
     def of(self, module: nn.Module) -> dict[str, Hashable]:
-        """Return a module's class, attributes, and the shapes of its parameters and buffers."""
         if id(module) not in self._at:
             facts = dict(self._own(module))
             leaf = not (module._modules or module._parameters or module._buffers)
@@ -359,11 +346,7 @@ def may_name_layers(value: Any) -> bool:
 
 
 def names_in_code(model: nn.Module, without: Collection[str] = ()) -> frozenset[str]:
-    """Return every name and string in the code of a model's classes.
-
-    That includes what their code calls in the same packages or in ``transformers``, without the
-    functions named in ``without``.
-    """
+    """Return every name and string in the code of a model's classes and in what that calls."""
     classes = frozenset(type(module) for module in model.modules())
     return _names_in_code_of(classes, frozenset(without))
 
@@ -380,6 +363,7 @@ def _names_in_code_of(classes: frozenset[type], without: frozenset[str]) -> froz
     while waiting:
         item = waiting.pop()
         item = getattr(item, "fget", None) or getattr(item, "__func__", None) or item
+        # only code of the same packages, or of ``transformers``
         if id(item) in visited or _package(item) not in packages - {"torch"}:
             continue
         visited.add(id(item))

@@ -35,7 +35,6 @@ _MOST_MAPS = 2  # configs with all layers alike that are learned of a class that
 
 
 def entangled_fields(field_map: FieldMap) -> set[FieldPath]:
-    """Return the fields that change together with others or that set some size not linearly."""
     fields = {*field_map.must_equal, *field_map.must_equal.values(), *field_map.ratio_partners}
     return fields | nonlinear_fields(field_map)
 
@@ -64,7 +63,6 @@ class LayerFields:
 
     @property
     def shared(self) -> frozenset[FieldPath]:
-        """The fields of the stock class that single layers have of their own."""
         return frozenset(field for field, _ in self.own)
 
     def layer_of(self, name: str) -> int | None:
@@ -74,10 +72,7 @@ class LayerFields:
     def within(
         self, expression: Expression, name: str, values: Mapping[FieldPath, int]
     ) -> Expression:
-        """Return the expression of a quantity in the own fields of the layer that ``name`` is in.
-
-        ``expression`` is the stock class's, learned at ``values``.
-        """
+        """Return the stock class's expression, learned at ``values``, in the layer's own fields."""
         layer = self.layer_of(name)
         fields = {
             f: self.own[f, layer]
@@ -102,10 +97,9 @@ def uniform_map(
 ) -> FieldMap:
     """Return the field map of the stock class at a config whose layers are all alike.
 
-    Where it runs, that is the config without entries: its values do not change from step to step,
-    so the map is learned once. Layers may agree on three key/value heads while the config has eight
-    heads for all; then all layers get the values of the first layer with which the class runs.
-    Raises UnsupportedModelError if none builds.
+    That is the config without entries, which does not change from step to step. If the class does
+    not run there (three key/value heads in every layer, eight in the config), all layers get the
+    values of the first layer with which it does.
     """
     stock = builder.of_class(stock_class(builder.model_class))
     layers = sorted({number for _, number in LayerFields(builder, data).own})
@@ -127,7 +121,6 @@ def uniform_map(
 def by_layers(
     builder: Builder, config: PreTrainedConfig, full: nn.Module, make_inputs: MakeInputs | None
 ) -> FieldMap:
-    """Return the field map of a class, from its stock class's if layers have own fields."""
     result = None
     if layer_lists(builder.model_class):
         data = config_json(config, use_diff=False)
@@ -141,7 +134,7 @@ def layer_map(
 ) -> FieldMap | None:
     """Return the field map of a class whose layers have own fields; None: sizes are unexplained.
 
-    ``depth`` maps names to those in the expressions of ``uniform``, the stock class's field map.
+    ``depth`` maps names to those in ``uniform``, the stock class's field map.
     """
     layers = LayerFields(builder, data)
     shared = layers.shared

@@ -60,7 +60,7 @@ class ModelView:
                 yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
 
     def inner_widths(self) -> frozenset[FieldPath]:
-        """Return the fields that are pruned by default: all but heads, experts and the like."""
+        """Return the fields pruned by default: no heads, experts, vocabulary, kernels, outputs."""
         field_map = self.field_map
         inner: set[FieldPath] = set()
         excluded = set(self.head_fields())

@@ -56,10 +56,7 @@ def _in_proportion(
 
 
 def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Refusal:
-    """Return the share of each field in each tensor dim, or why units are not whole positions.
-
-    Tensors have the shallow model's names and the full model's sizes.
-    """
+    """Return the shares in each tensor dim (shallow names, full sizes), or why none is whole."""
     units = units_of(field_map, fields)
     scales = {field: field_map.values[field] // units for field in fields}
     observed = _observed_steps(field_map, scales, units) if len(fields) > 1 else None
@@ -85,10 +82,7 @@ def _with_all_pieces(field_map: FieldMap, shares: Shares) -> Shares | Refusal:
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:
-    """Return positions per unit -> numbers of equal parts into which they may be divided.
-
-    A grouped convolution has that many output channels for each input channel of a group.
-    """
+    """Return positions per unit -> numbers of equal parts (a grouped convolution's outputs)."""
     strides: dict[int, set[int]] = {}
     for name, dim in shares:
         for own, other in product(shares[name, dim], shares.get((name, 1 - dim), ())):
