@@ -89,7 +89,6 @@ def may_be_unobserved(tiny: TinyModel, field: FieldPath) -> bool:
 
 
 def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
-    """True if a field changes without others, and sets a tensor dim that may be pruned."""
     field_map = tiny.field_map
     if field not in field_map.values or field in field_map.must_equal | field_map.ratio_partners:
         return False
@@ -201,6 +200,7 @@ def _find(
         told_apart = places_of(links.unequal)
         finding = Finding(fields, reason=reason, disproved=True, told_apart=told_apart)
     if finding.disproved and len(fields) == 1:
+        # units that compete (routed experts) are exchangeable, but never have equal gradients
         finding = _without_twins(test, first, fields) or finding
     states = tuple(
         n for n in tiny.encoder_states if any(d.name == n for g in finding.groups for d in g.dims)
@@ -256,12 +256,7 @@ def _least(tiny: TinyModel, field: FieldPath) -> int:
 def _without_twins(
     test: TwinTest, sources: Mapping[TensorDim, FieldPath | None], fields: tuple[FieldPath, ...]
 ) -> Finding | None:
-    """Return a finding with one group for each layer, proved by permutation alone, or None.
-
-    Twins that compete (a router takes the best experts) always have unequal gradients, but may be
-    exchangeable. Each tensor dim has to matter (without it, the outputs change) or accompany one
-    that does.
-    """
+    """Return a finding with one group for each layer, proved by permutation alone, or None."""
     layers: dict[str, list[TensorDim]] = {}
     for dim in sources:
         layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
@@ -272,6 +267,7 @@ def _without_twins(
             return None
         orders = [list(order_of(test.units, channel_groups, swap)) for swap in (True, False)]
         rest = [(dim, [other for other in dims if other != dim]) for dim in dims]
+        # a dim that can be left out has to accompany one that cannot
         idle = [dim for dim, others in rest if all(test.proves(others, order) for order in orders)]
         busy = [dim for dim in dims if dim not in idle]
         if any(companion(dim, [busy]) is None for dim in idle):
@@ -295,11 +291,9 @@ def _refined(tiny: TinyModel, finding: Finding) -> Finding:
 
 
 def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
-    """Return the finding with units of single positions, or None if they are not proved.
-
-    A unit of Swin's first stage is several dimensions of every head in its last one. At full size
-    there may be more of these heads than a unit has dimensions.
-    """
+    """Return the finding with units of single positions, or None if they are not proved."""
+    # a unit of Swin's first stage is several dimensions of every head in its last one; at full size
+    # there may be more of these heads than a unit has dimensions
     groups = tuple(_by_position(tiny, group) for group in finding.groups)
     finer = replace(finding, groups=all_alike(finding.groups, groups))
     if finer == finding or rehearse(tiny, finer) is not None:
@@ -351,16 +345,12 @@ def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
 
 
 def _head_dim(tiny: TinyModel, dim: TensorDim) -> int:
-    """Return the outputs of its layer that one head takes; 1 if no split of them is known."""
     splits = tiny.field_map.splits_of(dim.layer)
     return splits[0][-1] if splits else 1
 
 
 def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it.
-
-    Both split layers of one module, as query and key/value heads do.
-    """
+    """Yield head counts that fail alone, with a multiple that splits layers of the same modules."""
     counts = sorted((p for p in field_map.count_fields() if field_map.moves_shapes(p)), key=str)
     modules = {field: _modules_of(field_map, field) for field in counts}
     for smaller, larger in permutations(counts, 2):
@@ -417,10 +407,7 @@ def equal_fields(
 def equal_together(
     field_map: FieldMap, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
 ) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield three or four equal widths that the class runs with only if all change together.
-
-    Features of images and of sound, from a tower each, are inserted into one text (Qwen2.5-Omni).
-    """
+    """Yield three or four equal widths that the class runs with only if all change together."""
     by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
         by_value.setdefault(field_map.values[field], []).append(field)
@@ -437,6 +424,7 @@ def equal_together(
             for model in builds
         )
 
+    # features of images and of sound, from a tower each, replace tokens of one text (Qwen2.5-Omni)
     for size, paths in product((3, 4), by_value.values()):
         for fields in combinations(paths, size):
             if not by_chance.isdisjoint(map(frozenset, combinations(fields, 2))):
@@ -448,10 +436,8 @@ def equal_together(
 def heads_with_width(
     field_map: FieldMap, failed: set[FieldPath]
 ) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield the head counts of layers that are as wide as a width, with that width (last).
-
-    Helium's last projection of attention reads the hidden size, and gets heads times head dim.
-    """
+    """Yield the head counts of layers that are as wide as a width, with that width (last)."""
+    # Helium's last projection of attention reads the hidden size, and gets heads times head dim
     counts = field_map.count_fields() & failed
     for width in sorted(failed - counts, key=str):
         value = field_map.values[width]

@@ -53,10 +53,8 @@ _Kind = frozenset[tuple[str, int, UnitLayout]]
 
 
 def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
-    """Return the groups, as large and with as many channel groups as those of like layers.
-
-    The result is proved too: every old group was, and no new one allows another permutation.
-    """
+    """Return the groups, as large and with as many channel groups as those of like layers."""
+    # still proved: every old group is, and no new one allows a permutation that an old one does not
     merged = list(groups)
     for kind in dict.fromkeys(map(_kind, groups)):
         for parts in _in_parts(merged, kind):
@@ -106,11 +104,9 @@ def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tu
 def in_parts_alike(
     model: nn.Module, groups: Sequence[TinyGroup], unused: Sequence[TensorDim]
 ) -> tuple[list[TinyGroup], list[TensorDim]]:
-    """Add the dims of unused parts to the groups of like parts; return groups and dims left over.
-
-    No token is routed to most of NLLB-MoE's experts. Parts of one list with the same class, tensors
-    and settings compute the same function of their weights.
-    """
+    """Add the dims of unused parts to groups of like parts; return groups and dims left over."""
+    # no token is routed to most of NLLB-MoE's experts; parts of one list with equal class, tensors
+    # and settings compute the same function of their weights
     by_part: dict[str, list[TensorDim]] = {}
     for dim in unused:
         by_part.setdefault(_part_of_list(model, dim.name), []).append(dim)

@@ -42,7 +42,7 @@ class UnitLayout:
         return start[:, None] + torch.tensor(self.positions(0, units))
 
     def permuted(self, units: int, order: Sequence[int]) -> Tensor:
-        """Return each position's old position after reordering; the units have to fill the dim."""
+        """Return the old position of every position's value; ``order``: the unit at each place."""
         table = self.table(units)
         return table[list(order)].flatten()[table.flatten().argsort()]
 
@@ -64,8 +64,6 @@ def share_positions(layouts: Iterable[tuple[UnitLayout, int]]) -> bool:
 
 @dataclass(frozen=True)
 class TensorDim:
-    """One dimension of one parameter, and how the units of a width are laid out along it."""
-
     name: str
     dim: int
     layout: UnitLayout = UnitLayout()

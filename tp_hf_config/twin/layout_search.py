@@ -26,8 +26,6 @@ Sources = dict[TensorDim, FieldPath | None]
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Layouts that were tried, and what the twin test shows of them."""
-
     sources: Sources
     links: Links
     chosen: tuple[UnitLayout, ...] = ()  # for each style; empty: the dims of a style have several
@@ -51,19 +49,15 @@ def searched(
 ) -> tuple[Sources, tuple[Sources, Links]]:
     """Return the likeliest layouts, and those with the fewest tensor dims that distinguish units.
 
-    The search ends when no tensor dim does. It tries in this order:
-
-    1. likely layouts of all styles together; 2. whole heads in ``single_field_groups`` with a layer
-    in ``split``; 3. runs of one length in all styles; 4. from the best attempt, other layouts for
-    one style at a time; 5. with ``single_field_groups``, another layout for one tensor dim; 6. the
-    layouts of ``strides``, then mixtures of two attempts, each where the other fails.
-
-    Joint fields whose units are distinguishable wherever those of one field are (``apart_alone``)
-    are not related: only likely layouts are tried.
+    The search ends when no tensor dim does. It tries likely layouts of all styles; then whole heads
+    in ``single_field_groups`` with a layer in ``split``, or runs of one length; then, from the best
+    attempt, other layouts for one style or one tensor dim; at last ``strides`` and mixtures of two
+    attempts.
     """
     search = _Search(test, styles)
     search.likely_together()
     best = search.best()
+    # joint fields that fail wherever each fails alone (``apart_alone``) are not related
     if best.failures and not (apart_alone and best.told_apart >= apart_alone):
         if not search.whole_heads(single_field_groups, split) and not search.runs_together():
             search.style_by_style()
@@ -92,10 +86,8 @@ class _Search:
                 break
 
     def runs_together(self) -> bool:
-        """True if runs of one length fit in all styles, or in some styles runs that divide it.
-
-        This finds heads that no pass on the meta device reaches (JetMoE's, behind experts).
-        """
+        """True if runs of one length fit in all styles, or in some styles runs that divide it."""
+        # heads that no pass on the meta device reaches (JetMoE's, behind experts)
         by_run = [
             {layout.run: layout for layout in layouts if layout.is_plain}
             for layouts in self.options
@@ -111,12 +103,8 @@ class _Search:
         return any(self._fits(chosen) for chosen in new[:_MOST_RUNS])
 
     def one_dim_changed(self) -> bool:
-        """True if an attempt fits in which one tensor dim, alone in its style, has another layout.
-
-        The attention maps of all layers side by side (ESM's contacts) are one, beside heads in
-        runs.
-        """
-        return any(
+        """True if an attempt fits with another layout for one tensor dim, alone in its style."""
+        return any(  # the attention maps of all layers side by side (ESM's contacts), beside heads
             self._fits(chosen)
             for style, dims in enumerate(self.styles.values())
             if len(dims) == 1
@@ -168,11 +156,8 @@ class _Search:
         return self.tried[-1] if self._tries(_no_more_than_needed(best, likely)) else best
 
     def whole_heads(self, groups: Sequence[Sequence[TensorDim]], split: Collection[str]) -> bool:
-        """True if runs fit in groups whose layers are split into heads, others as they are alone.
-
-        Swin's stages differ in heads: units of attention are in fewer parts than those of the
-        stream.
-        """
+        """True if runs fit in groups whose layers are split into heads, and others unchanged."""
+        # Swin's stages differ in heads: units of attention have fewer parts than the stream's
         head_groups = [g for g in groups if any(d.name in split and d.dim == 0 for d in g)]
         if not head_groups or not all(dim.layout.is_plain for group in groups for dim in group):
             return False
@@ -212,11 +197,7 @@ def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinT
 def _strided(
     options: Sequence[Sequence[UnitLayout]], strides: Mapping[int, Collection[int]]
 ) -> Iterator[tuple[UnitLayout, ...]]:
-    """Yield one layout for each style: units of a stride's size in one of its numbers of parts.
-
-    Units of a multiple of that size are in as many times more parts. Styles without this layout
-    keep the likeliest.
-    """
+    """Yield one layout for each style: units of a stride's size in one of its numbers of parts."""
     for size, part_counts in strides.items():
         for parts in part_counts:
             strided = [
@@ -228,11 +209,8 @@ def _strided(
 
 
 def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
-    """Yield mixtures of two attempts: the layouts of each where the other distinguishes units.
-
-    A width may set the channels of a stream, of which every group of a convolution holds one, and
-    heads, which are runs.
-    """
+    """Yield mixtures of two attempts: the layouts of each where the other distinguishes units."""
+    # a stream's channels, one in every group of a convolution, and heads, which are runs
     best_first = sorted(tried, key=lambda attempt: attempt.failures)
     for attempt, other in permutations(best_first, 2):
         if attempt.told_apart.isdisjoint(other.told_apart):

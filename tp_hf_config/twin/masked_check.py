@@ -160,11 +160,7 @@ def _narrow(module: nn.Module, positions: Tensor) -> nn.Module:
 
 
 def _over_some_channels(narrow: nn.Module, channels: CutDim | None) -> Callable[..., Any]:
-    """Return a forward pass that runs a module over some channels and gives zeros elsewhere.
-
-    ``narrow`` is as wide as the kept channels; ``channels``: None means those that are not all
-    zero.
-    """
+    """Return a forward pass over some channels (None: the non-zero), with zeros elsewhere."""
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
         if channels is None:
@@ -250,13 +246,10 @@ class _Routers(TorchFunctionMode):
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:
-    """Return an output of the masked original and of the pruned model in one shape.
-
-    Along a cut axis, both get the positions kept in a tensor dim of the same two sizes (the nearest
-    result if there are several), or the channels that are not zero for every input.
-    """
+    """Return an output of the masked original and of the pruned model in one shape."""
     if full.ndim != value.ndim:
         return Refusal(f"shape {list(value.shape)}, the original's has {list(full.shape)}")
+    # along a cut axis: positions kept in a tensor dim of the same two sizes, or non-zero channels
     pairs = [(full, value)]
     for axis in range(full.ndim):
         if full.shape[axis] != value.shape[axis]:
@@ -288,8 +281,6 @@ Kept = dict[str, tuple[CutDim, ...]]  # the name of every tensor -> one for each
 
 @dataclass(frozen=True)
 class PrunedPass:
-    """One forward pass of a pruned model."""
-
     kept: Kept
     inputs: dict[str, Any]  # those of the original, without removed channels
     outputs: list[Tensor]  # floating point; watched results last
@@ -303,11 +294,7 @@ def pruned_pass(
     watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> PrunedPass | Refusal:
-    """Run a pruned model; the refusal says which tensor is no cut of the original's.
-
-    ``original`` has random weights in float64. Encoder states lose the channels that their reader
-    lost.
-    """
+    """Run a pruned model; the refusal says which tensor is no cut of ``original``'s random ones."""
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept
@@ -353,16 +340,12 @@ def _cut_inputs(
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and saved buffer by its name, detached."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | saved_buffers(model)
     return {name: value.detach() for name, value in tensors.items()}
 
 
 def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
-    """Return which positions along each dim pruning kept of a tensor, found by its random values.
-
-    The refusal says that ``after`` is not a selection from ``before`` in the same order.
-    """
+    """Return which positions along each dim pruning kept, found by the tensor's random values."""
     if before.shape == after.shape:
         if not torch.equal(before, after):
             return Refusal("other values than before")
@@ -434,7 +417,6 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
 
 
 def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
-    """Return the outputs of a smaller build, or why it fails the masked check or does not run."""
     given = (tiny.inputs, tiny.watched, tiny.recipe)
     try:
         run = pruned_pass(tiny.model, smaller, *given)

@@ -27,7 +27,6 @@ from .twin_test import Links, TwinTest
 
 
 def named(dims: Sequence[TensorDim]) -> str:
-    """Return three parameter names as text, and how many more there are; like layers count once."""
     return listed(list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims)))
 
 
@@ -76,9 +75,9 @@ def second_look(
 ) -> Finding | None:
     """Return the finding after a second twin test that disturbs every tensor dim in doubt.
 
-    A group that is not proved lacks tensor dims that are linked too faintly to show. All dims in
-    doubt together lack none. If no permutation of these is neutral, they belong nowhere: returns
-    None. If one is, and they are not shown to be several groups, they are one.
+    An unproved group lacks dims whose links are too faint to show. If no permutation of all dims in
+    doubt is neutral, they are in no group (None). If one is, and they are not shown to be several
+    groups, they are one.
     """
     doubted = _doubted(test, links)
     if not doubted or channel_groups_of(test, doubted) is None:
@@ -120,13 +119,12 @@ def _doubted(test: TwinTest, links: Links) -> list[TensorDim]:
 
 
 def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGroup]) -> int | None:
-    """Return the index of the residual stream's group, which unused vectors belong to, or None.
+    """Return the index of the residual stream's group, to which unused vectors belong, or None.
 
-    A class may not use a vector (DINOv2's mask token without a mask, DINOv3's empty tensor, a layer
-    that no code reads: Qwen2.5-Omni's table, MarkupLM's projection). The residual stream is the
-    only group whose channels are all interchangeable and that has a norm. If there are several
-    (MBart's encoder and decoder have their own tables, ``shared`` is unread), a layer that no code
-    reads may be in any: the first with a tensor of its shape is chosen.
+    Unused are DINOv2's mask token without a mask, DINOv3's empty tensor, and layers that no code
+    reads (Qwen2.5-Omni's table, MarkupLM's projection). The residual stream is the only group with
+    a norm whose channels are all interchangeable. Of several (MBart's encoder and decoder have
+    tables of their own, ``shared`` is unread), the first with a tensor of the same shape is chosen.
     """
     layouts = {dim.layout for dim in unused}
     streams = [
@@ -158,7 +156,6 @@ def _is_of_vectors(test: TwinTest, dim: TensorDim) -> bool:
 
 
 def _fills(test: TwinTest, dim: TensorDim) -> bool:
-    """True if units fill a dimension, in one block without offset and gaps."""
     size = test.units * dim.layout.parts * dim.layout.run
     return dim.layout.is_plain and size == test.parameters[dim.name].shape[dim.dim]
 
@@ -178,11 +175,9 @@ def companion(unobserved: TensorDim, groups: Sequence[list[TensorDim]]) -> list[
 def _group_of_copy(
     test: TwinTest, unobserved: TensorDim, groups: Sequence[list[TensorDim]]
 ) -> list[TensorDim] | None:
-    """Return the group with the same dim of a tensor of the same shape in the same layer, or None.
+    """Return the group with the same dim of an equally large tensor in the same layer, or None."""
 
-    I-BERT keeps integers for every weight, which are only read once it is quantised.
-    """
-
+    # I-BERT keeps integers for every weight, which are only read once it is quantised
     def is_copy(dim: TensorDim) -> bool:
         same = dim != unobserved == replace(dim, name=unobserved.name)
         shapes = [test.parameters[name].shape for name in (dim.name, unobserved.name)]
@@ -201,14 +196,11 @@ def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
 
 
 def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
-    """Yield an order of the units that moves none to another channel group.
-
-    With ``swap``, only the first and last unit of the first one are exchanged; else it is random.
-    """
+    """Yield an order of the units that moves none to another channel group."""
     size = units // channel_groups
     generator = torch.Generator().manual_seed(units)
     for start in range(0, units, size):
-        if swap:
+        if swap:  # exchange the first and last unit of the first channel group
             order = list(range(size))
             if start == 0:
                 order[0], order[-1] = order[-1], order[0]
@@ -229,10 +221,7 @@ def is_unread(model: nn.Module, layer: str) -> bool:
 
 @once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
-    """Return the fields that count the channel groups of a group, as other builds show.
-
-    Mamba 2's heads share states in ``n_groups`` groups, which no layer shows.
-    """
+    """Return the fields that count a group's channel groups (Mamba 2's ``n_groups``)."""
     numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     equal = [field for field, value in numbers.items() if value == group.channel_groups]
     return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]
@@ -240,11 +229,10 @@ def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
 
 @once
 def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
-    """Return the fields that count the parts in which a group holds its units.
+    """Return the fields that count the parts in which a group holds its units (Mamba 2's heads).
 
-    In Mamba 2, a unit is one dimension of every head, so more heads are more parts. Empty: the
-    class's code sets the number (Swin's second stage is twice as wide as its first). None: a field
-    may count them, but the class accepts no other value.
+    Empty: the class's code sets the number (Swin's second stage is twice as wide as its first).
+    None: a field may count them, but the class accepts no other value.
     """
     parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map
@@ -263,10 +251,7 @@ def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | Non
 
 
 def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
-    """True if with twice or half of a field's value, units are in twice or half as many parts.
-
-    None: no other value runs.
-    """
+    """True if twice or half the field gives units twice or half the parts; None: it never runs."""
     numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     partners: list[FieldPath | None] = [None, *tiny.field_map.ratio_partners.get(field, ())]
     ran = False

@@ -71,10 +71,7 @@ class TwinTest:
         self.base = [outputs[number].detach() for number in self._depending]
 
     def outputs(self, names: Iterable[str] = ()) -> list[Tensor]:
-        """Return the outputs of one forward pass that depend on parameters.
-
-        Only the gradients of the parameters ``names`` may be computed afterwards.
-        """
+        """Return the outputs that depend on parameters; only ``names`` may get gradients."""
         changed = {*names, *self._edits.names}
         if self._replay is not None and changed:
             held = [self.parameters[name] for name in changed]
@@ -93,8 +90,8 @@ class TwinTest:
     ) -> Links:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
-        One disturbance mostly shows the whole group. ``doubted`` dims are disturbed with every pair
-        of units until they are one group; ``still_doubted`` reduces them after each pair.
+        ``doubted`` dims are disturbed with every pair of units until they are one group;
+        ``still_doubted`` reduces them after each pair.
         """
         groups: list[set[TensorDim]] = []
         links = Links((), (), tuple(dims))
@@ -123,11 +120,8 @@ class TwinTest:
         return links
 
     def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
-        """True if the first and last unit of a channel group are interchangeable in all these dims.
-
-        Gradients are compared relative to their own size, so this shows differences too small to
-        see in the outputs after a permutation.
-        """
+        """True if the first and last unit of a channel group have equal gradients as twins."""
+        # relative to their own size: differences may be too small to see in permuted outputs
         first, second = 0, self.units // channel_groups - 1
         with self._edits.undone():
             self._make_twins(dims, first, second)
@@ -141,7 +135,6 @@ class TwinTest:
             self._edits.write(dim, target, values)
 
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
-        """True if a tensor dim has a gradient that is zero for this unit."""
         grad = grads[dim.name]
         (index,) = self._positions(dim, unit)
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
@@ -172,11 +165,7 @@ class TwinTest:
         return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[TensorDim], order: Sequence[int]) -> float:
-        """Return the largest relative change of an output if units are reordered.
-
-        Infinity if a shape changes, other values are NaN, or no output depends on parameters. An
-        output axis that holds the units may be reordered too.
-        """
+        """Return the largest relative change of an output if units are reordered."""
         moved = [place for place, unit in enumerate(order) if place != unit]
         with self._edits.undone(), torch.no_grad():
             for dim in dims:
@@ -199,7 +188,6 @@ class TwinTest:
         return self._proofs[key]
 
     def _axes(self, dims: Iterable[TensorDim]) -> dict[int, tuple[UnitLayout, ...]]:
-        """Return the lengths of output axes that hold the units, with the layouts they may have."""
         by_size: dict[int, dict[UnitLayout, None]] = {size: {} for size in self.axes}
         for layout in dict.fromkeys(dim.layout for dim in dims):
             size = self.units * layout.parts * layout.run
@@ -305,10 +293,7 @@ class TwinTest:
     def _tied_positions(
         self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]
     ) -> Tensor:
-        """Return for each position of an output axis the one whose weight in the loss it gets.
-
-        Twins get the same weight, in each layout that the axis may have.
-        """
+        """Return for each position of an output axis the one whose weight in the loss it gets."""
         pairs = [
             (layout.positions(first, self.units), layout.positions(second, self.units))
             for layout in layouts
@@ -342,7 +327,6 @@ class TwinTest:
         first: int,
         second: int,
     ) -> list[TensorDim]:
-        """Return the tensor dims in which the gradients of the twins differ."""
         result = []
         for dim in dims:
             grad = grads[dim.name]
@@ -360,13 +344,11 @@ class TwinTest:
 
 
 class Edits:
-    """The changes that an experiment makes to some tensors, until it ends.
-
-    Only changed positions are saved: a copy of every tensor would take longer than a pass.
-    """
+    """The changes that an experiment makes to some tensors, until it ends."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
+        # changed positions alone: a copy of every tensor takes longer than a pass
         self._before: list[tuple[TensorDim, Tensor, Tensor]] = []
 
     @property
@@ -374,7 +356,6 @@ class Edits:
         return {dim.name for dim, _, _ in self._before}
 
     def write(self, dim: TensorDim, positions: Tensor, values: Tensor) -> None:
-        """Write these values to positions along a tensor dim, in place."""
         data = self._tensors[dim.name].data
         self._before.append((dim, positions, data.index_select(dim.dim, positions)))
         data.index_copy_(dim.dim, positions, values)

@@ -24,8 +24,6 @@ _ROUNDING = 1e-6  # largest relative difference that rounding to another precisi
 
 
 class CutDim(NamedTuple):
-    """One dimension of a tensor before and after pruning."""
-
     size: int  # before pruning
     kept: Tensor  # positions in rising order, shape (kept,)
 
@@ -41,11 +39,8 @@ class CutDim(NamedTuple):
 
 
 def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
-    """Set the numbers that depend on widths (attention scales) to those of a reference build.
-
-    The pruned model's own numbers are not used, so that one which pruning did not update shows as a
-    difference.
-    """
+    """Set the numbers that depend on widths (attention scales) to those of a reference build."""
+    # not the pruned model's: a number that pruning did not update has to show as a difference
     counterparts = dict(reference_build.named_modules())
     for name, module in model.named_modules():
         counterpart = counterparts.get(name)
@@ -128,11 +123,7 @@ class SizesRead(TorchFunctionMode):
 
 
 class AsNarrow(TorchFunctionMode):
-    """Gives a masked model sizes that scale like those that the pruned model reads.
-
-    Both run the same code, so they read sizes in the same order. In a softmax over units, removed
-    units get the weight zero. ``pruned_sizes``: :attr:`SizesRead.sizes` of the pruned model.
-    """
+    """Gives a masked model sizes that scale like those that the pruned model reads."""
 
     def __init__(self, pruned_sizes: Sequence[tuple[int, ...]], dims: Iterable[CutDim]):
         super().__init__()
@@ -196,11 +187,8 @@ _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]  # what ``tensor.sha
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """Run functions that a model's file compiles with ``torch.jit.script`` as plain Python.
-
-    The modes above do not see sizes that compiled functions read (Transformers 4: DeBERTa's
-    ``scaled_size_sqrt``).
-    """
+    """Run functions that a model's file compiles with ``torch.jit.script`` as plain Python."""
+    # the modes above do not see sizes that these read (Transformers 4: DeBERTa's scaled_size_sqrt)
     with ExitStack() as stack:
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules[name]
@@ -212,7 +200,5 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
 
 class _Sizes(tuple[int, ...]):
-    """The sizes of a tensor, some of them a ``DualWidth``."""
-
     def numel(self) -> int:
         return math.prod(map(int, self))

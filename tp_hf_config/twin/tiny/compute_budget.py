@@ -65,10 +65,9 @@ def lighter(
     observe: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
-    """Return the config with lower sizes that set no width, if the class is slow.
+    """Return the config with lower sizes that set no width, if the class is slow: Mamba's chunks.
 
-    Examples are Mamba's chunks and the tokens of an image. ``rows`` are fields that only count
-    positions; some set the length of the inputs (Whisper).
+    ``rows`` are fields that only count positions; some set the length of the inputs (Whisper).
     """
     sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
     # above the largest number of experts: a smaller number may be how many a token takes
@@ -89,8 +88,7 @@ def lowered(
 ) -> dict[str, Any]:
     """Return the config with one size after the other lowered, until a pass is light.
 
-    ``lower`` yields configs with lower values of fields that change together, the lowest first. The
-    first that saves enough is kept.
+    ``lower`` yields configs with lower values of fields that change together, the lowest first.
     """
     before = observe(data)
     if before is None:
@@ -131,11 +129,8 @@ def _with_cheaper_values(
 
 
 def _lengths(field_map: FieldMap) -> list[FieldPath]:
-    """Return the fields that are no widths, of which lower values may cost more.
-
-    They set the length of a kernel, a size that is not linear, or what layers read and none
-    returns. Smaller patches of an image or sound, for example, are more patches.
-    """
+    """Return the fields that are no widths, of which lower values may cost more."""
+    # of a kernel, not linear, or read by layers and returned by none (the side of a patch)
     returned, lengths = set[FieldPath](), set(nonlinear_fields(field_map))
     for (_, which), expression in field_map.expressions.items():
         if which == 0:
@@ -146,7 +141,6 @@ def _lengths(field_map: FieldMap) -> list[FieldPath]:
 
 
 def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
-    """Return the fields in lists, the largest first; equal entries of one list change together."""
     groups: dict[tuple[FieldPath, int], list[FieldPath]] = {}
     for field, value in sizes.items():
         listed = not isinstance(field[-1], str)  # one entry for each layer
@@ -155,7 +149,6 @@ def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
 
 
 def _lower(data: dict[str, Any], fields: list[FieldPath], least: int) -> Iterator[dict[str, Any]]:
-    """Yield configs with a size at a sixteenth, a quarter and half, but not below ``least``."""
     value = value_at(data, fields[0])
     for part in (16, 4, 2):
         if type(value) is int and not value % part and value // part >= least:
@@ -174,11 +167,7 @@ def cheaper(
     observed: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
-    """Return the config with lower numbers that set no width, if its model is slow to run.
-
-    Images shrink with all numbers in proportion to them, then each number that the class reads when
-    it is built or run (the objects that a detector looks for) is lowered to a divisor.
-    """
+    """Return the config with lower numbers that set no width, if its model is slow to run."""
     before = observed(data)
     if before is None or before.numbers <= _SLOW:
         return data
@@ -202,16 +191,13 @@ def with_few_objects(
     required: Requirements,
     rows: Collection[FieldPath],
 ) -> dict[str, Any]:
-    """Return the config with fewer objects to look for, if a smaller image has room for these.
-
-    A detector takes the best of all places as its objects, so an image needs as many places. If an
-    earlier form of inputs has enough of them now, ``required`` uses it from now on.
-    """
+    """Return the config with fewer objects to look for, if a smaller image has room for these."""
 
     def in_small_image(config: dict[str, Any]) -> float:
         images = map(required.observed, smaller_images(field_map, config))
         return next((observed.numbers for observed in images if observed is not None), math.inf)
 
+    # a detector takes the best of all places as its objects, so an image needs as many places
     before = required.observed(data)
     slow = before is not None and before.numbers > _SLOW
     for fields in _equal_values(data, rows) if slow else ():
@@ -235,11 +221,8 @@ def with_equal_values(
     lower: Callable[[dict[str, Any], FieldPath], Iterator[dict[FieldPath, int]]],
     required: Requirements,
 ) -> dict[str, Any]:
-    """Return the config with widths that may equal others, if it is very slow to run.
-
-    Usually widths differ in a tiny model. If each stage is twice as wide as the one before
-    (VibeVoice's seven), the first decides over millions of parameters.
-    """
+    """Return the config with widths that may equal others, if it is very slow to run."""
+    # with each stage twice as wide as the last (VibeVoice's seven), the first sets the cost
     best = required.cost(data)
     if not _VERY_SLOW < best < math.inf:
         return data
@@ -259,10 +242,7 @@ def with_equal_values(
 
 
 def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
-    """Return the recipe with an earlier form of inputs, if the model is slow and still runs as far.
-
-    A class may need a large image at its own sizes, while a tiny model looks for fewer objects.
-    """
+    """Return the recipe with smaller inputs if the model is slow and still runs as far."""
     if recipe.form == 0 or recipe.make_inputs is not None:
         return recipe
     before = observe(model, recipe)
@@ -275,7 +255,6 @@ def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
 
 
 def _equal_values(data: dict[str, Any], fields: Collection[FieldPath]) -> list[list[FieldPath]]:
-    """Return the fields in lists by equal value, the largest first; only whole numbers."""
     groups: dict[int, list[FieldPath]] = {}
     for field in dict.fromkeys(fields):
         value = value_at(data, field)
@@ -308,12 +287,7 @@ _FACTORS = (16, 12, 8, 6, 4, 3, 2)  # divisors of an image together with its map
 
 
 def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield configs for smaller images, with windows in proportion (Swin).
-
-    First all image sizes shrink together with their numbers of patches, if only some of these set a
-    width (SAM). Then the sides of an image that is not square shrink in proportion, if they set
-    widths (SegGPT). Then image sizes that set no width shrink.
-    """
+    """Yield configs for smaller images, with windows in proportion (Swin)."""
     whole = config_json(field_map.builder.config(data), use_diff=False)
     images: dict[FieldPath, int] = {}
     windows: dict[FieldPath, int] = {}
@@ -331,12 +305,14 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     images = {p: side for p, side in images.items() if side > _IMAGES[0]}
     grids = _grids(field_map, max(images.values(), default=0))
     setting = {field: side for field, side in images.items() if field in field_map.sizes}
+    # all sizes together, with the numbers of patches, if only some set a width (SAM)
     if setting and (grids or len(images) > len(setting)):
         for size in _IMAGES:
             sides: dict[FieldPath, int] = {field: min(size, side) for field, side in images.items()}
             fewer = {field: size // patch for field, patch in grids.items()}
             yield with_values(data, {**sides, **fewer})
     shortest = min(setting.values(), default=1)
+    # the sides of an image that is not square, if they set widths (SegGPT)
     for size in _shorter(setting.values()) if len(set(setting.values())) > 1 else ():
         yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
     images = {field: side for field, side in images.items() if field not in setting}
@@ -365,10 +341,7 @@ def _shorter(sides: Collection[int]) -> list[int]:
 def images_in_proportion(
     field_map: FieldMap, data: dict[str, Any], numbers: Mapping[FieldPath, int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps).
-
-    These numbers are lengths of maps of features: the side of an image divided by some stride.
-    """
+    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps)."""
     whole = config_json(field_map.builder.config(data), use_diff=False)
     fields = [field for field in {**numbers, **field_map.sizes} if is_side(field)]
     sides = {field: side for field in fields if type(side := value_at(whole, field)) is int}
@@ -379,7 +352,7 @@ def images_in_proportion(
         if field not in sides
         and not _is_patch(field)
         and type(value := value_at(whole, field)) is int
-        and _PARTS * largest % value == 0
+        and _PARTS * largest % value == 0  # a map's length: the image's side over some stride
         and largest <= _STRIDE * value
     }
     following = {field: side for field, side in {**sides, **maps}.items() if side > 1}

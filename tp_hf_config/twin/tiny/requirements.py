@@ -115,7 +115,6 @@ def _head_expressions(
 
 
 def _is_product(expression: Expression | Power, values: Mapping[FieldPath, int]) -> bool:
-    """True if a size is its base times each field over its base value, or a power of that."""
     if isinstance(expression, Power):
         return True
     own = {field: values[field] for field in expression.fields}
@@ -150,9 +149,8 @@ def _still_several(
 def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]:
     """Return the fields that several dims divide by different numbers (WavLM: heads, groups).
 
-    For each dim, True if a unit takes several positions there. A unit of the field is the smallest
-    part that is whole in each dim. Fields of a single unit at full size are left out (Mimi's
-    upsampling has as many groups as channels).
+    For each dim, True if a unit takes several positions there; a unit is the smallest part that is
+    whole in each dim.
     """
     divisors: dict[FieldPath, dict[tuple[str, int], int]] = {}
     for field, value in field_map.values.items():
@@ -168,6 +166,7 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
     return {
         field: {place: lcm(*shares.values()) > share for place, share in shares.items()}
         for field, shares in divisors.items()
+        # not a single unit at full size: Mimi's upsampling has as many groups as channels
         if len(set(shares.values())) > 1 and field_map.values[field] >= 2 * lcm(*shares.values())
     }
 
@@ -198,10 +197,8 @@ def _has_more_ones(before: dict[str, tuple[int, ...]], built: dict[str, tuple[in
 def _keeps_order_alone(
     before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
 ) -> bool:
-    """True if a norm now runs over two numbers, so that only their order remains.
-
-    All tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound).
-    """
+    """True if a norm now runs over two numbers, so that only their order remains."""
+    # all tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound)
     matrices = {name.rpartition(".")[0] for name, shape in built.items() if len(shape) > 1}
     return any(
         shape == (2,) != before[name] and name.rpartition(".")[0] not in matrices

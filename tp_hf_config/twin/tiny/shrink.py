@@ -40,10 +40,7 @@ _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
 
 
 def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[str, Any]:
-    """Return the config with one field after the other lowered as far as the requirements allow.
-
-    With ``together``, equal fields are only lowered together.
-    """
+    """Lower one field after the other (``together``: equal ones together) as far as required."""
     base = field_map.builder.build(data)
     if isinstance(base, Refusal):
         return data
@@ -88,7 +85,6 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
 
 
 def _most_experts(field_map: FieldMap) -> int:
-    """Return the largest number of matrices that are stacked in one tensor; 0: none are."""
     stacks = (
         shape[0]
         for name, shape in field_map.shapes.items()
@@ -103,11 +99,8 @@ def _unchanged_at_half_first(
     fitting: Iterator[dict[str, Any]],
     before: dict[str, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield fitting configs, last those that build other layers when half of the field is cut.
-
-    Electra has a projection between two widths only if they differ, so half of one must not equal
-    the other.
-    """
+    """Yield fitting configs, last those that build other layers when half of the field is cut."""
+    # Electra has a projection between two widths only if they differ
     postponed = []
     for trial in fitting:
         half = value_at(trial, field) // 2
@@ -131,10 +124,9 @@ def _smaller(
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes to smaller values of a field: of the field alone, and of all equal fields.
 
-    Values that no other field has are first, so that fields remain distinct. Small numbers may take
-    values of other fields, and so may head counts, except those of other head counts of the same
-    part: query heads still outnumber key/value heads. At the end, fewer heads are combined with the
-    width that they split, and ``_SPLIT`` is tried.
+    Values that no other field has are first, so that fields remain distinct. Small numbers and head
+    counts may take values of other fields, but query heads still outnumber key/value heads. At the
+    end, fewer heads are combined with the width that they split, and ``_SPLIT`` is tried.
     """
     if field in field_map.must_equal:
         return
@@ -195,11 +187,10 @@ def _divided(
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes that divide a width and numbers beside it by one number.
 
-    A forward pass may need the proportion, though the class builds without it. With a large width
-    or that of a stage, all its multiples change: Zamba's attention reads two hidden states side by
-    side, each stage of FastViT is twice as wide as the one before. With a large width, it may be a
-    number that no shape shows (the size of Mamba's heads, in Zamba 2) or all equal numbers
-    (D-FINE's ``d_model``), with the number or width of heads.
+    A forward pass may need the proportion, though the class builds without it: Zamba's attention
+    reads two hidden states side by side, each stage of FastViT is twice as wide as the one before.
+    Numbers beside a large width may be shown by no shape (the size of Zamba 2's Mamba heads) or
+    equal it (D-FINE's ``d_model``).
     """
     large = value > _SPLIT
     stage = not isinstance(widths[0][-1], str) and not is_side(widths[0])
@@ -225,7 +216,6 @@ def _divided(
 def _by_parts(
     widths: Sequence[FieldPath], value: int, beside: Sequence[dict[FieldPath, int]]
 ) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a width and one choice of numbers beside it by each part."""
     for part in PARTS:
         if value % part or value // part < HEAD_DIM:
             continue

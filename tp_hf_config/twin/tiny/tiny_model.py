@@ -48,8 +48,6 @@ _NAMING = ("layer", "index")  # words in the names of settings that name layers
 
 @dataclass(frozen=True)
 class TinyRun:
-    """What experiments run."""
-
     model: nn.Module  # random weights, none of them trivial, in float64 and eval mode
     inputs: dict[str, Any]  # of one forward pass of two samples
     partial: bool = False  # it runs on text alone, though the class takes images or sound too
@@ -113,7 +111,6 @@ class TinyModel:
 
     @property
     def encoder_states(self) -> dict[str, torch.Tensor]:
-        """Return the encoder states among the inputs, by name: units are along them too."""
         return encoder_states_in(self.model, self.inputs, self.recipe.encoder_states)
 
     @property
@@ -193,11 +190,7 @@ _MOST_BUILT = 8  # tiny models that are kept: configs of many sizes and after ea
 
 
 def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
-    """Return the class built from a config with random weights, and inputs with which it runs.
-
-    The last few are kept with the results of their experiments, which are the same for all configs
-    that have this tiny one.
-    """
+    """Return the class built from a config with random weights, and inputs with which it runs."""
     builder = field_map.builder
     key = (
         builder.model_class,
@@ -246,11 +239,8 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
 
 
 def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
-    """Draw other weights if chance left out some of many alike parts; return what runs then.
-
-    A token takes the best of Switch's eight experts, and some may be best for none. Weights are
-    changed in place, and restored if nothing helps.
-    """
+    """Draw other weights if chance left out some of many alike parts; return what runs then."""
+    # a token takes the best of Switch's eight experts, and some may be best for none
     unreached = _unreached_shares(model, working)
     if not 0 < max(unreached.values(), default=0) < 0.5:
         return working
@@ -283,12 +273,10 @@ def _numbered(name: str) -> str:
 def _with_numbers(
     field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs
 ) -> tuple[nn.Module, RunRecipe]:
-    """Return the model and its recipe, with another attention if eager attention computes NaN.
-
-    Nemotron's streaming encoder masks everything in eager attention.
-    """
+    """Return the model and its recipe, with another attention if eager attention computes NaN."""
     if _computes_numbers(model, working):
         return model, working.recipe
+    # Nemotron's streaming encoder masks everything in eager attention
     rebuilt = field_map.builder.with_attention(_OTHER_ATTENTION).build_real(data)
     if not isinstance(rebuilt, Refusal):
         rebuilt.load_state_dict(model.state_dict())
@@ -307,11 +295,9 @@ def _computes_numbers(model: nn.Module, working: WorkingInputs) -> bool:
 def _with_layers_named(
     field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs | Refusal
 ) -> tuple[dict[str, Any], nn.Module, WorkingInputs | Refusal]:
-    """Return the config, the model, and what it runs with; other layers are named if they help.
-
-    Qwen3-VL has modules beside its layers 8, 16 and 24, which would never run in a model of two
-    layers, and VipLLaVA reads layer 6.
-    """
+    """Return the config, the model, and what it runs with; other layers are named if they help."""
+    # a model of two layers would not run the modules beside Qwen3-VL's layers 8, 16 and 24, and has
+    # no layer 6 for VipLLaVA to read
     unreached = _unreached_count(model, working)
     for named in _numbers_of_layers(field_map, data) if unreached else ():
         trial = with_values(data, named)
@@ -388,7 +374,6 @@ def randomise(model: nn.Module) -> None:
 
 
 def redraw_matrices(model: nn.Module) -> None:
-    """Give every saved matrix other random values, in place."""
     unsaved = compute_unsaved(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -438,7 +423,6 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules at the end of the context, and their dictionaries."""
     # classes install hooks as they run, and note that they have; the hooks that scale are removed
     before = [
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
