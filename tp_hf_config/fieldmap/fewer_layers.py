@@ -208,7 +208,7 @@ class _Search:
             if not isinstance(built, Refusal) and self._kept.difference(built) is None:
                 return False
         if isinstance(value, dict) or len(value) != self._kept.length:
-            return field[-1] in names_in_code(self._model)
+            return field[-1] in names_in_code(self._model)  # layer numbers: some code reads them
         shorter = self._builder.build(with_values(self._data, {field: value[:-1]}))
         return isinstance(shorter, Refusal) or facts_of(shorter) != facts_of(self._model)
 
@@ -269,6 +269,7 @@ class _Search:
             if (value == [] or rises(value)) and key not in of_every_config()
             for layers in self._named(key)
         ]
+        # a list that names layers replaces a rule, or both hold
         for other in ({}, *off, *counts):
             yield from ({**one, **other} for one in named)
 

@@ -103,7 +103,7 @@ class FieldMap:
         return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
 
     def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return the splits of a full model's layer, one for each piece of its output."""
+        """Return (heads, [parts,] head_dim) for each piece of a full model's layer output."""
         return self.full_splits(self.depth.canonical(name))
 
     def full_splits(self, shallow_name: str) -> tuple[tuple[int, ...], ...] | None:

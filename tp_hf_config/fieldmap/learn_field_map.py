@@ -212,6 +212,7 @@ def candidates(
     builder: Builder, data: dict[str, Any]
 ) -> tuple[dict[FieldPath, int], list[FieldPath]]:
     """Return the whole numbers above 0 that the class reads, with values, and the unset fields."""
+    # also undeclared ones: ``getattr(config, "head_dim", None)``
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
     config = builder.config(data)

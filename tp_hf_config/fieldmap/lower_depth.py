@@ -126,7 +126,7 @@ class _Lowering:
     def _entries(
         self, step: _Step, change: Mapping[FieldPath, Any]
     ) -> dict[FieldPath, tuple[EntryOfKind, ...]] | None:
-        """Return the entries of each kind of layer in lists that change; None: some are lost."""
+        """Return the entries of each kind of layer in lists that change; None: some have none."""
         result: dict[FieldPath, tuple[EntryOfKind, ...]] = {}
         for field, after in change.items():
             before = value_at(self.data, field)
@@ -238,7 +238,7 @@ class _Lowering:
 
 
 def _pieces(shape: Sequence[int], new: Sequence[int], ratios: Collection[Fraction]) -> bool:
-    """True if a tensor may hold an equal piece for each layer, and lost those of removed layers."""
+    """True if a tensor may hold an equal piece for each layer, and fewer of them now."""
     return len(shape) == len(new) and any(
         all(size in (after, after * ratio) for size, after in zip(shape, new, strict=True))
         for ratio in ratios

@@ -162,7 +162,7 @@ class Study:
         if watch and may_split:  # head counts may change where no projection does (Swin)
             sizes |= self._sizes(built, observe(model, self.recipe))
         elif not moved & self.split_weights:
-            sizes = self.base | sizes  # head counts stay where no projection changes
+            sizes = self.base | sizes  # head counts change only with a projection
             sizes |= {key: self.base[key] for key, size in sizes.items() if not size}
         return {key: size for key, size in sizes.items() if self.base.get(key, size) != size}
 

@@ -1,1 +1,1 @@
-"""Find by experiments on a tiny model which tensor dims lose the same units, and prove it."""
+"""Find and prove, on a tiny model, which tensor dims lose the same units; without Torch-Pruning."""

@@ -282,7 +282,7 @@ def _without_twins(
 
 def _refined(tiny: TinyModel, finding: Finding) -> Finding:
     """Return the finding, with smaller units in groups where those are interchangeable too."""
-    # whole heads are coupled to a run of the residual stream's channels, but to any of them
+    # a head is coupled to a number of the residual stream's channels, but to none in particular
     groups = finding.groups
     if not set(finding.fields) & tiny.field_map.count_fields():
         groups = all_alike(groups, tuple(_by_position(tiny, group) for group in groups))
@@ -322,7 +322,8 @@ def _by_position(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
 
 def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
     """Return the group with the smallest interchangeable parts of its runs as units."""
-    # heads remain whole: attention to all tokens alike lets dimensions of several heads exchange
+    # heads remain whole: where attention weighs all tokens alike, dimensions of different heads are
+    # interchangeable
     split = _split_into(tiny.field_map, group.fields)
     heads = [dim for dim in group.dims if dim.dim == 0 and dim.name in split]
     run = reduce(gcd, (dim.layout.run for dim in group.dims))

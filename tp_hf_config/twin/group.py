@@ -163,7 +163,7 @@ def _as_in(
         ]
         placed |= {dim.place for dim, _ in added}
         if len(added) in (0, len(pairs)):
-            result.append(group)  # a group inside the like part stays, and the part gets its own
+            result.append(group)  # a group inside the like part is kept, and the part gets its own
             pairs = []
         if added:
             new_dims, sources = zip(*pairs, *added, strict=True)

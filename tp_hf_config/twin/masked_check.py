@@ -352,7 +352,7 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
         return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
         return Refusal("other dimensions than before")
-    if not before.numel():  # an empty tensor (no such tokens): nothing tells which are kept
+    if not before.numel():  # an empty tensor does not show which are kept
         sizes = zip(before.shape, after.shape, strict=True)
         return tuple(CutDim(size, torch.arange(new_size)) for size, new_size in sizes)
     values, order = before.flatten().sort()

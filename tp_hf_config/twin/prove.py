@@ -122,8 +122,8 @@ def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGr
     """Return the index of the residual stream's group, to which unused vectors belong, or None.
 
     Unused are DINOv2's mask token without a mask, DINOv3's empty tensor, and layers that no code
-    reads (Qwen2.5-Omni's table, MarkupLM's projection). The residual stream is the only group with
-    a norm whose channels are all interchangeable. Of several (MBart's encoder and decoder have
+    reads (Qwen2.5-Omni's table, MarkupLM's projection). The residual stream is the only group
+    that has a norm and interchangeable channels. Of several (MBart's encoder and decoder have
     tables of their own, ``shared`` is unread), the first with a tensor of the same shape is chosen.
     """
     layouts = {dim.layout for dim in unused}

@@ -127,7 +127,7 @@ class AsNarrow(TorchFunctionMode):
 
     def __init__(self, pruned_sizes: Sequence[tuple[int, ...]], dims: Iterable[CutDim]):
         super().__init__()
-        self.pruned_sizes = iter(pruned_sizes)
+        self.pruned_sizes = iter(pruned_sizes)  # both run the same code, so in the same order
         self.cut_dims = {(dim.size, tuple(dim.kept.tolist())): dim for dim in dims if dim.cut}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

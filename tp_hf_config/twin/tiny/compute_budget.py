@@ -65,7 +65,7 @@ def lighter(
     observe: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
-    """Return the config with lower sizes that set no width, if the class is slow: Mamba's chunks.
+    """Return the config with lower sizes that set no width (Mamba's chunks), if it is slow.
 
     ``rows`` are fields that only count positions; some set the length of the inputs (Whisper).
     """
@@ -117,7 +117,8 @@ def _with_cheaper_values(
     field_map: FieldMap, data: dict[str, Any], observe: Observe
 ) -> dict[str, Any]:
     """Return the config with sizes at their old values where a smaller size costs more."""
-    best = observe(data)  # smaller patches are more patches of an image (LayoutLMv3)
+    best = observe(data)
+    # smaller patches are more patches of an image (LayoutLMv3)
     for field in _lengths(field_map):
         if best is None or best.numbers <= _HEAVY:
             break
@@ -130,7 +131,7 @@ def _with_cheaper_values(
 
 def _lengths(field_map: FieldMap) -> list[FieldPath]:
     """Return the fields that are no widths, of which lower values may cost more."""
-    # of a kernel, not linear, or read by layers and returned by none (the side of a patch)
+    # lengths: of a kernel, not linear, or read by layers and returned by none (a patch's side)
     returned, lengths = set[FieldPath](), set(nonlinear_fields(field_map))
     for (_, which), expression in field_map.expressions.items():
         if which == 0:
@@ -208,7 +209,7 @@ def with_few_objects(
             continue
         recipe = with_smaller_inputs(model, required.recipe)
         if recipe != required.recipe:
-            required.run_with(recipe)
+            required.run_with(recipe)  # smaller inputs have enough places now
             data = trial
         elif in_small_image(trial) < WORTH * in_small_image(data):
             data = trial

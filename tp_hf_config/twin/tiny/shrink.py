@@ -26,11 +26,11 @@ from .compute_budget import (
 from .requirements import HEAD_DIM, Requirements
 
 _FEW = 8  # values up to this are small: they count something
-_SPLIT = 16 * HEAD_DIM  # for a width whose number of heads the class fixes itself (timm's): 16
+_SPLIT = 16 * HEAD_DIM  # a width of 16 heads, if the class fixes their number itself (timm's)
 _ROWS = 2048  # embeddings with no more rows than this look up positions, not tokens
 _EXPERTS = (4, 8, 16, 32)  # numbers of experts to try
 _TOKEN = ("_token_id", "_token_index")  # ends of names of special tokens
-_MEDIA = ("image", "video", "audio", "vision")  # starts of names of their tokens
+_MEDIA = ("image", "video", "audio", "vision")  # starts of token names for media
 # values to try, for fields up to a limit; None: without limit
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
     (_FEW, (4, 2, 3, 6, 8)),
@@ -124,9 +124,10 @@ def _smaller(
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes to smaller values of a field: of the field alone, and of all equal fields.
 
-    Values that no other field has are first, so that fields remain distinct. Small numbers and head
-    counts may take values of other fields, but query heads still outnumber key/value heads. At the
-    end, fewer heads are combined with the width that they split, and ``_SPLIT`` is tried.
+    Values that no other field has are first, so that fields remain distinct. Widths may also take
+    values of other fields, and head counts those of no other head count of the same part: query
+    heads have to outnumber key/value heads. The last changes are fewer heads together with the
+    width that they split, and ``_SPLIT``.
     """
     if field in field_map.must_equal:
         return
@@ -166,7 +167,7 @@ def _smaller(
     for step in free + [step for step in ladder if step in reusable]:
         alone = dict.fromkeys([field, *followers], step)
         with_equals = dict.fromkeys([field, *followers, *equals], step)
-        if heads and len(equals) > 1:  # equal query and key/value heads stay equal
+        if heads and len(equals) > 1:  # equal query and key/value heads remain equal
             yield with_equals
         if not together or len(equals) == 1:
             yield alone

@@ -369,7 +369,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
         for buffer in saved_buffers(model).values():
-            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
+            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance remains positive
             buffer.add_(0.3 * torch.rand_like(buffer))
 
 
@@ -423,7 +423,7 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    # classes install hooks as they run, and note that they have; the hooks that scale are removed
+    # classes install hooks as they run, and set a flag for it: both are undone, as is ``scale``
     before = [
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
