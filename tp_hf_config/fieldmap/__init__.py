@@ -1,1 +1,1 @@
-"""Learn which config field sets which tensor dimension, as exact expressions of the fields."""
+"""Learn which config fields set which tensor dims, as exact expressions of the fields."""

@@ -1,4 +1,4 @@
-"""Check that the config builds exactly what the live model has, and say what to set if not."""
+"""Check that a config builds exactly the modules and tensors of the live model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from .layer_kinds import lists_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MOST = 16
-"""Combinations of constructor arguments to try; classes of Transformers have two."""
+_MOST = 16  # combinations of constructor arguments to try; classes of Transformers have two
 
 
 def build_live(
     model: PreTrainedModel, buffers: bool = False
 ) -> tuple[Builder, nn.Module | Refusal]:
-    """Return a builder for a live model, and what it builds from the model's config or its refusal.
+    """Return a builder for a live model, and what it builds from the model's config.
 
-    If the class takes constructor arguments beside the config (BERT's ``add_pooling_layer``), the
-    builder gets those with which it builds the tensors of this model; if no arguments fit, the
-    build has others. With ``buffers``, the values of buffers are computed, on the CPU.
+    The builder gets the constructor arguments that no config holds (BERT's ``add_pooling_layer``),
+    if some build the model's tensors. With ``buffers``, buffers have values, on the CPU.
     """
     builder, data = Builder(model), config_json(model.config)
     built = builder.build(data, buffers=buffers)
@@ -52,7 +50,7 @@ def _differ(live: Shapes, built: Shapes) -> bool:
 
 
 def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
-    """Yield constructor arguments to try: booleans other than their defaults, fewest first."""
+    """Yield constructor arguments to try: booleans unlike their defaults, fewest first."""
     switches = {
         name: parameter.default
         for name, parameter in inspect.signature(model_class.__init__).parameters.items()
@@ -65,7 +63,6 @@ def _options(model_class: type[nn.Module]) -> Iterator[dict[str, bool]]:
 
 
 def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
-    """Return a note on the constructor arguments that a reload needs; empty if it needs none."""
     if not builder.options:
         return []
     name = type(model).__name__
@@ -84,7 +81,7 @@ def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
 def missing_parts(
     model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes
 ) -> Refusal | None:
-    """Return which parts the config builds that the model lacks, and what to do; None if none."""
+    """Return which parts the config builds that the model lacks, with advice; None if none."""
     parts = parts_beyond(shapes(built), live)
     if not parts:
         return None
@@ -96,7 +93,6 @@ def missing_parts(
 
 
 def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Shapes) -> str:
-    """Return what to do so that the config no longer builds what the model does not have."""
     from transformers import PreTrainedModel
 
     data = config_json(model.config, use_diff=False)
@@ -122,11 +118,7 @@ def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Sh
 
 
 def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refusal:
-    """Return notes on layers that moved, or why the config does not build them in their new order.
-
-    Layers get a number when they are built (``layer_idx``), which shows those that moved. Where one
-    stands now, the config has to build the same kind (a sliding window or none).
-    """
+    """Return notes on layers that were moved, or why the config does not build the new order."""
     notes: list[str] = []
     live = dict(named_modules(model))
     for name, layers in lists_of(built).items():
@@ -134,6 +126,7 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
         live_layers = [live[one] for one in names if one in live]
         if not len(live_layers) == len(layers) > 1:
             continue
+        # a class stores a layer's number when it builds the layer (``layer_idx``)
         built_numbers, live_numbers = [
             [_numbers(one) for one in each] for each in (layers, live_layers)
         ]
@@ -168,7 +161,6 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
 
 
 def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
-    """Return a layer's whole-number attributes: (module inside it, attribute) -> number."""
     return {
         (name, key): value
         for name, module in named_modules(layer)
@@ -178,14 +170,11 @@ def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
 
 
 def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:
-    """Return the classes and plain attributes of a layer: (module inside it, attribute) -> value.
-
-    Floats are left out: they may be rates that are scheduled by depth.
-    """
     facts: dict[tuple[str, str], Any] = {}
     for name, module in named_modules(layer):
         facts[name, "class"] = type(module).__name__
         for key, value in vars(module).items():
+            # a float may be a rate that is scheduled by depth
             if is_own(key) and is_plain(value) and not isinstance(value, float):
                 facts[name, key] = value
     return facts
@@ -201,10 +190,7 @@ def _varies(key: tuple[str, str], layers: Sequence[Mapping[tuple[str, str], Any]
 
 
 def parts_beyond(names: Shapes, others: Shapes) -> list[str]:
-    """Return the modules and tensors in ``names`` of which ``others`` has nothing, outermost first.
-
-    Of a module that is missing as a whole, only its own name is returned.
-    """
+    """Return the outermost modules and tensors of ``names`` that ``others`` has no part of."""
     present = {
         name[:end]
         for name in others

@@ -1,4 +1,4 @@
-"""Expressions for sizes: sums of products and products of powers of config fields, all exact."""
+"""Exact expressions for sizes: sums of products, and products of powers, of config fields."""
 
 from __future__ import annotations
 
@@ -10,38 +10,28 @@ from math import isqrt, prod
 
 from ..model.config_json import FieldPath
 
+# (tensor name, dimension), or (layer name, name of its head count as ``heads_of`` returns it)
 Quantity = tuple[str, int | str]
-"""A quantity: tensor name and dimension, or layer name and what its head count is called."""
 
 
 @dataclass(frozen=True)
 class Expression:
-    """``base`` plus, for every set of fields, a coefficient times the product of their steps.
+    """``base`` plus, for sets of fields, a coefficient times their steps (changes of value)."""
 
-    A step is a field's value minus its base value.
-
-    Attributes:
-        base: the size when no field changes.
-        terms: set of fields -> coefficient; there is no constant term.
-    """
-
-    base: int
-    terms: Mapping[frozenset[FieldPath], Fraction]
+    base: int  # the size when no field changes
+    terms: Mapping[frozenset[FieldPath], Fraction]  # fields -> coefficient; no constant term
 
     @property
     def fields(self) -> frozenset[FieldPath]:
-        """The fields that the size depends on."""
         return frozenset(name for names in self.terms for name in names)
 
     def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
-        """Return the size when the given fields change by these steps and all others stay."""
         total = Fraction(self.base)
         for fields, coefficient in self.terms.items():
             total += coefficient * prod(steps.get(name, 0) for name in fields)
         return total
 
     def times(self, ratio: Fraction) -> Expression:
-        """Return the expression for a size that is always so many times this one."""
         if ratio == 1:
             return self
         terms = {fields: coefficient * ratio for fields, coefficient in self.terms.items()}
@@ -60,10 +50,7 @@ class Expression:
     def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
     ) -> Fraction | None:
-        """Return the step of one field that makes the size ``target``; None if it has no influence.
-
-        Fields without a step stay.
-        """
+        """Return the step of one field that makes the size ``target``; None: it has no effect."""
         slope = Fraction(0)
         rest = Fraction(self.base)
         for fields, coefficient in self.terms.items():
@@ -77,40 +64,28 @@ class Expression:
 
 @dataclass(frozen=True)
 class Power:
-    """``base`` times a power of each field over its base value: hidden size over heads.
+    """``base`` times a power of each field over its base value (hidden size over heads)."""
 
-    Attributes:
-        base: the size when no field changes.
-        exponents: 1, 2, -1 or -2 for each field.
-        values: base value of each field.
-    """
-
-    base: int
-    exponents: Mapping[FieldPath, int]
-    values: Mapping[FieldPath, int]
+    base: int  # the size when no field changes
+    exponents: Mapping[FieldPath, int]  # each is 1, 2, -1 or -2
+    values: Mapping[FieldPath, int]  # the base value of each field
 
     @property
     def fields(self) -> frozenset[FieldPath]:
-        """The fields that the size depends on."""
         return frozenset(self.exponents)
 
     def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
-        """Return the size when the given fields change by these steps and all others stay."""
         return prod(
             (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
         )
 
     def times(self, ratio: Fraction) -> Power:
-        """Return the power for a size that is always so many times this one."""
         return self if ratio == 1 else replace(self, base=int(self.base * ratio))
 
     def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
     ) -> Fraction | None:
-        """Return the step of one field that makes the size ``target``; None if it has no influence.
-
-        Square roots are rounded down, so the result has to be checked by ``evaluate``.
-        """
+        """Return the step to ``target``; roots are rounded down: check it with ``evaluate``."""
         if name not in self.exponents:
             return None
         others = (self._factor(other, steps) for other in self.exponents if other != name)
@@ -131,10 +106,7 @@ class Power:
 def followed(
     rules: Mapping[FieldPath, Power], values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, int]:
-    """Return the values of fields that follow from others, where some of those have other values.
-
-    A field that is given does not follow. A value that would not be whole is left out.
-    """
+    """Return the values that the rules set for fields not given; none that is not whole."""
     following: dict[FieldPath, int] = {}
     for name, rule in rules.items():
         if name not in values and rule.fields & values.keys():

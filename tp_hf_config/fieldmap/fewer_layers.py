@@ -1,8 +1,8 @@
 """Find the config with which a class builds a model without some of its layers.
 
-No field is known by name. Settings that may count layers, lists with an entry for each, numbers of
-layers and rules are candidates; the class is built from each, and a config is taken only if every
-layer that stays is built as it was, and everything around the layers too.
+No field is known by name. Candidates are settings that may count layers, lists with an entry for
+each layer, lists of layer numbers, and rules. The class is built from each; a config is accepted
+only if the kept layers and everything around the layers are built as before.
 """
 
 from __future__ import annotations
@@ -40,24 +40,16 @@ from .layer_kinds import (
 )
 from .lower_depth import FEATURES, entries_of_kept, of_every_config, restated
 
-Change = dict[FieldPath, Any]
-"""Field -> its new value."""
-_MOST_LISTS = 32
-"""Combinations of lists that are tried for one setting that counts layers."""
-_MOST_RULES = 96
-"""Restatements of rules that are tried for one such setting; each is a build."""
-_MOST_KINDS = 4
-"""Kinds of layers of which a list may name any; each doubles the configs that are built."""
+Change = dict[FieldPath, Any]  # field -> its new value
+_MOST_LISTS = 32  # combinations of lists that are tried for one setting that counts layers
+_MOST_RULES = 96  # restatements of rules that are tried for one such setting; each is a build
+_MOST_KINDS = 4  # kinds of layers that a list may name; each doubles the configs that are built
 
 
 def layer_lists_in(
     builder: Builder, data: dict[str, Any], model: nn.Module
 ) -> dict[str, Refusal | None]:
-    """Return the outermost lists of layers by name, each with ``None`` or why it cannot be shorter.
-
-    Of a list that cannot be made shorter, the lists inside its layers are looked at too. ``data``
-    is the config's JSON with every default, ``model`` what the class builds from it.
-    """
+    """Return the outermost lists of layers by name, each with None or why it cannot be shorter."""
     found: dict[str, Refusal | None] = {}
     held: set[int] = set()
     own = layer_lists(builder.model_class)  # layers that differ
@@ -65,6 +57,7 @@ def layer_lists_in(
         inside = any(
             name.startswith(f"{outer}.") for outer, reason in found.items() if reason is None
         )
+        # only a list that cannot be made shorter is searched for lists inside
         if inside or id(layers) in held or not (name.endswith(own) or _may_be_layers(layers)):
             continue
         held.add(id(layers))
@@ -74,10 +67,8 @@ def layer_lists_in(
 
 
 def _may_be_layers(layers: nn.Module) -> bool:
-    """True if a list has two entries of one class and one width that consist of several modules.
-
-    A stage of a vision model is no layer: it is wider than the one before.
-    """
+    """True if a list has two entries of one class and width that consist of several modules."""
+    # a stage of a vision model is no layer: it is wider than the one before
     entries = [(type(layer), shapes(layer)) for layer in layers.children() if any(layer.children())]
     return any(
         one_class is other_class and not any(other.get(key, s) != s for key, s in one.items())
@@ -88,11 +79,7 @@ def _may_be_layers(layers: nn.Module) -> bool:
 def config_without(
     builder: Builder, data: dict[str, Any], model: nn.Module, name: str, keep: Sequence[int]
 ) -> Change | Refusal:
-    """Return the fields that a config needs to build a model with only some layers of a list.
-
-    ``data`` is the config's JSON with every default, ``model`` what the class builds from it, and
-    ``keep`` numbers the layers that stay, rising. The refusal says what the nearest config builds.
-    """
+    """Return the fields with which the class builds only the layers ``keep`` of a list."""
     search = _Search(builder, data, model, name, tuple(keep))
     return search.in_step() or search.with_other_rules() or search.refusal()
 
@@ -100,10 +87,7 @@ def config_without(
 def settings_of_left(
     builder: Builder, data: dict[str, Any], model: nn.Module, live: Shapes
 ) -> Change:
-    """Return the settings with which a class builds a model that lost layers; empty: none do.
-
-    ``model`` is what the class builds from the config, ``live`` are the shapes of what is left.
-    """
+    """Return the settings that build the layers that a live model still has; empty: none do."""
     settings: Change = {}
     for name in lists_of(model):
         place = name.count(".") + 1  # of a layer's number in the names of its tensors
@@ -117,7 +101,7 @@ def settings_of_left(
 
 
 class _Search:
-    """The search for one config, and what was wrong with those that were tried."""
+    """The search for one config, and what was wrong with the configs that were tried."""
 
     def __init__(
         self,
@@ -131,14 +115,14 @@ class _Search:
         self._name, self._keep = name, keep
         self._kept = KeptLayers(model, name, keep)
         self._kinds = kinds_in(model)[name]
-        # changes that give the list its new length, or are refused, and where their setting stands
+        # changes that give the list its new length or are refused, and where their setting is
         self._bases: list[tuple[FieldPath, Change]] = []
         self._results: dict[str, bool | None] = {}  # of configs that were tried, by their JSON
         self._reason = ""
         self._refused = ""
 
     def in_step(self) -> Change | None:
-        """Return a change that counts fewer layers and brings the lists of the config in step."""
+        """Return a change that counts fewer layers and shortens the config's lists accordingly."""
         length = self._kept.length
         for node, counted in _counts(self._data, length, len(self._keep)):
             options = list(self._lists(node, counted))
@@ -155,7 +139,6 @@ class _Search:
         return None
 
     def with_other_rules(self) -> Change | None:
-        """Return a change that also restates a rule about layers by their numbers."""
         for node, counted in self._bases:
             for rule in islice(self._rules(node, counted), _MOST_RULES):
                 change = {**counted, **rule}
@@ -169,10 +152,7 @@ class _Search:
         )
 
     def _try(self, node: FieldPath | None, change: Change) -> bool | None:
-        """Return True if a change does it; None if it may with other fields; else False.
-
-        It may with others beside ``node``, where its setting stands; ``None``: a rule is in it.
-        """
+        """True if a change works; None if it may with others beside ``node``; else False."""
         data = with_values(self._data, change)
         if (key := json.dumps(data, default=repr)) not in self._results:
             self._results[key] = self._result(data)
@@ -217,37 +197,30 @@ class _Search:
             yield {**change, **stages}
 
     def _is_of_layers(self, field: FieldPath, value: Any, counted: Change) -> bool:
-        """True if a list or dictionary is about layers: it need not be what is as long by chance.
-
-        The config class makes one for as many layers as ``counted`` sets, or the class builds
-        otherwise with one entry less; numbers of layers need only be read by some code. It is about
-        something else if it is as long for fewer layers, and the class builds these with it
-        (Mamba 2's two limits of time steps, beside two layers).
-        """
+        """True if a list or dictionary is about layers, and not as long by chance."""
         default = self._default(field, counted)
         if isinstance(default, list) and len(default) == len(self._keep):
-            return True
+            return True  # the config class makes it as long as there are layers
         if isinstance(default, list) and len(default) == len(value):
+            # it is as long for fewer layers, and the class builds them with it: Mamba 2's two
+            # limits of time steps, beside two layers
             built = self._builder.build(with_values(self._data, counted))
             if not isinstance(built, Refusal) and self._kept.difference(built) is None:
                 return False
         if isinstance(value, dict) or len(value) != self._kept.length:
-            return field[-1] in names_in_code(self._model)
+            return field[-1] in names_in_code(self._model)  # layer numbers: some code reads them
         shorter = self._builder.build(with_values(self._data, {field: value[:-1]}))
         return isinstance(shorter, Refusal) or facts_of(shorter) != facts_of(self._model)
 
     def _default(self, field: FieldPath, counted: Change) -> Any:
-        """Return what the config class sets for a field that is not given, with fewer layers.
-
-        The other lists beside it are not given either: the config class may refuse them, as they
-        are as long as there were layers. ``None``: it needs the field, or sets nothing.
-        """
+        """Return what the config class sets for a field that is not given, with fewer layers."""
         data = with_values(self._data, counted)
         beside = [
             (*field[:-1], key)
             for key, value in value_at(data, field[:-1]).items()
             if isinstance(value, list) and len(value) == self._kept.length
         ]
+        # the config class may refuse the other lists, which are as long as there were layers
         for unset in ([field], [field, *beside]):
             fewer = functools.reduce(without_field, dict.fromkeys(unset), data)
             try:
@@ -257,10 +230,7 @@ class _Search:
         return None
 
     def _stages(self, node: FieldPath, values: Any) -> Change:
-        """Return the stages that a backbone returns, by their new numbers, and their names.
-
-        A stage that is gone passes on what the one before it gives.
-        """
+        """Return a backbone's output stages by their new numbers, without their names."""
         if not isinstance(values, dict) or not values.keys() >= FEATURES:
             return {}
         change: Change = {}
@@ -268,6 +238,7 @@ class _Search:
             field = (*node, key)
             if key in FEATURES:
                 numbers = rises(value)
+                # a removed stage is replaced by the stage before it
                 new = [sum(n < stage for n in self._keep) for stage in value] if numbers else None
                 change[field] = new
             elif isinstance(value, list) and len(value) == self._kept.length + 1:
@@ -275,11 +246,7 @@ class _Search:
         return change
 
     def _rules(self, node: FieldPath, counted: Change) -> Iterator[Change]:
-        """Yield restatements of rules: how many of the first or last layers, or an explicit list.
-
-        A whole number may say that so many of the first layers are of one kind (or of the last), or
-        that every so many-th is; then a list that names layers can stand in for it, or both hold.
-        """
+        """Yield changes of rules: counts of the first or last layers, strides, lists of layers."""
         values = value_at(self._data, node)
         if not isinstance(values, dict):
             return
@@ -302,14 +269,13 @@ class _Search:
             if (value == [] or rises(value)) and key not in of_every_config()
             for layers in self._named(key)
         ]
+        # a list that names layers replaces a rule, or both hold
         for other in ({}, *off, *counts):
             yield from ({**one, **other} for one in named)
 
     def _named(self, setting: str) -> Iterator[list[int]]:
-        """Yield what a list of layers may name: those of no kind, of one, of several.
-
-        Kinds are told apart by all but what this list says of them.
-        """
+        """Yield the layer numbers that a list may hold: of no kind, of one, of several."""
+        # what this list itself says of the layers does not distinguish kinds
         first = self._kinds.without_settings({setting}).first
         kinds = list(dict.fromkeys(first[number] for number in self._keep))[:_MOST_KINDS]
         for count in range(len(kinds) + 1):
@@ -320,29 +286,21 @@ class _Search:
 def _counts(
     data: dict[str, Any], length: int, count: int, node: FieldPath = ()
 ) -> Iterator[tuple[FieldPath, Change]]:
-    """Yield settings that may count layers, with their new values, and where they stand.
-
-    A setting is a whole number, one of a list of them (Swin's ``depths``), or may count one more
-    than there are layers (Mask2Former's decoder).
-    """
+    """Yield settings that may count layers: where they are, and with their new values."""
     for key, value in (value_at(data, node) if node else data).items():
         field = (*node, key)
         if isinstance(value, dict):
             yield from _counts(data, length, count, field)
-        elif type(value) is int and 0 <= value - length <= 1:
+        elif type(value) is int and 0 <= value - length <= 1:  # one more: Mask2Former's decoder
             yield node, {field: count + value - length}
-        elif isinstance(value, list):
+        elif isinstance(value, list):  # Swin's ``depths``
             for place, entry in enumerate(value):
                 if type(entry) is int and entry == length:
                     yield field, {(*field, place): count}
 
 
 def _entries_left(value: Any, length: int, keep: tuple[int, ...]) -> list[Any]:
-    """Return what may be left of a list or dictionary once some layers are gone.
-
-    It may have an entry for each layer, or numbers of layers (or both, in a list as long as those
-    that rises): entries of the layers that stay are kept, numbers are the new ones.
-    """
+    """Return what a list or dictionary may be once some layers are removed."""
     options: list[Any] = []
     if isinstance(value, list) and len(value) == length:
         options.append([value[number] for number in keep])
@@ -353,36 +311,27 @@ def _entries_left(value: Any, length: int, keep: tuple[int, ...]) -> list[Any]:
     return [option for option in options if option != value]
 
 
-Key = tuple[str, str]
-"""A module inside a layer, and its attribute."""
+Key = tuple[str, str]  # (module inside a layer, its attribute)
 _MISSING = "nothing"
 _Pair = tuple[Hashable, Hashable]
 
 
 class KeptLayers:
-    """The layers of a list that are to stay, by their rising numbers, and everything around them.
-
-    ``length`` is how many layers there are now.
-    """
+    """The layers of a list that are kept, by their rising numbers, and everything around them."""
 
     def __init__(self, model: nn.Module, name: str, keep: tuple[int, ...]):
         self._name, self._keep = name, keep
         layers = list(model.get_submodule(name).children())
-        self.length = len(layers)
+        self.length = len(layers)  # before any is removed
         self._layers = [facts_of(layers[number]) for number in keep]
         self._around = _around(model, name)
 
     def has_length(self, built: nn.Module) -> bool:
-        """True if a build has as many layers in this list as are to stay."""
         layers = lists_of(built).get(self._name)
         return layers is not None and len(layers) == len(self._keep)
 
     def difference(self, built: nn.Module) -> str | None:
-        """Return what a build has other than the layers that stay; ``None`` if it is the same.
-
-        Numbers that number the layers are to be the new ones. Rates may differ, since some follow
-        the depth; running the model shows whether they matter.
-        """
+        """Return how a build differs from the kept layers and their surroundings, or None."""
         if not self.has_length(built):
             return f"{self._name} does not get {len(self._keep)} layers"
         around = _around(built, self._name)
@@ -407,7 +356,7 @@ class KeptLayers:
         for place, (old, new) in enumerate(pairs):
             if isinstance(old, Number) and isinstance(new, Number):
                 if type(old.value) is not int or type(new.value) is not int:
-                    continue
+                    continue  # a rate may be scheduled by depth; a run shows whether it matters
                 numbers.append((self._keep[place], place, old.value, new.value))
             elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == self.length:
                 continue  # a list with an entry for each layer that all layers hold
@@ -421,7 +370,6 @@ class KeptLayers:
         return up or down or other
 
     def _in_words(self, key: Key, pairs: Sequence[_Pair]) -> str:
-        """Return which layer would be built otherwise, and how."""
         place = next(place for place, (old, new) in enumerate(pairs) if old != new)
         was, (old, new) = self._keep[place], pairs[place]
         inside, attribute = key
@@ -432,7 +380,6 @@ class KeptLayers:
 
 
 def facts_of(model: nn.Module) -> dict[Key, Hashable]:
-    """Return the facts about a layer or a whole model, without the configs in its modules."""
     module_facts = ModuleFacts()
     return {
         (inside, key): value
@@ -453,7 +400,6 @@ def _around(model: nn.Module, name: str) -> dict[str, Hashable]:
 
 
 def _word(value: Hashable) -> str:
-    """Return a fact's value as people write it; of a class, its last name."""
     if isinstance(value, Number):
         return str(value.value)
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""Which config fields set which dimensions of a class, and what it builds at other values."""
+"""The field map of a class: which config fields set which dimensions, learned around one config."""
 
 from __future__ import annotations
 
@@ -23,50 +23,35 @@ from .expressions import Expression, Power, Quantity, followed
 
 @dataclass(frozen=True, eq=False)
 class FieldMap:
-    """Which config fields set which dimensions of a class, learned around one config.
-
-    Attributes:
-        builder: builds the class.
-        data: the config's JSON when the field map was learned, with every default.
-        values: the fields that set something, with the value that ``data`` has or implies.
-        unset: the fields of ``values`` that ``data`` leaves to a default (``None`` or absent).
-        expressions: for each quantity of the shallow model, how the fields make it.
-        depth: the shallow config, and how names map onto it.
-        splits: how the forward pass splits the shallow model's outputs into heads.
-        must_equal: field -> the field whose value it has to have too (OPT's
-            ``word_embed_proj_dim`` and ``hidden_size``: if they differ, the class builds other
-            layers).
-        ratio_partners: fields that the class accepts no other value of alone -> the fields that
-            may change in proportion with each (Mamba 2: hidden size times ``expand`` is heads
-            times head dim).
-        ratio_rules: one field of each such proportion -> how it follows from the others.
-        sizes: ``values``, and fields that set dimensions along no straight line (an image's size).
-        powers: quantities along no straight line that are powers of fields (hidden over heads).
-        unfitted: quantities that are neither (rounded ones) -> the fields that change them.
-        non_size_fields: other whole numbers that the class reads and that set no quantity.
-        recipe: how the class is run with this config.
-        digest: of the class's code, the key of the cache on disk; None: it is not stored there.
-    """
+    """Which config fields set which dimensions of a class, learned around one config."""
 
     builder: Builder
-    data: dict[str, Any]
-    values: dict[FieldPath, int]
-    unset: frozenset[FieldPath]
-    expressions: dict[Quantity, Expression]
+    data: dict[str, Any]  # the config's JSON when the map was learned, with every default
+    values: dict[FieldPath, int]  # the fields that set something, as ``data`` has or implies them
+    unset: frozenset[FieldPath]  # those of ``values`` that are None or absent in ``data``
+    expressions: dict[Quantity, Expression]  # of the shallow model, as ``powers`` and ``unfitted``
     depth: Depth
-    splits: HeadSplits
+    splits: HeadSplits  # of the shallow model
+    # OPT builds other layers if ``word_embed_proj_dim`` is not ``hidden_size``
     must_equal: dict[FieldPath, FieldPath] = dataclasses.field(default_factory=dict)
+    # field that cannot change alone -> fields that may change in proportion with it: in Mamba 2,
+    # hidden size times ``expand`` is heads times head dim
     ratio_partners: dict[FieldPath, tuple[FieldPath, ...]] = dataclasses.field(default_factory=dict)
+    # for one field of each proportion, how the other fields determine it
     ratio_rules: dict[FieldPath, Power] = dataclasses.field(default_factory=dict)
+    # ``values``, and the fields that set sizes but not linearly (an image's size)
     sizes: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
+    # not linear, but powers of fields (hidden size over heads)
     powers: dict[Quantity, Power] = dataclasses.field(default_factory=dict)
+    # neither (rounded sizes) -> the fields that change them
     unfitted: dict[Quantity, frozenset[FieldPath]] = dataclasses.field(default_factory=dict)
+    # other whole numbers that the class reads and that set no quantity
     non_size_fields: dict[FieldPath, int] = dataclasses.field(default_factory=dict)
     recipe: RunRecipe = PLAIN
-    digest: str | None = None
+    digest: str | None = None  # of the class's code, for the cache on disk; None: not cached
 
     def count_fields(self) -> frozenset[FieldPath]:
-        """Return the fields that set into how many heads a layer's output is split."""
+        """Return the fields that set the number of heads of some layer's output."""
         return frozenset(
             field
             for (_, which), expression in self.expressions.items()
@@ -75,18 +60,14 @@ class FieldMap:
         )
 
     def moves_shapes(self, field: FieldPath) -> bool:
-        """True if a field sets some tensor dim, so that the tensor's shape shows its value."""
         return any(
             isinstance(which, int) and field in expression.fields
             for (_, which), expression in self.expressions.items()
         )
 
     def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
-        """Return the config's JSON with some fields at other values; fields that follow change too.
-
-        Fields that must equal one of these follow, and so do fields in proportion. Unset fields are
-        written out with the values that they imply, so that they do not follow others.
-        """
+        """Return the config's JSON with these values and with the fields that depend on them."""
+        # unset fields are written out, so that they do not change with other fields
         full = {field: self.values[field] for field in self.unset}
         full.update({**values, **followed(self.ratio_rules, values)})
         for follower, leader in self.must_equal.items():
@@ -95,26 +76,23 @@ class FieldMap:
         return with_values(self.depth.data if shallow else self.data, full)
 
     def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
-        """Build the shallow model on the meta device with some fields at other values."""
         return self.builder.build(self.config_at(values))
 
     def shapes_at(self, values: Mapping[FieldPath, int]) -> Shapes | Refusal:
-        """Return the shapes of the shallow model with some fields at other values."""
         return self.builder.shapes_at(self.config_at(values))
 
     @cached_property
     def remembered(self) -> dict[Any, Any]:
-        """What experiments with this field map found, by its kind; it is gone when the map is."""
+        """Cache for the results of experiments with this field map, by kind of experiment."""
         return {}
 
     @cached_property
     def unpruned(self) -> nn.Module | Refusal:
-        """The shallow model as it was learned, or the class's refusal."""
         return self.build_at({})
 
     @cached_property
     def runs(self) -> bool:
-        """True if the shallow model completes a forward pass without data, in float32."""
+        """True if the shallow model completes a forward pass on the meta device, in float32."""
         model = self.build_at({})
         if isinstance(model, Refusal):
             return False
@@ -122,22 +100,13 @@ class FieldMap:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the shallow model."""
         return {} if isinstance(self.unpruned, Refusal) else shapes(self.unpruned)
 
     def splits_of(self, name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return how an output of the full model's layer is split into heads, or None if it is not.
-
-        There is one ``(heads, head_dim)`` or ``(heads, parts, head_dim)`` for each piece of the
-        output.
-        """
+        """Return (heads, [parts,] head_dim) for each piece of a full model's layer output."""
         return self.full_splits(self.depth.canonical(name))
 
     def full_splits(self, shallow_name: str) -> tuple[tuple[int, ...], ...] | None:
-        """Return :meth:`splits_of` the full model's layer that has this name in the shallow one.
-
-        An output that holds a piece for each layer is split into more of them there.
-        """
         splits = self.splits.heads.get(shallow_name)
         if splits is None or not self.depth.pieces:
             return splits
@@ -145,70 +114,55 @@ class FieldMap:
         return tuple((int(heads * ratio), *sizes) for heads, *sizes in splits)
 
     def fields_of(self, name: str, which: int | str) -> frozenset[FieldPath]:
-        """Return the fields that set one quantity of the full model; empty if none does.
-
-        ``which`` is the dimension of a tensor, or what a layer's head count is called
-        (``heads_of``).
-        """
+        """Return the fields that set a dimension or head count (``heads_of``) of the full model."""
         expression = self.expressions.get((self.depth.canonical(name), which))
         return expression.fields if expression else frozenset()
 
     def expression_of(self, name: str, which: int | str) -> Expression | None:
-        """Return how the fields make one quantity of the full model; None if none does."""
         expression = self.expressions.get((self.depth.canonical(name), which))
         return expression and expression.times(self.depth.times(name, which))
 
     def power_of(self, name: str, which: int | str) -> Power | None:
-        """Return the power of fields that one quantity of the full model is; None: it is none."""
         power = self.powers.get((self.depth.canonical(name), which))
         return power and power.times(self.depth.times(name, which))
 
 
 def nonlinear_fields(field_map: FieldMap) -> frozenset[FieldPath]:
-    """Return the fields that set some size along no straight line."""
     powers = (power.fields for power in field_map.powers.values())
     return frozenset().union(*powers, *field_map.unfitted.values())
 
 
 def state_of(field_map: FieldMap) -> dict[str, Any]:
-    """Return the attributes of a field map that are stored on disk: all but its builder."""
     names = {field.name for field in dataclasses.fields(field_map)} - {"builder", "digest"}
     return {name: getattr(field_map, name) for name in names}
 
 
 def from_state(builder: Builder, digest: str | None, state: Mapping[str, Any]) -> FieldMap:
-    """Return the field map with this state, as :func:`state_of` returns it."""
     attention = state["recipe"].attention
     return FieldMap(builder=builder.with_attention(attention), digest=digest, **state)
 
 
+# name of a list of layers -> for each of its layers, the number of another layer
 Numbers = Mapping[str, tuple[int, ...]]
-"""Name of a list of layers -> for each of its layers, the number of another layer."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """A config with the fewest layers that contain every kind, and how names map onto it.
+    """A config with the fewest layers that contain every kind, and how names map onto it."""
 
-    Attributes:
-        data: the shallow config's JSON.
-        steps: for each change that removed layers: for each layer before it, the number of the
-            first remaining layer of its kind.
-        first_of_kind: for each layer of the shallow model's lists, the number of the first layer
-            of its kind.
-        stands_for: for each change: for each remaining layer, the number that a layer of its kind
-            had before; a different one for each while there are enough.
-        pieces: for each tensor dim around the layers that holds an equal piece for every layer
-            (Gemma 4's embedding): how many times as long it is in the full model.
-        entries: for each list of numbers with an entry for each layer: the keys of its entries for
-            each kind of layer.
-    """
-
-    data: dict[str, Any]
+    data: dict[str, Any]  # the shallow config's JSON
+    # for each change that removed layers, and each layer before it: the number of the first
+    # remaining layer of its kind
     steps: tuple[Numbers, ...] = ()
+    # for each layer of the shallow model: the number of the first layer of its kind
     first_of_kind: Numbers = dataclasses.field(default_factory=dict)
+    # for each change, and each remaining layer: the number that a layer of its kind had before;
+    # another for each layer while there are enough
     stands_for: tuple[Numbers, ...] = ()
+    # tensor dims outside the layers with an equal piece for every layer (Gemma 4's embedding) ->
+    # size in the full model over size in the shallow one
     pieces: Mapping[tuple[str, int], Fraction] = dataclasses.field(default_factory=dict)
+    # list in the config with an entry for each layer -> the keys of its entries for each kind
     entries: Mapping[FieldPath, tuple[EntryOfKind, ...]] = dataclasses.field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,13 +175,12 @@ class Depth:
         return self._canonical[name]
 
     @cached_property
-    def _canonical(self) -> dict[str, str]:
-        """Cache: a deep model's names are asked for often."""
+    def _canonical(self) -> dict[str, str]:  # a cache: a deep model's names are asked for often
         return {}
 
     @property
     def entry_names(self) -> list[str]:
-        """The fields in ``entries`` as people write them: ``intermediate_size[0-3]``."""
+        """The fields in ``entries`` as text: ``intermediate_size[0-3]``."""
         return [field_name((*field, key)) for field, keys in self.entries.items() for key in keys]
 
     def by_kinds(self, values: Mapping[FieldPath, int]) -> dict[FieldPath, int]:
@@ -239,18 +192,14 @@ class Depth:
         return result
 
     def times(self, name: str, which: int | str) -> Fraction:
-        """Return how many times a quantity of the full model is what it is in the shallow one."""
+        """Return the size of a quantity in the full model over its size in the shallow one."""
         if isinstance(which, str) or not self.pieces:
             return Fraction(1)
         return self.pieces.get((self.canonical(name), which), Fraction(1))
 
     def times_outputs(self, shallow_name: str, outputs: int, shallow_shapes: Shapes) -> Fraction:
-        """Return how many times as many outputs a layer has in the full model.
-
-        ``shallow_name`` is its name in the shallow model, where it has so many ``outputs``; those
-        of an embedding are its weight's last dimension.
-        """
-        weight = f"{shallow_name}.weight"
+        """Return how many outputs a layer has in the full model, over those in the shallow one."""
+        weight = f"{shallow_name}.weight"  # of an embedding, the outputs are the last dim
         ratios = (
             self.pieces.get((weight, dim))
             for dim, size in enumerate(shallow_shapes.get(weight, ()))
@@ -259,7 +208,6 @@ class Depth:
         return next((ratio for ratio in ratios if ratio is not None), Fraction(1))
 
     def with_all_pieces(self, shallow_shapes: Shapes) -> Shapes:
-        """Return shapes of the shallow model with the sizes that they have in the full one."""
         full = dict(shallow_shapes)
         for (name, dim), ratio in self.pieces.items():
             if name in full:
@@ -268,10 +216,7 @@ class Depth:
         return full
 
     def first(self, name: str) -> str:
-        """Return a shallow model's name as it is in the first layer of the same kind.
-
-        A layer of the shallow model need not have the number that it has in the full one.
-        """
+        """Return a shallow model's name as it is in the first layer of the same kind."""
         return renumbered(name, self.first_of_kind)
 
     def origin(self, name: str) -> str:
@@ -284,7 +229,8 @@ class Depth:
 def renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
     """Return a name with other numbers of layers.
 
-    ``numbers`` names lists as ``name`` does if ``new``, otherwise as the returned name does.
+    A list inside a layer is looked up in ``numbers`` by the layer's number in ``name`` if ``new``,
+    otherwise by its number in the result.
     """
     if not numbers:
         return name
@@ -300,12 +246,10 @@ def renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
     return ".".join(parts)
 
 
-STOPS = "the class does not run then"
-"""How the reason starts if a class builds at other values but does not run."""
+STOPS = "the class does not run then"  # start of the reason if a class builds but does not run
 
 
 def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal | None:
-    """Return the class's refusal of these values, or None if it builds."""
     model = field_map.build_at(values)
     return model if isinstance(model, Refusal) else None
 
@@ -313,7 +257,7 @@ def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal 
 def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
     """Return which count of the class becomes 0 in a build at other values, or None."""
     if isinstance(field_map.unpruned, Refusal):
-        return None  # the class refuses its own config: reported long before
+        return None  # the class refuses its own config, which is reported elsewhere
     vanished = vanished_counts(field_map.unpruned, new)
     if not vanished:
         return None
@@ -341,13 +285,9 @@ def build_mismatch(
 
 
 def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
-    """Return why a class stops running at other values, or None; None too if it never runs.
-
-    A class may build what it cannot compute with (DeepSeek-V2 with an odd ``kv_lora_rank``). Where
-    values of tensors decide what is computed, both passes assume the same. The pass is in float32
-    whatever the model's dtype (``new`` is float32 afterwards): in another dtype, what a class casts
-    to float32 is copied, and may run for that reason alone.
-    """
+    """Return why a class stops running (DeepSeek-V2 with an odd ``kv_lora_rank``), or None."""
+    # Both passes assume the same where tensor values decide what is computed. In another dtype,
+    # what a class casts to float32 is copied, and may run for that reason alone.
     stopped = dry_pass(new.float(), field_map.recipe) if field_map.runs else None
     if isinstance(stopped, Refusal):
         return Refusal(f"{STOPS}: {stopped.reason}")
@@ -357,7 +297,7 @@ def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
 def ungrouped_change(
     field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
 ) -> Refusal | None:
-    """Return which dimension that is in no group (``held``) has an unexpected size, or None."""
+    """Return which dimension outside all groups (``held``) has an unexpected size, or None."""
     steps = {field: value - field_map.values[field] for field, value in values.items()}
     for name, shape in shapes(new).items():
         was = field_map.shapes.get(name, shape)
@@ -373,10 +313,7 @@ def ungrouped_change(
 
 
 def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
-    """Return the number that a field has to stay a multiple of while all other fields stay.
-
-    Llama's ``hidden_size`` has to be a multiple of its attention heads; most widths are free (1).
-    """
+    """Return what a field has to be a multiple of (Llama's hidden size: its heads), or 1."""
     value = field_map.values[field]
     others = sorted({v for other, v in field_map.values.items() if other != field and v < value})
     pairs = {lcm(a, b) for a in others[:6] for b in (2, 4, 8)}
@@ -391,7 +328,6 @@ def multiple_of(field_map: FieldMap, field: FieldPath) -> int:
 def nearest_accepted(
     field_map: FieldMap, values: dict[FieldPath, int], field: FieldPath
 ) -> list[int]:
-    """Return the nearest values below and above that the class accepts, as far as 256 away."""
     accepted: list[int] = []
     for direction in (-1, 1):
         for distance in range(1, 257):

@@ -1,8 +1,8 @@
 """Find which layers of a list the class built alike.
 
 Names and shapes do not show it: SmolLM3's layers without rotary positions have the same ones. So
-layers are compared by everything that the class left in them: module classes, plain attributes,
-buffers, and what the config says of a layer by its number.
+layers are compared by all their facts: module classes, plain attributes, buffers, and the config's
+entries for single layers.
 """
 
 from __future__ import annotations
@@ -23,27 +23,21 @@ from torch import nn
 from ..model.shapes import named_modules
 from ..model.shortage import note_shortage
 
-Key = tuple[str, str]
-"""A fact's key: a module inside the layer and its attribute, or ``_CONFIG`` and a config's key."""
-Facts = dict[Key, Hashable]
-"""All facts about one layer."""
+Key = tuple[str, str]  # (module inside the layer, its attribute) or (_CONFIG, the config's key)
+Facts = dict[Key, Hashable]  # all facts about one layer
 CLASS = "class"
 _CONFIG = "(config)"
 _EVERYWHERE = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
+# In a longer list, a number that differs in every layer counts layers or is a rate that rises with
+# depth; in a list of up to this many layers, each layer may be of a kind of its own.
 _FEW = 4
-"""In a list of up to this many layers, each may be of a kind of its own.
-
-In a longer list, a number that differs in every layer counts something: layers, or a rate that
-rises with depth.
-"""
-_LONG = 64
-"""Entries of a list or dictionary that are compared."""
+_LONG = 64  # entries of a list or dictionary that are compared
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a layer: between two builds any two are equal, for widths and depths set them."""
+    """A number in a layer. In two builds any two are equal, because widths and depth set them."""
 
     value: float
 
@@ -57,18 +51,9 @@ class ConfigText:
 
 @dataclass(frozen=True)
 class Kinds:
-    """How the layers of one list differ.
-
-    Attributes:
-        kinds: for each layer, its kind: the facts that not all layers share.
-        common: the facts that all layers share.
-        counts: keys of values that only number the layers (another in each, or in a name), or that
-            are one number wherever they are, and so make no kinds.
-    """
-
-    kinds: tuple[frozenset[tuple[Key, Hashable]], ...]
-    common: Facts
-    counts: frozenset[Key]
+    kinds: tuple[frozenset[tuple[Key, Hashable]], ...]  # of each layer, facts not in ``common``
+    common: Facts  # the facts that all layers share
+    counts: frozenset[Key]  # keys of values that only number the layers, and so make no kinds
 
     @functools.cached_property
     def first(self) -> tuple[int, ...]:
@@ -80,21 +65,17 @@ class Kinds:
         return frozenset(key for kind in self.kinds for key, _ in kind)
 
     def without_settings(self, names: Collection[str]) -> Kinds:
-        """Return how the layers differ but for what some settings of the config say of them."""
+        """Return the kinds if these settings of the config are not compared."""
         keys = {(_CONFIG, key) for name in names for key in (name, f"in {name}")}
         kinds = [frozenset(fact for fact in kind if fact[0] not in keys) for kind in self.kinds]
         return replace(self, kinds=tuple(kinds))
 
     def match(self, facts: Sequence[Facts]) -> tuple[int, ...] | None:
-        """Return, for each layer of another build, the index of the first layer here of its kind.
-
-        ``None``: some layer there is of no kind that is here.
-        """
+        """Return for each layer of another build the index of the first layer here of its kind."""
         indexes = [self._index(layer_facts) for layer_facts in facts]
         return None if None in indexes else tuple(index for index in indexes if index is not None)
 
     def _index(self, facts: Facts) -> int | None:
-        """Return the index of the first layer of the kind that these facts describe, or None."""
         kind: set[tuple[Key, Hashable]] = set()
         for key, value in facts.items():
             now = _kind_part(value) if key in self.counts else value
@@ -107,17 +88,12 @@ class Kinds:
         return self.kinds.index(frozen) if not missing and frozen in self.kinds else None
 
     def _same(self, one: object, other: object) -> bool:
-        """True if two builds say the same about a layer, apart from what depth and widths change.
-
-        A list with an entry for each layer, which all layers hold, differs at another depth.
-        """
         if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(self.first):
-            return True
+            return True  # an entry for each layer, in all layers: it differs at another depth
         return one == other or (isinstance(one, Number) and isinstance(other, Number))
 
 
 def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
-    """Return every list of layers that is not empty, by its name."""
     return {
         name: module
         for name, module in named_modules(model)
@@ -126,13 +102,11 @@ def lists_of(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
 
 
 def kinds_in(model: nn.Module) -> dict[str, Kinds]:
-    """Return how the layers of every list differ, by the list's name."""
     module_facts = ModuleFacts()
     return {name: _kinds(facts_in(model, name, module_facts)) for name in lists_of(model)}
 
 
 def _kinds(facts: Sequence[Facts]) -> Kinds:
-    """Return how layers differ, from the facts about each."""
     first, *rest = facts
     differ = {
         key
@@ -184,10 +158,7 @@ def _counts(values: Sequence[Hashable]) -> bool:
 
 
 def _numbers_in(values: Sequence[Hashable]) -> list[Hashable]:
-    """Return the only numbers in names that are alike otherwise, else nothing.
-
-    VibeVoice's convolutions keep their states in a cache under ``convnext_layer_7``.
-    """
+    """Return the one number in names alike otherwise (VibeVoice's caches: ``convnext_layer_7``)."""
     parts = [re.split(r"(\d+)", value) for value in values if isinstance(value, str)]
     alike = {(around[0], *around[2:]) for around in parts if len(around) == 3}
     numbered = len(parts) == len(values) and all(len(around) == 3 for around in parts)
@@ -195,22 +166,18 @@ def _numbers_in(values: Sequence[Hashable]) -> list[Hashable]:
 
 
 def _is_one(values: Sequence[Hashable]) -> bool:
-    """True if all layers that have a number here have the same: it may be that of all layers.
-
-    MiniMax's linear attention keeps the number of layers.
-    """
+    """True if all numbers are equal: MiniMax's attention layers store the number of layers."""
     stated = {value for value in values if value is not None}
     return len(stated) == 1 and all(isinstance(value, Number) for value in stated)
 
 
 def _are_names(values: Sequence[Hashable]) -> bool:
-    """True if a config's list has a different name for each of many layers."""
     names = {value for value in values if isinstance(value, str)}
     return len(names) == len(values) > _FEW
 
 
 def _kind_part(value: Hashable) -> Hashable:
-    """Return what of a counting value tells kinds apart: of a float, on which side of 0 it is."""
+    """Return the part of a counting value that distinguishes kinds: of a float, its sign."""
     if not isinstance(value, Number):
         return "a name" if isinstance(value, str) else value
     if type(value.value) is int:
@@ -221,10 +188,7 @@ def _kind_part(value: Hashable) -> Hashable:
 def facts_in(
     model: nn.Module, name: str, module_facts: ModuleFacts | None = None, shorter: bool = False
 ) -> list[Facts]:
-    """Return the facts about each layer of a list.
-
-    With ``shorter``, the list may be shorter than the config's lists that belong to it.
-    """
+    """Return the facts about each layer of a list. ``shorter``: the config's lists are longer."""
     module_facts = module_facts or ModuleFacts()
     layers: Any = model.get_submodule(name)
     lookups = _config_entries(model, name, len(layers), shorter)
@@ -244,14 +208,10 @@ def facts_in(
 def _config_entries(
     model: nn.Module, name: str, length: int, shorter: bool
 ) -> dict[str, Callable[[int], Hashable]]:
-    """Return what the nearest config says of a list's layers: key -> layer's number -> entry.
-
-    A list in the config may have an entry for each layer, or hold the numbers of some layers. There
-    are none for lists inside layers: a list in the config may describe any of them.
-    """
+    """Return the nearest config's entries for layers: key -> layer's number -> entry."""
     parts = name.split(".")
     if length < 2 or any(part.isdigit() for part in parts):
-        return {}
+        return {}  # of lists inside layers, the config's list may describe any
     around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1)]
     configs = (vars(module).get("config") for module in around)
     config = next((one for one in configs if _is_config(one)), None)
@@ -270,8 +230,7 @@ def _config_entries(
 
 
 @functools.cache
-def _common_attributes() -> frozenset[str]:
-    """Return the attributes that every config has: label names by number are not about layers."""
+def _common_attributes() -> frozenset[str]:  # of every config: labels have numbers but no layers
     from transformers import PretrainedConfig
 
     return frozenset(vars(PretrainedConfig()))
@@ -282,23 +241,17 @@ def _entry(values: Mapping[int, Any], number: int) -> Hashable:
 
 
 class ModuleFacts:
-    """Facts about single modules, each collected once."""
-
     def __init__(self) -> None:
         self._at: dict[int, dict[str, Hashable]] = {}
         self._identities: dict[Hashable, bool] = {}
         self._configs: dict[int, Hashable] = {}
 
     def of(self, module: nn.Module) -> dict[str, Hashable]:
-        """Return a module's class, its attributes, and the shapes of its parameters and buffers.
-
-        A module that returns its input unchanged (dropout) has no facts but that.
-        """
         if id(module) not in self._at:
             facts = dict(self._own(module))
             leaf = not (module._modules or module._parameters or module._buffers)
             if leaf and self._is_identity(module, frozenset(facts.items())):
-                facts = {CLASS: "nothing"}
+                facts = {CLASS: "nothing"}  # dropout, at whatever rate
             self._at[id(module)] = facts
         return self._at[id(module)]
 
@@ -321,7 +274,6 @@ class ModuleFacts:
         return self._configs[id(config)]
 
     def _is_identity(self, module: nn.Module, facts: Hashable) -> bool:
-        """True if a module with these facts returns its input unchanged; run only once."""
         if facts not in self._identities:
             self._identities[facts] = is_identity(module)
         return self._identities[facts]
@@ -372,7 +324,6 @@ def _is_config(value: Any) -> bool:
 
 
 def class_name(value: Any) -> str:
-    """Return the full name of a class or function."""
     return f"{value.__module__}.{value.__qualname__}"
 
 
@@ -382,26 +333,20 @@ def rises(value: Any) -> bool:
 
 
 def by_number(value: Any) -> bool:
-    """True if this is a dictionary of entries for some layers, by their numbers (Gemma 4)."""
+    """True for a dictionary of entries for some layers, by their numbers (Gemma 4)."""
     return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
 
 
 def is_whole_number_list(value: Any) -> bool:
-    """True if this is a list of whole numbers, at least one."""
     return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 def may_name_layers(value: Any) -> bool:
-    """True if a list may name several layers by their numbers."""
     return rises(value) and len(value) > 1
 
 
 def names_in_code(model: nn.Module, without: Collection[str] = ()) -> frozenset[str]:
-    """Return every name and string in the code that a model's own classes run.
-
-    The search starts at the classes of the model's modules, and goes on to what their code calls in
-    the same packages or in ``transformers``. Functions whose name is in ``without`` are skipped.
-    """
+    """Return every name and string in the code of a model's classes and in what that calls."""
     classes = frozenset(type(module) for module in model.modules())
     return _names_in_code_of(classes, frozenset(without))
 
@@ -418,6 +363,7 @@ def _names_in_code_of(classes: frozenset[type], without: frozenset[str]) -> froz
     while waiting:
         item = waiting.pop()
         item = getattr(item, "fget", None) or getattr(item, "__func__", None) or item
+        # only code of the same packages, or of ``transformers``
         if id(item) in visited or _package(item) not in packages - {"torch"}:
             continue
         visited.add(id(item))
@@ -436,12 +382,10 @@ def _names_in_code_of(classes: frozenset[type], without: frozenset[str]) -> froz
 
 
 def _package(item: Any) -> str:
-    """Return the package of a class or function; ``transformers`` if it has none."""
     return str(getattr(item, "__module__", "transformers")).partition(".")[0]
 
 
 def _names_of(code: CodeType) -> Iterator[str]:
-    """Yield every name and string in a code object, and in the functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):

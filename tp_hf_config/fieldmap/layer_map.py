@@ -1,7 +1,7 @@
-"""The field map of a class whose layers have fields of their own, from that of its stock class.
+"""The field map of a class whose layers differ in width, computed from that of its stock class.
 
-Nothing is probed again: a layer's sizes are those that the stock class gives all layers with the
-layer's own values.  What that does not explain is learned as for any class.
+Nothing is probed again: a layer has the sizes that the stock class gives to all layers at this
+layer's values. A class that this does not explain is learned like any other.
 """
 
 from __future__ import annotations
@@ -31,31 +31,21 @@ from .learn_field_map import map_at, stored_or_learned
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_MOST_MAPS = 2
-"""How many configs with all layers alike are learned, of a class that runs with none."""
+_MOST_MAPS = 2  # configs with all layers alike that are learned of a class that runs with none
 
 
 def entangled_fields(field_map: FieldMap) -> set[FieldPath]:
-    """Return the fields that change with others, or that set some size along no straight line."""
     fields = {*field_map.must_equal, *field_map.must_equal.values(), *field_map.ratio_partners}
     return fields | nonlinear_fields(field_map)
 
 
 class LayerFields:
-    """The fields that single layers have of their own in a config.
-
-    Args:
-        builder: builds the generated class.
-        data: the config's JSON.
-
-    Attributes:
-        own: (field of the stock class, layer) -> the layer's own field.
-        values: layer's own field -> its value.
-    """
+    """The fields of single layers in a config (``per_layer_config``)."""
 
     def __init__(self, builder: Builder, data: Mapping[str, Any]):
+        # (field of the stock class, layer) -> the layer's own field
         self.own: dict[tuple[FieldPath, int], FieldPath] = {}
-        self.values: dict[FieldPath, int] = {}
+        self.values: dict[FieldPath, int] = {}  # of the layers' own fields
         self._collect(data, ())
         lists = "|".join(map(re.escape, layer_lists(builder.model_class)))
         self._in_list = re.compile(rf"(?:^|\.)(?:{lists})\.(\d+)(?:\.|$)")
@@ -73,21 +63,16 @@ class LayerFields:
 
     @property
     def shared(self) -> frozenset[FieldPath]:
-        """The fields of the stock class that layers have of their own."""
         return frozenset(field for field, _ in self.own)
 
     def layer_of(self, name: str) -> int | None:
-        """Return the number of the layer that a tensor or module is in; ``None``: in none."""
         match = self._in_list.search(name)
         return int(match[1]) if match else None
 
     def within(
         self, expression: Expression, name: str, values: Mapping[FieldPath, int]
     ) -> Expression:
-        """Return the expression of a quantity in a layer, by the layer's own fields and values.
-
-        ``expression`` is that of the same quantity in the stock class, written around ``values``.
-        """
+        """Return the stock class's expression, learned at ``values``, in the layer's own fields."""
         layer = self.layer_of(name)
         fields = {
             f: self.own[f, layer]
@@ -110,15 +95,11 @@ class LayerFields:
 def uniform_map(
     builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
 ) -> FieldMap:
-    """Return the field map of the stock class at a config in which all layers are alike.
+    """Return the field map of the stock class at a config whose layers are all alike.
 
-    They have the numbers that the config has for all, which stay as they are from step to step
-    while layers differ: it is learned once. Where the class does not build or run that (layers may
-    agree on three key/value heads while the config still has eight heads for all), they are as the
-    first layer that will do.
-
-    Raises:
-        UnsupportedModelError: the class builds none of these.
+    That is the config without entries, which does not change from step to step. If the class does
+    not run there (three key/value heads in every layer, eight in the config), all layers get the
+    values of the first layer with which it does.
     """
     stock = builder.of_class(stock_class(builder.model_class))
     layers = sorted({number for _, number in LayerFields(builder, data).own})
@@ -140,7 +121,6 @@ def uniform_map(
 def by_layers(
     builder: Builder, config: PreTrainedConfig, full: nn.Module, make_inputs: MakeInputs | None
 ) -> FieldMap:
-    """Return the field map of a class, from that of its stock class if layers have own fields."""
     result = None
     if layer_lists(builder.model_class):
         data = config_json(config, use_diff=False)
@@ -152,10 +132,9 @@ def by_layers(
 def layer_map(
     builder: Builder, data: dict[str, Any], uniform: FieldMap, depth: Depth
 ) -> FieldMap | None:
-    """Return the field map, with all layers, of a class whose layers have fields of their own.
+    """Return the field map of a class whose layers have own fields; None: sizes are unexplained.
 
-    ``depth`` gives for a tensor's name that of its like in the expressions of ``uniform``, the
-    field map of the stock class. ``None``: ``uniform`` does not explain every size.
+    ``depth`` maps names to those in ``uniform``, the stock class's field map.
     """
     layers = LayerFields(builder, data)
     shared = layers.shared

@@ -1,7 +1,7 @@
 """Learn which config fields set which dimensions, by building the model class; once per config.
 
-One field gets another value, the class is built again without data, and every dimension whose size
-changes depends on that field. No field, layer or architecture is known by name.
+One field gets another value, and the class is built again on the meta device. Every dimension whose
+size changes depends on that field. No field, layer or architecture is known by name.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+# takes a builder, a config, its build and the user's inputs
 Learn = Callable[[Builder, Any, nn.Module, MakeInputs | None], FieldMap]
-"""Takes a builder, a config, its build and the user's inputs; returns the field map."""
 _learned: OrderedDict[tuple[Any, ...], FieldMap] = OrderedDict()
 _MOST_MAPS = 32
 
@@ -53,23 +53,11 @@ def map_of(
     make_inputs: MakeInputs | None = None,
     how: Learn | None = None,
 ) -> FieldMap:
-    """Return the field map of a live model's class around its config; learned once per config.
-
-    Args:
-        model: the live model.
-        live: what ``build_live`` returns for it, if the caller has that already.
-        make_inputs: the user's function; what is learned with it is kept for it alone, not on disk.
-        how: finds a field map that is not known yet; default: :func:`stored_or_learned`.
-
-    Raises:
-        UnsupportedModelError: the config does not build the model that it belongs to, no field of
-            it sets a width (a timm architecture is chosen by its name), or the user's function
-            raises.
-    """
+    """Return the field map of a live model's class around its config; learned once per config."""
     builder, full = live or build_live(model)
     full = whole_build(model, builder, full)
     field_map = _learned_once(builder, model.config, full, make_inputs, how or stored_or_learned)
-    if not _says_widths(field_map):
+    if not _says_widths(field_map):  # a timm architecture is chosen by its name
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
             "no config can say what is pruned of it. Prune a class whose config holds its widths."
@@ -82,11 +70,7 @@ def _says_widths(field_map: FieldMap) -> bool:
 
 
 def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Refusal) -> nn.Module:
-    """Return what the config builds, if it is the model: same tensors, layers in their order.
-
-    Raises:
-        UnsupportedModelError: the config does not build the model that it belongs to.
-    """
+    """Return what the config builds, or raise if the model's tensors or layers differ."""
     if isinstance(built, Refusal):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be built from its own config: "
@@ -108,10 +92,7 @@ def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Ref
 def map_at(
     builder: Builder, data: dict[str, Any], make_inputs: MakeInputs | None = None
 ) -> FieldMap | Refusal:
-    """Return the field map of a class around a config's JSON, or its refusal to build that.
-
-    It is learned once per config.
-    """
+    """Return the field map of a class around a config's JSON, learned once, or its refusal."""
     full = builder.build(data)
     if isinstance(full, Refusal):
         return full
@@ -127,7 +108,7 @@ def _learned_once(
 ) -> FieldMap:
     options = tuple(builder.options.items())
     data = config.to_json_string(use_diff=False)
-    # the map holds the function
+    # the map holds the function, so that no other one gets its id
     key = (builder.model_class, data, builder.dtype, options, id(make_inputs))
     with ONE_AT_A_TIME:
         if key not in _learned:
@@ -144,11 +125,7 @@ def stored_or_learned(
     full: nn.Module,
     make_inputs: MakeInputs | None,
 ) -> FieldMap:
-    """Return a field map from the cache on disk, or learn it and put it there.
-
-    A map learned with a user's function is not stored: in another process it may differ. Nor is one
-    that says of no width what sets it.
-    """
+    # in another process the user's function may make other inputs
     cached = folder() is not None and make_inputs is None
     digest = class_digest(builder, full) if cached else None
     if digest is None:
@@ -183,12 +160,7 @@ def learn(
     make_inputs: MakeInputs | None = None,
     entries: Mapping[FieldPath, tuple[EntryOfKind, ...]] | None = None,
 ) -> FieldMap:
-    """Learn the field map of one model class around one config.
-
-    ``full`` is the class built from it, without data. Of a ``tiny`` model, all layers are kept, and
-    the values of unset fields are not looked for; for its ``entries`` see
-    :class:`~tp_hf_config.fieldmap.field_map.Depth`. Without a ``recipe``, one is found.
-    """
+    """Learn the field map around a config; ``full`` is built from it, ``entries`` are Depth's."""
     data = config_json(config, use_diff=False)
     every_layer = tiny or bool(layer_lists(builder.model_class))  # each has fields of its own
     kept = Depth(data, entries=entries or {})
@@ -233,19 +205,14 @@ def learn(
     )
 
 
-_FEW = 64
-"""Entries up to which a dictionary in a config may hold widths."""
+_FEW = 64  # a dictionary in a config with more entries holds no widths
 
 
 def candidates(
     builder: Builder, data: dict[str, Any]
 ) -> tuple[dict[FieldPath, int], list[FieldPath]]:
-    """Return the fields worth probing: the whole numbers and unset fields that the class reads.
-
-    Fields that are read but not declared are included (``getattr(config, "head_dim", None)``). The
-    first are numbers above 0, with their values. The second may hold a number, and are sorted by
-    their last key.
-    """
+    """Return the whole numbers above 0 that the class reads, with values, and the unset fields."""
+    # also undeclared ones: ``getattr(config, "head_dim", None)``
     declared: dict[FieldPath, int] = {}
     unset: list[FieldPath] = []
     config = builder.config(data)
@@ -261,10 +228,7 @@ def candidates(
 def numbers_read(
     builder: Builder, data: dict[str, Any], run: Callable[[nn.Module], Any]
 ) -> dict[FieldPath, int]:
-    """Return the whole numbers above 0 that the class reads while it runs.
-
-    ``run`` runs a model on the meta device.
-    """
+    """Return the whole numbers above 0 that the class reads while ``run`` runs its model."""
     model: Any = builder.build(data)
     if isinstance(model, Refusal):
         return {}
@@ -279,7 +243,7 @@ def numbers_read(
 def _fields_read(
     data: dict[str, Any], config: Any, act: Callable[[], Any]
 ) -> Iterator[tuple[type, FieldPath, Any]]:
-    """Yield what an act reads of a config and those inside it: config class, field and value."""
+    """Yield what ``act`` reads of a config and those inside it: config class, field, value."""
     nodes = dict(config_nodes(config))
     with _recording_reads({type(node) for node in nodes.values()}) as reads:
         act()
@@ -292,18 +256,16 @@ def _fields_read(
 
 
 def _whole_numbers(value: Any, field: FieldPath) -> dict[FieldPath, int]:
-    """Return the whole numbers above 0 in a value, each with its field."""
     return {key: n for key, n in _entries(value, field) if type(n) is int and n > 0}
 
 
 def _takes_numbers(config_class: type, name: str) -> bool:
-    """True if a field's annotation allows whole numbers, or if it is not declared."""
+    """True if a field's annotation allows whole numbers, or if the field is not declared."""
     declared = getattr(config_class, "__dataclass_fields__", {}).get(name)
     return declared is None or any(word in str(declared.type) for word in ("int", "Any"))
 
 
 def _entries(value: Any, field: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield a value, or every value inside a list or a small dictionary, each with its field."""
     if isinstance(value, list):
         for index, entry in enumerate(value):
             yield from _entries(entry, (*field, index))
@@ -326,10 +288,8 @@ def _is_machinery(name: str) -> bool:
 
 @contextmanager
 def _recording_reads(classes: set[type]) -> Iterator[dict[type, set[str]]]:
-    """Record which attributes this thread reads from configs of these classes, declared or not.
-
-    A config is read while it is made, too, so that no object but the class can record.
-    """
+    """Record which attributes this thread reads from configs of these classes."""
+    # a config is read while it is constructed, too, so only its class can record that
     reads: dict[type, set[str]] = {cls: set() for cls in classes}
 
     def recorder(cls: type, inherited: Any) -> Any:

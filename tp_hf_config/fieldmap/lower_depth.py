@@ -1,4 +1,4 @@
-"""Find a config with fewer layers to learn from: the cost must not grow with a model's depth."""
+"""Find a config with fewer layers to learn from, so that learning costs the same at any depth."""
 
 from __future__ import annotations
 
@@ -31,10 +31,8 @@ from .layer_kinds import (
 def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
     """Lower the settings that only repeat layers, and return the shallow config.
 
-    A setting counts if a lower value removes layers, leaves one of each kind, and changes no other
-    tensor's shape, but for tensors that hold an equal piece for each layer. A rule about layers is
-    restated where more than half of them go then. If nothing can be lowered, the result is the
-    config itself.
+    Lower values have to remove layers, keep one of each kind, and change no other shape, except of
+    tensors that hold an equal piece for each layer.
     """
     lowering = _Lowering(builder, data, full)
     widths = width_lists(builder, data, lowering.shapes)
@@ -43,9 +41,9 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
         for keep in choices:
             refused = lowering.try_all(changes(data, length, keep, widths), length, len(keep))
             if lowering.data is not before or not (refused or keep[-1] >= len(keep)):
-                break  # else more may do: CvT looks up a list by its stage, Zamba ties every sixth
+                break  # else keep more: CvT indexes a list by stage, Zamba ties every sixth layer
         keep = choices[0]
-        if lowering.data is before and len(keep) < length / 2:
+        if lowering.data is before and len(keep) < length / 2:  # worth restating a rule
             plain = changes(data, length, keep, widths)
             restated = chain.from_iterable(with_rules(c, data, length, keep) for c in plain)
             lowering.restate(restated, length, len(keep))
@@ -53,11 +51,8 @@ def shallow(builder: Builder, data: dict[str, Any], full: nn.Module) -> Depth:
 
 
 def _choices(kinds: Mapping[str, Kinds]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Yield the length of lists, and choices of the layers to keep of them, the fewest first.
-
-    A choice keeps the first layer of each kind, or all layers up to the last of those, or a few
-    more in case the class refuses that. Lists of one length need not have as many kinds of layers.
-    """
+    """Yield lengths of lists, each with choices of the layers to keep, the fewest first."""
+    # lists of one length need not have as many kinds of layers
     firsts = _repeating(kinds).values()
     for length in sorted({len(first) for first in firsts}, reverse=True):
         equally_long = [first for first in firsts if len(first) == length]
@@ -93,10 +88,7 @@ class _Lowering:
         self._steps: list[_Step] = []
 
     def try_all(self, changes: Sequence[dict[FieldPath, Any]], length: int, keep: int) -> bool:
-        """Make the changes that only shorten lists; return True if the class refused any change.
-
-        The lists go from ``length`` to ``keep`` layers.
-        """
+        """Make the changes that only shorten lists; return True if the class refused any change."""
         refused = False
         for change in changes:
             if all(holds(self.data, field) for field in change):
@@ -123,7 +115,6 @@ class _Lowering:
                 return
 
     def _take(self, model: nn.Module, change: dict[FieldPath, Any]) -> None:
-        """Make a change if it only removes layers; ``model`` is what the class builds with it."""
         step = self._step(model, change)
         entries = None if step is None else self._entries(step, change)
         if step is not None and entries is not None:
@@ -135,11 +126,7 @@ class _Lowering:
     def _entries(
         self, step: _Step, change: Mapping[FieldPath, Any]
     ) -> dict[FieldPath, tuple[EntryOfKind, ...]] | None:
-        """Return the entries of each kind of layer, for lists of numbers that a change cuts.
-
-        A list has an entry for each layer, before and after. None: it was cut before, or layers of
-        some kind have no entry that stands for them.
-        """
+        """Return the entries of each kind of layer in lists that change; None: some have none."""
         result: dict[FieldPath, tuple[EntryOfKind, ...]] = {}
         for field, after in change.items():
             before = value_at(self.data, field)
@@ -201,10 +188,8 @@ class _Lowering:
         shorter: Sequence[str],
         lists: Mapping[str, nn.ModuleList | nn.Sequential],
     ) -> bool:
-        """True if lists of layers get shorter only if a change's whole numbers are changed too.
-
-        Else they do not count layers: an image may have as many channels as there are layers.
-        """
+        """True if lists of layers get shorter only if a change's whole numbers are changed too."""
+        # an image may have as many channels as there are layers
         rest = _without_numbers(change)
         built = self._builder.build(with_values(self.data, rest)) if rest else None
         if not isinstance(built, nn.Module):
@@ -215,11 +200,7 @@ class _Lowering:
     def _rest_as_before(
         self, model: nn.Module, shorter: Sequence[str], change: Collection[FieldPath]
     ) -> bool:
-        """True if the layers of the other lists are of the same kinds as before.
-
-        What the changed settings say of them may differ: the norms behind the stages of a backbone
-        are as many as the stages, of which one has fewer layers now.
-        """
+        """True if the other lists have layers of the same kinds as before."""
         checked: list[str] = []
         settings = {key for field in change for key in field if isinstance(key, str)}
         lists = lists_of(model)
@@ -228,6 +209,7 @@ class _Lowering:
             if around or name in shorter or _inside(name, [*shorter, *checked]):
                 continue
             checked.append(name)
+            # ``depths`` has an entry for each stage, and so has a list of norms
             kinds = kinds.without_settings(settings)
             if name not in lists or kinds.match(facts_in(model, name)) != kinds.first:
                 return False
@@ -256,10 +238,7 @@ class _Lowering:
 
 
 def _pieces(shape: Sequence[int], new: Sequence[int], ratios: Collection[Fraction]) -> bool:
-    """True if a tensor may hold an equal piece for each of the layers, of which some are gone.
-
-    Of each dimension, what is left is all of it or the share of the layers that are left.
-    """
+    """True if a tensor may hold an equal piece for each layer, and fewer of them now."""
     return len(shape) == len(new) and any(
         all(size in (after, after * ratio) for size, after in zip(shape, new, strict=True))
         for ratio in ratios
@@ -275,10 +254,7 @@ def _inside(name: str, lists: Sequence[str]) -> bool:
 
 
 def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int]:
-    """Yield, for each remaining layer, the number that a layer of its kind had before.
-
-    Each gets a different one while there are enough.
-    """
+    """Yield for each remaining layer an earlier number of its kind, unused ones first."""
     for number, kind in enumerate(remaining):
         same_kind = _numbers(kinds, kind)
         yield same_kind[min(remaining[:number].count(kind), len(same_kind) - 1)]
@@ -287,10 +263,9 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
 def _without_coincidence(
     builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
 ) -> dict[str, Any]:
-    """Return the config with a change, without a field that equals a list's length by coincidence.
+    """Return the changed config, without changes of fields that equal a list's length by chance.
 
-    An image has three channels, and PP-DocLayout takes three feature maps of it. The field is
-    omitted if the lists in the change suffice to build the same shapes.
+    PP-DocLayout takes three feature maps of an image with three channels.
     """
     rest = _without_numbers(change)
     if 0 < len(rest) < len(change):
@@ -310,7 +285,6 @@ def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _repeating(kinds: Mapping[str, Kinds]) -> dict[str, tuple[int, ...]]:
-    """Return ``Kinds.first`` of each list that has several layers of one kind, by its name."""
     firsts = {name: list_kinds.first for name, list_kinds in kinds.items()}
     return {name: first for name, first in firsts.items() if len(set(first)) < len(first)}
 
@@ -318,8 +292,7 @@ def _repeating(kinds: Mapping[str, Kinds]) -> dict[str, tuple[int, ...]]:
 def _has_length(model: nn.Module, kinds: Mapping[str, Kinds], length: int, keep: int) -> bool:
     """True if one of the lists that got shorter went from ``length`` to ``keep``, or if none did.
 
-    A field may equal the length by chance: Phi-4-multimodal's eight steps of sound that become one
-    are no layers, and with fewer of them, five of eight layers remain.
+    Eight steps of sound in Phi-4-multimodal are no layers; if they become one, five layers remain.
     """
     shorter = _shorter(model, kinds, length)
     return not shorter or keep in shorter
@@ -334,21 +307,19 @@ def _shorter(model: nn.Module, kinds: Mapping[str, Kinds], length: int) -> set[i
     }
 
 
-_FEW = 16
-"""Lists of up to so many entries are looked at; numbers above it may be widths."""
-FEATURES = {"out_features", "out_indices"}
-"""Fields in which a backbone names the stages that it returns."""
+_FEW = 16  # longer lists are not looked at; numbers above it may be widths
+FEATURES = {"out_features", "out_indices"}  # fields that name the stages that a backbone returns
 
 
 def changes(
     data: dict[str, Any], length: int, keep: tuple[int, ...], widths: Set[FieldPath]
 ) -> list[dict[FieldPath, Any]]:
-    """Return changes of the config after which only the layers to ``keep`` may remain, in order.
+    """Return changes of the config after which only the layers ``keep`` may remain, in order.
 
-    A change sets a field that counts layers, alone or together with the lists that have an entry
-    for each layer. It may also set one entry of a list (Swin's ``depths``), a field that counts one
-    more (Mask2Former's decoder), or a list of the layers that have something beside them, which is
-    as long (Qwen3-VL). ``widths`` are lists that hold a width of each layer; these stay.
+    A change sets a field that counts layers, alone or with the lists that have an entry for each
+    layer; or one entry of a list (Swin's ``depths``), a field that is one more than the number of
+    layers (Mask2Former's decoder), or a list of layers with an extra module, if it is as long
+    (Qwen3-VL). ``widths`` are lists that hold a width of each layer; these are not shortened.
     """
     candidates: list[dict[FieldPath, Any]] = []
     count = len(keep)
@@ -395,11 +366,7 @@ def changes(
 def with_rules(
     change: Mapping[FieldPath, Any], data: dict[str, Any], length: int, keep: Sequence[int]
 ) -> Iterator[dict[FieldPath, Any]]:
-    """Yield a change of :func:`changes` with a rule beside its number of layers restated.
-
-    A rule says how many of the first or last layers are of one kind (Gemma 4's that share keys and
-    values).
-    """
+    """Yield a change of :func:`changes` with a rule beside its number of layers restated."""
     for field in [field for field, value in change.items() if type(value) is int]:
         node = value_at(data, field[:-1])
         for key, count in restated(node, length, keep) if isinstance(node, dict) else ():
@@ -410,12 +377,9 @@ def with_rules(
 def restated(
     values: Mapping[str, Any], length: int, keep: Sequence[int]
 ) -> Iterator[tuple[str, int]]:
-    """Yield settings that may say how many of the first or last layers are of one kind.
-
-    Each with its value for the layers to ``keep``, where that is another. ``values`` are a
-    config's settings beside the number of layers, ``length``.
-    """
+    """Yield settings that may count the first or last layers of one kind, with new values."""
     for key, value in values.items():
+        # how many of the last layers share keys and values (Gemma 4)
         if type(value) is int and 0 < value <= length and key not in of_every_config():
             first = sum(number < value for number in keep)
             last = sum(number >= length - value for number in keep)
@@ -424,7 +388,6 @@ def restated(
 
 @functools.cache
 def of_every_config() -> frozenset[str]:
-    """Return the fields that every config may have (labels, tokens, generation): no layers."""
     from transformers import GenerationConfig, PretrainedConfig
 
     configs: tuple[Any, ...] = (PretrainedConfig, GenerationConfig)
@@ -432,7 +395,6 @@ def of_every_config() -> frozenset[str]:
 
 
 def entries_of_kept(entries: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
-    """Return the entries about the layers to keep, under their new numbers."""
     by_old = {int(number): (number, entry) for number, entry in entries.items()}
     return {
         type(by_old[old][0])(new): by_old[old][1] for new, old in enumerate(keep) if old in by_old
@@ -440,7 +402,6 @@ def entries_of_kept(entries: dict[Any, Any], keep: Sequence[int]) -> dict[Any, A
 
 
 def holds(data: dict[str, Any], field: FieldPath) -> bool:
-    """True if the config can hold this field: an earlier change may have shortened its list."""
     node: Any = data
     for key in field:
         if not isinstance(node, (dict, list)) or (isinstance(node, list) and len(node) <= int(key)):
@@ -450,12 +411,7 @@ def holds(data: dict[str, Any], field: FieldPath) -> bool:
 
 
 def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
-    """Return the lists that hold a width of each layer, among lists short enough to look at each.
-
-    Lists of large numbers hold widths, unless all numbers are equal and doubling the last one
-    changes no shape (Longformer's windows). Lists of small numbers do if doubling the last one
-    changes how long some tensor is along its first dimension. ``before`` is what the class builds.
-    """
+    """Return the short lists in the config that hold a width of each layer."""
     lists: set[FieldPath] = set()
 
     def visit(node: dict[str, Any], field: FieldPath) -> None:
@@ -465,7 +421,7 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
             elif is_whole_number_list(value) and 1 < len(value) <= _FEW:
                 if min(value) > _FEW and len(set(value)) > 1:
                     lists.add((*field, key))
-                else:
+                else:  # equal large numbers may set no shape (Longformer's windows)
                     wider = with_values(data, {(*field, key, len(value) - 1): 2 * value[-1]})
                     after = builder.shapes_at(wider)
                     if after != before if min(value) > _FEW else _longer(before, after):
@@ -476,7 +432,6 @@ def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[F
 
 
 def _longer(before: Shapes, after: Shapes | Refusal) -> bool:
-    """True if some tensor has another first dimension, and no tensor was added or removed."""
     return (
         not isinstance(after, Refusal)
         and after.keys() == before.keys()

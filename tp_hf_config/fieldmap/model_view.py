@@ -28,22 +28,13 @@ Conv = nn.modules.conv._ConvNd
 
 @dataclass(frozen=True)
 class ModelView:
-    """A live model together with the field map of its class.
-
-    Attributes:
-        model: the live model.
-        field_map: the field map of its class around its config.
-        prefix: the model's name in the module that it was found in; empty if it is that module.
-        reference: the reference build of its config, without data, with its buffers.
-    """
-
     model: PreTrainedModel
     field_map: FieldMap
-    prefix: str
-    reference: nn.Module
+    prefix: str  # the model's name in the module that contains it; empty if it is that module
+    reference: nn.Module  # built from the config on the meta device; its buffers hold values
 
     def producers(self) -> Iterable[tuple[str, nn.Module, frozenset[FieldPath]]]:
-        """Yield every linear layer, convolution and embedding: its name, and its width's fields."""
+        """Yield linear layers, convolutions and embeddings with their output width's fields."""
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, (nn.Linear, Conv, nn.Embedding)):
@@ -55,28 +46,21 @@ class ModelView:
     def head_layers(
         self, values: Mapping[FieldPath, int] | None = None
     ) -> Iterable[tuple[str, nn.Module, int]]:
-        """Yield the linear layers whose output is split into heads: name, layer and head count.
-
-        ``values`` are those in the config now; by default the values that were learned.
-        """
-        values = values or self.field_map.values
+        """Yield linear layers whose output is split into heads: name, layer, head count."""
+        values = values or self.field_map.values  # those of the config now
         for name, module in self.model.named_modules():
             splits = self.field_map.splits_of(name)
             if splits is not None and isinstance(module, nn.Linear):
-                # Falcon's one key/value head stands among the query heads of its projection
+                # Falcon's one key/value head is among the query heads of its projection
                 fields = self.field_map.fields_of(name, heads_of(0))
-                if len(fields) > 1:  # a field at 1 counts no heads that can go
+                if len(fields) > 1:  # of a field at 1, no head can be removed
                     fields = frozenset(
                         field for field in fields if self.field_map.values[field] > 1
                     )
                 yield name, module, values[min(fields)] if len(fields) == 1 else splits[0][0]
 
     def inner_widths(self) -> frozenset[FieldPath]:
-        """Return the fields of inner widths: those that are pruned unless others are asked for.
-
-        Left out are the head counts and head dims, the number of experts, the entries of
-        embeddings, the size of kernels, and what only outputs have.
-        """
+        """Return the fields pruned by default: no heads, experts, vocabulary, kernels, outputs."""
         field_map = self.field_map
         inner: set[FieldPath] = set()
         excluded = set(self.head_fields())
@@ -92,13 +76,13 @@ class ModelView:
                 elif isinstance(module, Conv) and dim > 1:
                     excluded |= fields  # a kernel's size
                 elif field_map.depth.canonical(module_name) in field_map.splits.outputs:
-                    continue
+                    continue  # the model returns this output
                 elif dim != 1 or not isinstance(module, (nn.Linear, Conv)):
                     inner |= fields
         return frozenset(inner - excluded)
 
     def head_fields(self) -> frozenset[FieldPath]:
-        """Return the fields that set how many heads there are, or how wide one is."""
+        """Return the fields that set the number of heads or head_dim."""
         counts = self.field_map.count_fields()
         dims = {
             field
@@ -110,7 +94,7 @@ class ModelView:
         return frozenset(counts | dims)
 
     def rotates_head_dims(self) -> bool:
-        """True if some unsaved buffer is as wide as a head, or half one: position tables."""
+        """True if a non-persistent buffer's last dim is head_dim or half of it: position tables."""
         dims = {split[-1] for splits in self.field_map.splits.heads.values() for split in splits}
         return any(
             buffer is not None and buffer.ndim and {buffer.shape[-1], 2 * buffer.shape[-1]} & dims
@@ -120,29 +104,19 @@ class ModelView:
         )
 
 
+# the state of a module, and the field map and reference build that belong to it
 _Cached = tuple[tuple[Any, ...], FieldMap, nn.Module]
-"""The state of a module, and the field map and reference build that belong to it."""
 _cached_views: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 
 
 def view_of(
     module: nn.Module, make_inputs: MakeInputs | None = None, weights: bool = True
 ) -> ModelView:
-    """Return the Hugging Face model in a module, with the field map of its class.
+    """Return the one Hugging Face model in a module, with its field map.
 
-    The class is built from the model's config, to compare the two, only if the config, a module or
-    a shape has changed since the last time: a plan, the arguments for a pruner and the hook share
-    one reference build.
-
-    Args:
-        module: the Hugging Face model, or a module that contains it.
-        make_inputs: the user's function that makes inputs, if there is one.
-        weights: True if the weights are going to be pruned, and so must have data.
-
-    Raises:
-        UnsupportedModelError: there is not exactly one Hugging Face model that can be followed, or
-            its config does not build it.
-        TypeError: ``module`` is no module.
+    The reference build is cached until the config, a module or a shape changes, so a plan, the
+    pruner's arguments and the hook share it. With ``weights``, the weights have to hold data.
+    Raises UnsupportedModelError if there is not one such model or its config does not build it.
     """
     prefix, model = find_pretrained(module)
     check_followable(model, weights)

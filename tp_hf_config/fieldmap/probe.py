@@ -27,26 +27,17 @@ if TYPE_CHECKING:
 
 
 Sizes = dict[Quantity, int]
-"""Quantity -> its size."""
-UNSET_PROBES = (24, 40, 8, 2, 4, 1)
-"""Values at which a field that has no value is probed."""
+UNSET_PROBES = (24, 40, 8, 2, 4, 1)  # values at which a field that has no value is probed
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One field at another value, and the quantities that changed there.
-
-    Attributes:
-        value: the field's value.
-        sizes: changed quantity -> its size there; 0 if the forward pass did not get to it.
-    """
-
     value: int
-    sizes: Sizes
+    sizes: Sizes  # of changed quantities; 0 if the forward pass stopped before
 
 
 def probe_values(value: int) -> list[int]:
-    """Return other values to probe a field at, those first that are likely to be accepted."""
+    """Return other values to probe a field at, those first that classes are likely to accept."""
     tried = [2 * value, 3 * value, value + 1, 4 * value]
     if value > 1:
         if value % 2 == 0 and value > 2:  # not 2 to 1: one head is no split
@@ -57,10 +48,8 @@ def probe_values(value: int) -> list[int]:
 
 
 def breaks_off(sizes: Sizes) -> bool:
-    """True if a projection's width changed and the forward pass stopped before it split that.
-
-    Falcon's heads stand in groups of whole numbers; twice as many groups need not divide them.
-    """
+    """True if a projection's width changed and the forward pass stopped before splitting it."""
+    # Falcon's heads are in groups of whole numbers; twice as many groups need not divide them
     return any(
         not size and sizes.get((f"{name}.weight", 0))
         for (name, which), size in sizes.items()
@@ -69,11 +58,7 @@ def breaks_off(sizes: Sizes) -> bool:
 
 
 def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
-    """True if two probes change every size by the same amount per unit of the field.
-
-    ``value`` is the field's own, with the sizes ``base``. Quantities that one of the probes did not
-    observe are skipped.
-    """
+    """True if two probes change every size that both observed by the same amount per field unit."""
     return all(
         (one.sizes[key] - base[key]) * (two.value - value)
         == (two.sizes[key] - base[key]) * (one.value - value)
@@ -83,10 +68,7 @@ def on_a_line(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
 
 
 def extrapolated(base: Sizes, value: int, probes: Sequence[Probe], then: int) -> Sizes | None:
-    """Return the sizes at a value that the class refuses, on the straight lines through the probes.
-
-    ``None``: the probes are on no lines, or a size is not whole or was not observed.
-    """
+    """Return sizes on the straight lines through the probes; None: no lines, or not whole."""
     first, *others = probes
     if not all(on_a_line(base, value, first, other) for other in others):
         return None
@@ -109,33 +91,12 @@ def is_rounded(base: Sizes, value: int, one: Probe, two: Probe) -> bool:
     )
 
 
-_OTHER_TENSORS = 5
-"""Values at which a class builds other tensors that are tried before a field is given up."""
-_ROUNDED = 3
-"""Values at which a size is rounded that are tried before one of them is used."""
+_OTHER_TENSORS = 5  # values with other tensors that are tried before a field is given up
+_ROUNDED = 3  # values with a rounded size that are tried before one of them is used
 
 
 class Study:
-    """Builds a class around one shallow config, and compares what it builds.
-
-    Attributes:
-        builder: builds the class.
-        refused: fields that the class accepts no other value of, alone or with one other field.
-        ratio_rules: fields that follow from others in every build.
-        first: maps a name to the one in the first layer of the same kind.
-        data: the shallow config's JSON, with implied values written out.
-        model: what the class builds from it.
-        recipe: how that model is run.
-        shapes: the shapes of that model's tensors.
-        splits: its head splits.
-        base: its quantities, for the first layer of each kind.
-        attributes: its modules' numeric attributes.
-        split_weights: weights of the layers whose output is split into heads.
-        vanishing: field -> whether a lower value of it made some count 0.
-
-    Raises:
-        UnsupportedModelError: the class does not build the shallow config.
-    """
+    """Builds a class around one shallow config, and compares what it builds."""
 
     def __init__(
         self,
@@ -146,8 +107,9 @@ class Study:
         make_inputs: MakeInputs | None = None,
     ):
         self.builder = builder
+        # fields that the class accepts no other value of, alone or with one other field
         self.refused: list[FieldPath] = []
-        self.ratio_rules: dict[FieldPath, Power] = {}
+        self.ratio_rules: dict[FieldPath, Power] = {}  # fields that follow others in every build
         self.first = cache(depth.first)
         self.data = with_values(depth.data, implied)
         model = self.build({})
@@ -158,22 +120,20 @@ class Study:
         self.recipe = find_recipe(model, make_inputs) if recipe is None else recipe
         self.splits = observe(model, self.recipe)
         self.base = self._sizes(self.shapes, self.splits)
-        self.attributes = _numbers(model)
+        self.attributes = _numbers(model)  # numeric ones of its modules
         self.split_weights = {f"{name}.weight" for name in self.splits.heads}
         self._repeating: Counter[FieldPath] = Counter()
-        self.vanishing: dict[FieldPath, bool] = {}
+        self.vanishing: dict[FieldPath, bool] = {}  # whether a lower value made some count 0
 
     def build(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
-        """Build the class with these fields at other values, and with those that follow them."""
         return self.builder.build(
             with_values(self.data, {**values, **followed(self.ratio_rules, values)})
         )
 
     def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:
-        """Return the quantities that change at these values, with their sizes there.
+        """Return the quantities that change at these values, with their sizes; None: other tensors.
 
-        The size is 0 where it was not observed: only with ``watch`` the forward pass runs, if head
-        counts may have changed. ``None``: other tensors are built.
+        A size that was not observed is 0. Head counts are observed only with ``watch``.
         """
         model = self.build(values)
         if isinstance(model, Refusal):
@@ -202,7 +162,7 @@ class Study:
         if watch and may_split:  # head counts may change where no projection does (Swin)
             sizes |= self._sizes(built, observe(model, self.recipe))
         elif not moved & self.split_weights:
-            sizes = self.base | sizes  # head counts stay where no projection changes
+            sizes = self.base | sizes  # head counts change only with a projection
             sizes |= {key: self.base[key] for key, size in sizes.items() if not size}
         return {key: size for key, size in sizes.items() if self.base.get(key, size) != size}
 
@@ -215,17 +175,11 @@ class Study:
         return bool(around & set(changed))
 
     def counts_layers(self, field: FieldPath) -> bool:
-        """True if other values of a field only added or removed tensors, and this more than once.
-
-        A single time may be a projection between two widths that are equal then.
-        """
-        return self._repeating[field] > 1
+        """True if at least two other values of a field only added or removed tensors."""
+        return self._repeating[field] > 1  # once may be a projection between two equal widths
 
     def changes_nothing(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
-        """True if the class builds the same shapes at these values and splits into as many heads.
-
-        Returns the refusal if the class refuses them.
-        """
+        """True if the class builds the same shapes and splits at these values, or its refusal."""
         model = self.build(values)
         if isinstance(model, Refusal):
             return model
@@ -233,7 +187,7 @@ class Study:
         return shapes(model) == self.shapes and not self._around_splits(changed)
 
     def _sizes(self, built: Shapes, splits: HeadSplits) -> Sizes:
-        """Return the quantities of a built model, for the first layer of each kind."""
+        """Return the quantities of a built model, of the first layer of each kind."""
         sizes: Sizes = {
             (name, dim): size for name, shape in built.items() for dim, size in enumerate(shape)
         }
@@ -245,10 +199,9 @@ class Study:
     def alone(
         self, field: FieldPath, value: int, probes: Sequence[Probe] = (), enough: int = 2
     ) -> list[Probe] | Refusal | None:
-        """Probe one field by itself until it has ``enough`` probes, with those that exist already.
+        """Probe one field by itself until it has ``enough`` probes; empty: it sets nothing.
 
-        Return none if the field sets nothing. If no probe succeeds, return the first refusal, or
-        None if the class builds other tensors at some value.
+        If no probe succeeds, return the first refusal, or None if some value builds other tensors.
         """
         probes, rounded = list(probes), list[Probe]()
         failures: list[Refusal | None] = []
@@ -292,18 +245,15 @@ _Fields = TypeVar("_Fields")
 
 
 def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPath]:
-    """Return the fields that change nothing at these values, or cannot be a number (bisection).
-
-    A name that cannot be a number in one config cannot be one in the configs inside it either.
-    """
+    """Return the fields that change nothing at these values, or cannot be a number (bisection)."""
     no_numbers: set[Any] = set()
 
     def changes_nothing(paths: Sequence[FieldPath]) -> bool:
-        """True if these fields change nothing, all set in one build."""
         numbers = [field for field in paths if field[-1] not in no_numbers]
         outcome = not numbers or study.changes_nothing({field: values[field] for field in numbers})
         if len(numbers) == 1 and isinstance(outcome, Refusal) and "'int' object" in outcome.reason:
-            no_numbers.add(numbers[0][-1])  # Python's message: the field is no number
+            # Python's message: the field is no number, in this config and in those inside it
+            no_numbers.add(numbers[0][-1])
         return outcome is True
 
     matter = set(may_matter(list(values), changes_nothing))
@@ -313,10 +263,7 @@ def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPa
 def may_matter(
     fields: Sequence[_Fields], changes_nothing: Callable[[Sequence[_Fields]], bool]
 ) -> Iterator[_Fields]:
-    """Yield the fields, or lists of fields, that can change the result, in order (bisection).
-
-    ``changes_nothing`` is asked what several of them do when all are set.
-    """
+    """Yield the fields, or lists of fields, that can change the result, in order (bisection)."""
     if not fields or changes_nothing(fields):
         return
     if len(fields) == 1:
@@ -330,12 +277,8 @@ def may_matter(
 def each_of(
     study: Study, values: Mapping[FieldPath, int], moved: Mapping[FieldPath, Sizes]
 ) -> Iterator[tuple[FieldPath, int, Sizes]]:
-    """Yield each field with its value and the sizes that it changes there.
-
-    Fields that changed no quantity in common at other values (``moved``) share one build. A field
-    that needs a build alone is omitted.
-    """
-    groups: list[list[FieldPath]] = []
+    """Yield each field with its value and the sizes that it changes there."""
+    groups: list[list[FieldPath]] = []  # fields that changed no quantity in common
     for field in values:
         for group in groups:
             if all(moved[field].keys().isdisjoint(moved[other]) for other in group):
@@ -353,12 +296,9 @@ def _separated(
     values: Mapping[FieldPath, int],
     moved: Mapping[FieldPath, Sizes],
 ) -> Iterator[tuple[FieldPath, int, Sizes]]:
-    """Yield each field of a group with the sizes that it changes, from one build of all of them.
-
-    A group whose build fails or changes anything else is halved; a single field yields nothing.
-    """
+    """Yield each field of a group with the sizes that it changes, from one build of all of them."""
     if len(group) < 2:
-        return
+        return  # it needs a build alone
     heads = any(isinstance(which, str) for field in group for _, which in moved[field])
     sizes = study.at({field: values[field] for field in group}, watch=heads)
     expected = {key for field in group for key in moved[field]}
@@ -378,11 +318,10 @@ def _separated(
 def show_heads(
     study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, Sequence[Probe]]
 ) -> None:
-    """Add to the probes the head counts that only show while the head dim stays as it is.
+    """Add to the probes the head counts that show only if head_dim does not change.
 
-    Qwen2-VL's rotary sections add up to a head's dimensions: with another head count alone, or
-    another hidden size alone, the forward pass stops before the queries are split. So a head count
-    and a width are doubled in one build. The probes are changed in place.
+    Qwen2-VL's rotary sections add up to head_dim: with another head count or hidden size alone, the
+    forward pass stops before the queries are split. So both are doubled in one build.
     """
     hidden_counts = _hidden_heads(study, probes)
     unobserved = {

@@ -1,4 +1,4 @@
-"""See how every config field changes a model's sizes: two probes of each, alone or with others."""
+"""See how each config field changes a model's sizes: two probes of it, alone or with others."""
 
 from __future__ import annotations
 
@@ -29,17 +29,14 @@ from .probe import (
 
 
 def all_implied(study: Study, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
-    """Return the unset fields that set a quantity, with the values that they stand for."""
+    """Return the unset fields that set a quantity, with the values that they imply."""
     ineffective = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
     implied = {field: _implied(study, field) for field in unset if field not in ineffective}
     return {field: value for field, value in implied.items() if value is not None}
 
 
 def _implied(study: Study, field: FieldPath) -> int | None:
-    """Return the value that an unset field stands for, or None: setting it to that changes nothing.
-
-    Two probes of the field give the value at which the sizes would be what they are.
-    """
+    """Return the value that an unset field implies, from two probes; setting it changes nothing."""
     probes: list[Probe] = []
     for probe_value in UNSET_PROBES:
         sizes = study.at({field: probe_value}, watch=False)
@@ -80,8 +77,7 @@ def independent(
     """Return the unset fields that may keep their value while any other field changes.
 
     DeBERTa's ``attention_head_size`` has to follow the hidden size: with its old value the forward
-    pass stops earlier than without a value. ``implied`` are the unset fields, ``values`` the
-    others.
+    pass stops earlier than without a value.
     """
     result = dict(implied)
     for other in values:
@@ -107,7 +103,7 @@ def independent(
 
 
 def _is_in_every_config(field: FieldPath) -> bool:
-    """True if every config has the field, so that its default stands for no width of a class."""
+    """True if every config has the field, so that its default is no width of one class."""
     from transformers import PretrainedConfig
 
     return hasattr(PretrainedConfig, str(field[-1]))
@@ -116,11 +112,7 @@ def _is_in_every_config(field: FieldPath) -> bool:
 def sensitivities(
     study: Study, values: Mapping[FieldPath, int]
 ) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
-    """Return up to two probes of every field that sets something, and those that change together.
-
-    The latter are field -> the field of equal value that it has to change with. Fields that the
-    class refuses to change, alone or with one other, go into ``study.refused``.
-    """
+    """Return up to two probes of each field with an effect, and field -> field it must equal."""
     probes: dict[FieldPath, list[Probe]] = {}
     refused: list[FieldPath] = []
     rebuilt: list[FieldPath] = []
@@ -146,6 +138,7 @@ def sensitivities(
             field_probes = _joint_probes(study, field, other, values[field])
             if field_probes:
                 probes[field], must_equal[other] = field_probes, field
+    # the class refuses to change them, alone or with one other field
     study.refused = [field for field in still_refused if field not in probes.keys() | must_equal]
     show_heads(study, values, probes)
     return probes, must_equal
@@ -154,14 +147,10 @@ def sensitivities(
 def _partners(
     study: Study, field: FieldPath, others: Sequence[FieldPath], values: Mapping[FieldPath, int]
 ) -> Iterator[FieldPath]:
-    """Yield the fields with which the class may accept twice the value of a refused field.
-
-    A field is left out if the class says the same with and without it (bisection).
-    """
+    """Yield the fields with which the class may accept twice the value of a refused field."""
     alone = study.build({field: 2 * values[field]})
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
-        """True if the class refuses the field in the same words when these are doubled too."""
         both_values = {doubled: 2 * values[doubled] for doubled in (field, *some)}
         return isinstance(alone, Refusal) and study.build(both_values) == alone
 
@@ -204,17 +193,15 @@ def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Pro
 def non_size_followers(
     study: Study, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
 ) -> dict[FieldPath, FieldPath]:
-    """Return fields that set no shape, but have to follow another so that no count becomes 0.
+    """Return fields that set no shape, but must equal another field so that no count becomes 0.
 
     DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads over
-    ``num_key_value_heads``. Each comes with the field of equal value that it has to follow, one of
-    those ``moving`` some quantity.
+    ``num_key_value_heads``.
     """
     must_equal: dict[FieldPath, FieldPath] = {}
     may_vanish = [field for field in values if field in moving and study.vanishing.get(field, True)]
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
-        """True if the class accepts half of all these fields and no count becomes 0."""
         halves = {field: values[field] // 2 for field in some if values[field] > 1}
         return _vanishes(study, halves) is False
 
@@ -257,11 +244,7 @@ def _with_partner(
     values: Mapping[FieldPath, int],
     probes: Mapping[FieldPath, Sequence[Probe]],
 ) -> list[Probe]:
-    """Return a probe, in a list, of a field that the class only accepts together with another one.
-
-    Both fields get two or three times their value, and what the other one changes alone is taken
-    off. The list is empty if no other field helps.
-    """
+    """Return one probe of a field that the class accepts only together with another, or none."""
     for partner in _partners(study, field, list(probes), values):
         sizes_at = {probe.value: probe.sizes for probe in probes[partner]}
         for factor in (2, 3):
@@ -277,7 +260,7 @@ def _with_partner(
                 joint_sizes = study.at(joint_values)
             if not isinstance(partner_sizes, dict) or not isinstance(joint_sizes, dict):
                 continue
-            sizes = {
+            sizes = {  # less the changes due to the partner
                 key: size + joint_sizes.get(key, size) - partner_sizes.get(key, size)
                 for key, size in study.base.items()
                 if joint_sizes.get(key, size) != partner_sizes.get(key, size)
@@ -292,11 +275,7 @@ def _with_partner(
 def fit_expressions(
     study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
 ) -> dict[Quantity, Expression]:
-    """Return an expression for each quantity that changes along straight lines.
-
-    Quantities on no straight line (an image's number of patches) get none; only the proof looks at
-    them. ``values`` are the fields' own values.
-    """
+    """Return an expression for each quantity that is linear in each field."""
     slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
     inexact: set[Quantity] = set()
     for field, field_probes in probes.items():
@@ -311,7 +290,7 @@ def fit_expressions(
                 slope = field_slopes.pop()
                 if slope:
                     slopes.setdefault(key, {})[field] = slope
-            elif field_slopes:
+            elif field_slopes:  # an image's number of patches: only the proof checks it
                 inexact.add(key)
     pairs = _pairs(study, values, probes, slopes)
     return {
@@ -327,11 +306,7 @@ def fit_powers(
     probes: Mapping[FieldPath, list[Probe]],
     straight: Collection[Quantity],
 ) -> tuple[dict[Quantity, Power], dict[Quantity, frozenset[FieldPath]]]:
-    """Return the quantities on no straight line: those that are powers of fields, and the rest.
-
-    The rest come with the fields that change them. Those in ``straight`` have an expression
-    already.
-    """
+    """Return quantities that are powers of fields, and the rest -> the fields that change them."""
     sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
     for field, field_probes in probes.items():
         for probe in field_probes:
@@ -360,10 +335,7 @@ def _pairs(
     probes: Mapping[FieldPath, list[Probe]],
     slopes: Mapping[Quantity, Mapping[FieldPath, Fraction]],
 ) -> list[tuple[dict[FieldPath, int], Sizes]]:
-    """Build with two fields changed at once, where a quantity mixes fields and is no plain product.
-
-    Return the steps of both fields and the size of every quantity, for each build.
-    """
+    """Return builds with two fields changed: the steps of both, and all sizes."""
     wanted = {
         frozenset(pair)
         for key, by_field in slopes.items()
@@ -387,7 +359,7 @@ def _expression(
     values: Mapping[FieldPath, int],
     pairs: list[tuple[dict[FieldPath, int], Sizes]],
 ) -> Expression:
-    """Return the expression of one quantity; ``pairs`` gives the products of fields in it."""
+    """Return the expression of one quantity; ``pairs`` show the products of fields in it."""
     if len(slopes) > 1 and _is_product(base, slopes, values):
         return product(base, {field: values[field] for field in slopes})
     terms = {frozenset({field}): slope for field, slope in slopes.items()}
@@ -403,35 +375,28 @@ def _expression(
 def _is_product(
     base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
 ) -> bool:
-    """True if a size is in proportion to every one of these fields."""
     return all(slope * values[field] == base for field, slope in slopes.items())
 
 
 def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
-    """Return the power of a field that a size follows: 1, -1, 2, -2, or 0 if none of them fits.
-
-    ``points`` are other values of the field, each with the size there. A quotient that is not whole
-    everywhere is rounded down: 40 channels have 20 dimensions in each of 2 heads, 6 in each of 6.
-    """
+    """Return the power of a field that a size is: 1, -1, 2, -2, or 0 if none of them fits."""
     for exponent in (1, -1, 2, -2):
         powers = [base * Fraction(then, value) ** exponent for then, _ in points]
         exact = [size == power for power, (_, size) in zip(powers, points, strict=True)]
+        # quotients are rounded down: 40 channels are 20 in each of 2 heads, 6 in each of 6
         rounded = exponent < 0 and [*map(int, powers)] == [size for _, size in points]
         if all(exact) or (rounded and any(exact)):
             return exponent
     return 0
 
 
+# field -> the fields that have to change with it, by the same factor
 RatioPartners = dict[FieldPath, tuple[FieldPath, ...]]
-"""Field -> the fields that have to change with it, by the same factor."""
 
 
 def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioPartners:
-    """Return the refused fields that the class accepts in proportion with others, and the others.
-
-    No such field can be probed alone: Mamba 2's heads times head dim is its inner width. Two fields
-    are partners if the class accepts both at twice their value, and builds other sizes then.
-    """
+    """Return the refused fields that the class accepts in proportion with others."""
+    # none can be probed alone: Mamba 2's heads times head dim is its inner width
     accepted: RatioPartners = {}
     for field, other in combinations(study.refused, 2):
         sizes = study.at({field: 2 * values[field], other: 2 * values[other]}, watch=False)
@@ -444,10 +409,10 @@ def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioP
 def let_follow(
     study: Study, ratio_partners: RatioPartners, values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, list[Probe]]:
-    """Make one field of each proportion follow from the others in all builds from now on.
+    """Choose one field of each proportion that builds compute from the others from now on.
 
-    Of the fields that can follow, the one is chosen that makes the expressions simplest, and added
-    to ``study.ratio_rules``. Return the probes of the other fields of each proportion.
+    The choice makes the expressions simplest; it is added to ``study.ratio_rules``. Returns the
+    probes of the other fields.
     """
     probes: dict[FieldPath, list[Probe]] = {}
     for fields in _proportions(ratio_partners):
@@ -485,7 +450,7 @@ def _rule(
     ratio_partners: RatioPartners,
     values: Mapping[FieldPath, int],
 ) -> Power:
-    """Return how a field follows: in proportion to its partners, inversely to the other fields."""
+    """Return a field as a power: in proportion to its partners, inverse to the other fields."""
     others = {field: values[field] for field in fields if field != follower}
     exponents = {field: 1 if field in ratio_partners[follower] else -1 for field in others}
     return Power(values[follower], exponents, others)
@@ -494,7 +459,7 @@ def _rule(
 def _probe_all(
     study: Study, rule: Power, values: Mapping[FieldPath, int]
 ) -> dict[FieldPath, list[Probe]] | None:
-    """Probe each field that the rule's field follows from; None if one cannot be probed."""
+    """Probe each field that the rule reads; None if one cannot be probed."""
     probes: dict[FieldPath, list[Probe]] = {}
     for field in rule.exponents:
         field_probes = study.alone(field, values[field])
@@ -507,11 +472,7 @@ def _probe_all(
 def _complexity(
     study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
 ) -> tuple[int, ...]:
-    """Return how complex the expressions are, as numbers to compare in this order.
-
-    They are the number of quantities without a rule, the number of times that a field is in several
-    terms of an expression, and the number of fields in all terms.
-    """
+    """Return how complex the expressions are: unfitted quantities first, then repeated fields."""
     straight = fit_expressions(study, values, probes)
     curved, unfitted = fit_powers(study, values, probes, straight)
     several = parts = 0

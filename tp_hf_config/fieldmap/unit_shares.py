@@ -1,4 +1,4 @@
-"""How many positions of every tensor dim go with one unit of a width."""
+"""How many positions of every tensor dim belong to one unit of a width."""
 
 from __future__ import annotations
 
@@ -16,43 +16,34 @@ from .field_map import FieldMap
 
 @dataclass(frozen=True)
 class Share:
-    """The part of one tensor dim that belongs to one field, or to joint fields as a whole.
+    """The part of one tensor dim that belongs to one field, or to joint fields as a whole."""
 
-    Attributes:
-        field: the field; ``None`` for joint fields as a whole.
-        per_unit: positions that one unit of the width takes.
-        rest: positions of the dimension that belong to something else.
-    """
-
-    field: FieldPath | None
-    per_unit: int
-    rest: int
+    field: FieldPath | None  # None: joint fields as a whole
+    per_unit: int  # positions that one unit takes
+    rest: int  # positions that belong to something else
 
 
+# (tensor name, dimension) -> the shares of a width's fields in it
 Shares = dict[tuple[str, int], tuple[Share, ...]]
-"""Tensor name and dimension -> the shares of a width's fields in it."""
 
 
 def units_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> int:
-    """Return how many units a width has; a unit is the same fraction of each of its fields.
-
-    A unit holds whole positions of every dimension that is in proportion: where a convolution in
-    groups reads a sixteenth of the channels in each (wav2vec 2.0), a unit is sixteen channels.
-    """
+    """Return how many units a width has; a unit is the same fraction of each of its fields."""
     common = gcd(*(field_map.values[field] for field in fields))
     sizes = _in_proportion(
         field_map, {field: field_map.values[field] // common for field in fields}, common
     )
+    # a unit holds whole positions of every dim: sixteen channels if a grouped convolution reads a
+    # sixteenth of the channels (wav2vec 2.0)
     return common // lcm(*(Fraction(size, common).denominator for size in sizes.values()))
 
 
 def _in_proportion(
-    field_map: FieldMap, scales: Mapping[FieldPath, int], common: int
+    field_map: FieldMap,
+    scales: Mapping[FieldPath, int],  # the fields' values over ``common``, their gcd
+    common: int,
 ) -> dict[tuple[str, int], int]:
-    """Return the dimensions that are a multiple, or a fraction, of a width, with their sizes.
-
-    ``scales`` are the fields' values over ``common``, their greatest common divisor.
-    """
+    """Return the tensor dims that are in proportion to a width, with their sizes."""
     sizes: dict[tuple[str, int], int] = {}
     for (name, dim), expression in field_map.expressions.items():
         slopes = [expression.terms.get(frozenset({field}), 0) * n for field, n in scales.items()]
@@ -65,10 +56,7 @@ def _in_proportion(
 
 
 def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Refusal:
-    """Return the part of each dimension that the units of a width take, or why none are whole.
-
-    Dimensions have the shallow model's names, and the sizes that they have in the full one.
-    """
+    """Return the shares in each tensor dim (shallow names, full sizes), or why none is whole."""
     units = units_of(field_map, fields)
     scales = {field: field_map.values[field] // units for field in fields}
     observed = _observed_steps(field_map, scales, units) if len(fields) > 1 else None
@@ -79,7 +67,7 @@ def shares_of(field_map: FieldMap, fields: tuple[FieldPath, ...]) -> Shares | Re
 
 
 def _with_all_pieces(field_map: FieldMap, shares: Shares) -> Shares | Refusal:
-    """Return the shares at full size, where a dimension holds an equal piece for each layer."""
+    """Return the shares at full size, where a dim holds an equal piece for each layer."""
     for (name, dim), ratio in field_map.depth.pieces.items():
         if (name, dim) not in shares:
             continue
@@ -94,10 +82,7 @@ def _with_all_pieces(field_map: FieldMap, shares: Shares) -> Shares | Refusal:
 
 
 def strides_in(shares: Shares) -> dict[int, set[int]]:
-    """Return positions per unit -> into how many equal parts these may be divided.
-
-    A convolution in groups has that many output channels for each input channel of a group.
-    """
+    """Return positions per unit -> numbers of equal parts (a grouped convolution's outputs)."""
     strides: dict[int, set[int]] = {}
     for name, dim in shares:
         for own, other in product(shares[name, dim], shares.get((name, 1 - dim), ())):
@@ -109,15 +94,10 @@ def strides_in(shares: Shares) -> dict[int, set[int]]:
 
 def _by_expressions(
     field_map: FieldMap,
-    scales: Mapping[FieldPath, int],
-    observed: dict[tuple[str, int], int] | None,
+    scales: Mapping[FieldPath, int],  # by how much each field changes for one unit
+    observed: dict[tuple[str, int], int] | None,  # None for a single field
 ) -> Shares | Refusal:
-    """Return the share of each field where these add up to the observed steps, else one for all.
-
-    For one unit, each field changes by its number in ``scales``, and each dimension by as many
-    positions as two builds showed (``observed``; None for a single field). The refusal says that
-    units are not whole.
-    """
+    """Return a share for each field if these add up to the observed steps, else one for all."""
     units = units_of(field_map, tuple(scales))
     shares: Shares = {}
     for (name, dim), power in field_map.powers.items() if observed is None else ():
@@ -152,10 +132,7 @@ def _by_expressions(
 def _observed_steps(
     field_map: FieldMap, scales: Mapping[FieldPath, int], units: int
 ) -> dict[tuple[str, int], int] | Refusal:
-    """Return by how many positions each dimension changes for one unit, as two builds show.
-
-    It has the first layer of each kind; or says why the dimensions do not follow in whole units.
-    """
+    """Return by how many positions each tensor dim changes per unit, from two builds."""
     builds: list[tuple[int, Shapes]] = []
     reason = ""
     for removed_units in dict.fromkeys([1, -1, -2, 2, *range(3, units)]):
@@ -176,7 +153,7 @@ def _observed_steps(
     result: dict[tuple[str, int], int] = {}
     for name, shape in field_map.shapes.items():
         if field_map.depth.first(name) != name:
-            continue
+            continue  # the first layer of each kind is enough
         for dim, now in enumerate(shape):
             slopes = {
                 Fraction(now - built[name][dim], removed_units) for removed_units, built in builds

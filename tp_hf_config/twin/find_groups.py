@@ -1,7 +1,7 @@
 """Find the groups of tensor dims that config fields set, and prove them on a tiny model.
 
-The field map says which tensor dims a field sets. The twin test says which of them belong together,
-and in which layout. A permutation of units that leaves the outputs as they were is the proof.
+The field map says which tensor dims a field sets. The twin test shows which of them belong
+together, and in which layout. The proof is a permutation of units that does not change the outputs.
 """
 
 from __future__ import annotations
@@ -71,10 +71,8 @@ def find_groups(tiny: TinyModel) -> list[Finding]:
 
 
 def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
-    """Find the groups of one field without looking for those of any other.
-
-    ``None``: that is no proved width, or the field counts heads, which may go with other fields.
-    """
+    """Return the proved groups of one field, without experiments with other fields, or None."""
+    # a head count may have to change with other fields
     if field in tiny.field_map.count_fields() or not _moves_alone(tiny, field):
         return None
     finding = _rehearsed(tiny, _find_alone(field, tiny))
@@ -82,10 +80,8 @@ def find_alone(tiny: TinyModel, field: FieldPath) -> Finding | None:
 
 
 def may_be_unobserved(tiny: TinyModel, field: FieldPath) -> bool:
-    """True if a finding with this field may say that no output depends on a part of the model.
-
-    It may wherever the field is one of joint fields, whose experiments are not run for an answer.
-    """
+    """True if a finding with this field may say that no output depends on a part of the model."""
+    # the experiments of joint fields are not run just for this
     joint = chain(whole_heads(tiny.field_map), proportional(tiny.field_map))
     if any(field in fields for fields in joint):
         return True
@@ -93,7 +89,6 @@ def may_be_unobserved(tiny: TinyModel, field: FieldPath) -> bool:
 
 
 def _moves_alone(tiny: TinyModel, field: FieldPath) -> bool:
-    """True if a field changes without others, and sets a tensor dimension that may be pruned."""
     field_map = tiny.field_map
     if field not in field_map.values or field in field_map.must_equal | field_map.ratio_partners:
         return False
@@ -122,16 +117,13 @@ def _in_proportion(tiny: TinyModel, fields: tuple[FieldPath, ...]) -> Finding:
 
 
 def _scales(group: TinyGroup) -> bool:
-    """True if the runs of a group are heads, which something counts, or no dimension has runs.
-
-    Else there may be more runs at full size.
-    """
+    """True if the runs of a group are heads, which something counts, or no dim has runs."""
     alone = any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
     return alone or all(dim.layout.run == 1 for dim in group.dims)
 
 
 def _rehearsed(tiny: TinyModel, finding: Finding) -> Finding:
-    """Return the finding, refused if the class built smaller does not compute what is left."""
+    """Return the finding, refused if it fails the masked check."""
     refusal = rehearse(tiny, finding) if finding.reason is None else None
     if refusal is None:
         return finding
@@ -144,10 +136,7 @@ def _widths(tiny: TinyModel) -> dict[FieldPath, int]:
 
 
 def _sets_channels(tiny: TinyModel, field: FieldPath) -> bool:
-    """True if a field sets how many channels a tensor has.
-
-    The number of an embedding's entries is none, nor is how large the kernel of a convolution is.
-    """
+    """True if a field sets a number of channels, not of embedding rows or a kernel size."""
     channels = False
     for (name, dim), expression in tiny.field_map.expressions.items():
         if field not in expression.fields or not isinstance(dim, int):
@@ -162,16 +151,11 @@ def _sets_channels(tiny: TinyModel, field: FieldPath) -> bool:
 def _find(
     tiny: TinyModel,
     fields: tuple[FieldPath, ...],
-    alone: Sequence[TinyGroup] = (),
-    apart_alone: Places = frozenset(),
-    heads: bool = False,
+    alone: Sequence[TinyGroup] = (),  # the groups that one of the fields sets alone
+    apart_alone: Places = frozenset(),  # where the units of each field alone are distinguishable
+    heads: bool = False,  # units are likely to be heads, though no layer shows it
 ) -> Finding:
-    """Find the groups of units that are the same share of every one of the fields.
-
-    ``alone`` are the groups that one of the fields sets alone, ``apart_alone`` the tensor dims in
-    which units of each alone are told apart. With ``heads``, units are likely to be heads, though
-    no layer shows it.
-    """
+    """Find the groups of units that are the same share of every one of the fields."""
     field_map = tiny.field_map
     units = units_of(field_map, fields)
     if units < 2:
@@ -216,6 +200,7 @@ def _find(
         told_apart = places_of(links.unequal)
         finding = Finding(fields, reason=reason, disproved=True, told_apart=told_apart)
     if finding.disproved and len(fields) == 1:
+        # units that compete (routed experts) are exchangeable, but never have equal gradients
         finding = _without_twins(test, first, fields) or finding
     states = tuple(
         n for n in tiny.encoder_states if any(d.name == n for g in finding.groups for d in g.dims)
@@ -249,7 +234,7 @@ def _split_into(field_map: FieldMap, fields: Collection[FieldPath]) -> frozenset
 
 
 def _shares_of_states(tiny: TinyModel, shares: Shares) -> Shares:
-    """Return what fields have of encoder states: as much as of the parameter that reads them."""
+    """Return the shares of fields in encoder states: those in the parameter that reads them."""
     read = encoder_states_of(tiny.model, tiny.recipe.encoder_states)
     if read is None or not tiny.encoder_states:
         return {}
@@ -271,12 +256,7 @@ def _least(tiny: TinyModel, field: FieldPath) -> int:
 def _without_twins(
     test: TwinTest, sources: Mapping[TensorDim, FieldPath | None], fields: tuple[FieldPath, ...]
 ) -> Finding | None:
-    """Return a finding with one group for each layer, proved by permutation alone, or None.
-
-    Twins that compete (routed experts: the best few are taken) are always told apart, but they may
-    well change places. Every tensor dim has to matter (without it the permutation is not neutral),
-    or to stand beside one that does.
-    """
+    """Return a finding with one group for each layer, proved by permutation alone, or None."""
     layers: dict[str, list[TensorDim]] = {}
     for dim in sources:
         layers.setdefault(re.split(r"(?<=\.\d)\d*\.", dim.name)[0], []).append(dim)
@@ -287,6 +267,7 @@ def _without_twins(
             return None
         orders = [list(order_of(test.units, channel_groups, swap)) for swap in (True, False)]
         rest = [(dim, [other for other in dims if other != dim]) for dim in dims]
+        # a dim that can be left out has to accompany one that cannot
         idle = [dim for dim, others in rest if all(test.proves(others, order) for order in orders)]
         busy = [dim for dim in dims if dim not in idle]
         if any(companion(dim, [busy]) is None for dim in idle):
@@ -300,10 +281,8 @@ def _without_twins(
 
 
 def _refined(tiny: TinyModel, finding: Finding) -> Finding:
-    """Return the finding, with groups of smaller units where those are interchangeable everywhere.
-
-    Whole heads go with a run of the residual stream's channels, but which channels is free.
-    """
+    """Return the finding, with smaller units in groups where those are interchangeable too."""
+    # a head is coupled to a number of the residual stream's channels, but to none in particular
     groups = finding.groups
     if not set(finding.fields) & tiny.field_map.count_fields():
         groups = all_alike(groups, tuple(_by_position(tiny, group) for group in groups))
@@ -312,12 +291,9 @@ def _refined(tiny: TinyModel, finding: Finding) -> Finding:
 
 
 def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
-    """Return the finding with units of single positions, or None if those cannot change places.
-
-    A unit of Swin's first stage is several dimensions of every head in its last one. There may be
-    more of these heads at full size than a unit has dimensions. It is ``None`` too if nothing
-    changes, or if cutting such units is refused.
-    """
+    """Return the finding with units of single positions, or None if they are not proved."""
+    # a unit of Swin's first stage is several dimensions of every head in its last one; at full size
+    # there may be more of these heads than a unit has dimensions
     groups = tuple(_by_position(tiny, group) for group in finding.groups)
     finer = replace(finding, groups=all_alike(finding.groups, groups))
     if finer == finding or rehearse(tiny, finer) is not None:
@@ -326,10 +302,7 @@ def with_single_positions(tiny: TinyModel, finding: Finding) -> Finding | None:
 
 
 def _by_position(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
-    """Return the group with units of single positions if those may change places, else the group.
-
-    They may have to stay in each head, say.
-    """
+    """Return the group with units of single positions if those may be exchanged, else the group."""
     sizes = {dim.layout.parts * dim.layout.run for dim in group.dims}
     if len(sizes) > 1 or any(dim.layout.offset or dim.layout.gap for dim in group.dims):
         return group
@@ -348,11 +321,9 @@ def _by_position(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
 
 
 def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
-    """Return the group with the smallest parts of its runs as units that are interchangeable.
-
-    Heads stay whole, even where attention to all tokens alike lets dimensions of several heads
-    change places.
-    """
+    """Return the group with the smallest interchangeable parts of its runs as units."""
+    # heads remain whole: where attention weighs all tokens alike, dimensions of different heads are
+    # interchangeable
     split = _split_into(tiny.field_map, group.fields)
     heads = [dim for dim in group.dims if dim.dim == 0 and dim.name in split]
     run = reduce(gcd, (dim.layout.run for dim in group.dims))
@@ -375,16 +346,12 @@ def _finest(tiny: TinyModel, group: TinyGroup) -> TinyGroup:
 
 
 def _head_dim(tiny: TinyModel, dim: TensorDim) -> int:
-    """Return how many outputs of its layer one head takes; 1 if no split of them is seen."""
     splits = tiny.field_map.splits_of(dim.layer)
     return splits[0][-1] if splits else 1
 
 
 def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield head counts that cannot be pruned alone, each with another that is a multiple of it.
-
-    Both split layers of one module, as query and key/value heads do.
-    """
+    """Yield head counts that fail alone, with a multiple that splits layers of the same modules."""
     counts = sorted((p for p in field_map.count_fields() if field_map.moves_shapes(p)), key=str)
     modules = {field: _modules_of(field_map, field) for field in counts}
     for smaller, larger in permutations(counts, 2):
@@ -394,11 +361,7 @@ def grouped_heads(field_map: FieldMap, failed: set[FieldPath]) -> Iterator[tuple
 
 
 def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
-    """Return the layers of which a field sets some quantity, and the modules that hold these.
-
-    A projection may hold the layer (Inkling's), so the module around it counts too, but no whole
-    layer of a list: its attention to others has heads of its own.
-    """
+    """Return the layers in which a field sets some quantity, and the modules around these."""
     modules: set[str] = set()
     for (name, which), expression in field_map.expressions.items():
         if field in expression.fields:
@@ -406,16 +369,15 @@ def _modules_of(field_map: FieldMap, field: FieldPath) -> set[str]:
             holder = layer.rpartition(".")[0]
             around = holder.rpartition(".")[0]
             modules |= {layer, holder}
+            # a projection may hold the layer (Inkling's); a whole layer of a list is too much,
+            # because its cross-attention has heads of its own
             if not around.rpartition(".")[2].isdigit():
                 modules.add(around)
     return modules - {""}
 
 
 def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield widths with the head counts that split them, where their layers do not show these.
-
-    No shape of BERT's layers depends on the number of heads. The width is the last field.
-    """
+    """Yield head counts that no shape shows (BERT's), with the width that they split (last)."""
     counts_of: dict[FieldPath, set[FieldPath]] = {}
     for (name, which), expression in field_map.expressions.items():
         if isinstance(which, str):
@@ -424,7 +386,7 @@ def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
             for width in widths if not widths & expression.fields else ():
                 counts_of.setdefault(width, set()).update(expression.fields)
     for width, counts in counts_of.items():
-        several = {field for field in counts if field_map.values[field] > 1}  # a single head stays
+        several = {field for field in counts if field_map.values[field] > 1}  # not a single head
         yield (*sorted(several or counts, key=str), width)
 
 
@@ -433,11 +395,7 @@ def equal_fields(
     failed: set[FieldPath],
     by_chance: frozenset[frozenset[FieldPath]],
 ) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield pairs of equal widths that both cannot be pruned alone.
-
-    ``values`` are those of all widths. If there are no such pairs, yield those of which one cannot
-    be pruned alone. Those equal ``by_chance`` are left out.
-    """
+    """Yield pairs of equal widths that both cannot be pruned alone, or else one of which cannot."""
     pairs = [
         pair
         for pair in combinations(values, 2)
@@ -450,22 +408,14 @@ def equal_fields(
 def equal_together(
     field_map: FieldMap, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
 ) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield three or four equal widths that the class runs with only if all change together.
-
-    Passes without data show this. Features of images and of sound, from a tower each, stand in one
-    text (Qwen2.5-Omni). Widths that are equal ``by_chance`` are not tried.
-    """
+    """Yield three or four equal widths that the class runs with only if all change together."""
     by_value: dict[int, list[FieldPath]] = {}
     for field in sorted(failed, key=str):
         by_value.setdefault(field_map.values[field], []).append(field)
 
     @cache
     def runs(fields: tuple[FieldPath, ...]) -> bool:
-        """True if the class runs with these fields at double and at half of their value.
-
-        Both are tried: where there are more features than places for them, only more places show
-        it.
-        """
+        # both: if there are more features than places for them, only more places show it
         value = field_map.values[fields[0]]
         builds = (
             field_map.build_at(dict.fromkeys(fields, other)) for other in (2 * value, value // 2)
@@ -475,6 +425,7 @@ def equal_together(
             for model in builds
         )
 
+    # features of images and of sound, from a tower each, replace tokens of one text (Qwen2.5-Omni)
     for size, paths in product((3, 4), by_value.values()):
         for fields in combinations(paths, size):
             if not by_chance.isdisjoint(map(frozenset, combinations(fields, 2))):
@@ -486,12 +437,8 @@ def equal_together(
 def heads_with_width(
     field_map: FieldMap, failed: set[FieldPath]
 ) -> Iterator[tuple[FieldPath, ...]]:
-    """Yield widths that cannot be pruned alone, with the head counts of layers that are as wide.
-
-    Helium's last projection of attention reads the hidden size, and gets heads times head dim. If
-    other failed head counts divide this one (key/value heads), it comes once with them and once
-    without. The width is the last field.
-    """
+    """Yield the head counts of layers that are as wide as a width, with that width (last)."""
+    # Helium's last projection of attention reads the hidden size, and gets heads times head dim
     counts = field_map.count_fields() & failed
     for width in sorted(failed - counts, key=str):
         value = field_map.values[width]
@@ -508,6 +455,7 @@ def heads_with_width(
                 for other in counts - {field}
                 if not field_map.values[field] % field_map.values[other]
             ]
+            # head counts that divide this one (key/value heads) change with it, or do not
             yield (*sorted(divisors, key=str), field, width)
             if divisors:
                 yield field, width

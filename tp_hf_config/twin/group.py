@@ -1,7 +1,7 @@
 """The groups of a tiny model, made equal in layers that are alike.
 
 In a first layer all values may be equal (X-CLIP's messages between frames), so that the weights on
-them do not matter. Units seem interchangeable there that are not in the layers behind it.
+them do not matter. Then units seem interchangeable that are not in later layers.
 """
 
 from __future__ import annotations
@@ -20,69 +20,41 @@ from .layout import Places, TensorDim, UnitLayout, places_of
 
 @dataclass(frozen=True)
 class TinyGroup:
-    """Tensor dims that lose the same units, proved by permutation on the tiny model.
+    """Tensor dims that lose the same units, proved by permutation on the tiny model."""
 
-    Attributes:
-        fields: the config fields that count its units.
-        dims: its tensor dims, with names in the tiny model.
-        sources: for each of them, the field that sets it; ``None``: the joint fields together.
-        units: how many units it has in the tiny model.
-        channel_groups: in how many equal runs of units a permutation has to stay (the dimensions of
-            a head, the query heads of a key/value head); 1: all units are interchangeable.
-        per_field_unit: how many of its units go with one unit of the fields (the channels of a
-            residual stream that go with one attention head).
-    """
-
-    fields: tuple[FieldPath, ...]
+    fields: tuple[FieldPath, ...]  # the config fields that count its units
     dims: tuple[TensorDim, ...]
-    sources: tuple[FieldPath | None, ...]
-    units: int
+    sources: tuple[FieldPath | None, ...]  # of each dim, its field; None: the joint fields
+    units: int  # in the tiny model
+    # equal runs of units inside which units are interchangeable (the dimensions of a head, the
+    # query heads of a key/value head); 1: all units are
     channel_groups: int
-    per_field_unit: int = 1
+    per_field_unit: int = 1  # its units for one unit of the fields (channels for one head)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A width of the tiny model: its groups, or why it cannot be pruned.
-
-    Attributes:
-        fields: the config fields that count its units.
-        groups: its groups.
-        reason: why it cannot be pruned; ``None``: it can.
-        disproved: True if an experiment told its units apart.
-        unobserved: True if no output depends on some of its tensor dims.
-        told_apart: the tensor dims in which its units are told apart.
-        minimum: the fewest units with which the class runs (a router that takes the best two
-            experts needs two).
-        unobserved_parameters: parameters that no output depends on, and that are in a group all the
-            same.
-        outward: True if an output is as wide.
-        encoder_states: the inputs (encoder states) that lose the same units.
-    """
+    """A width of the tiny model: its groups, or why it cannot be pruned."""
 
     fields: tuple[FieldPath, ...]
     groups: tuple[TinyGroup, ...] = ()
-    reason: str | None = None
-    disproved: bool = False
-    unobserved: bool = False
-    told_apart: Places = frozenset()
-    minimum: int = 1
-    unobserved_parameters: tuple[str, ...] = ()
-    outward: bool = False
-    encoder_states: tuple[str, ...] = ()
+    reason: str | None = None  # why it cannot be pruned; None: it can
+    disproved: bool = False  # an experiment shows that its units are not interchangeable
+    unobserved: bool = False  # no output depends on some of its tensor dims
+    told_apart: Places = frozenset()  # where its units are distinguishable
+    minimum: int = 1  # units with which the class runs: a router of the best two experts needs two
+    unobserved_parameters: tuple[str, ...] = ()  # in a group, though no output depends on them
+    outward: bool = False  # an output is as wide
+    encoder_states: tuple[str, ...] = ()  # inputs that lose the same units
 
 
+# the dims of a group (parameter, dimension, layout), with ``*`` for the numbers of layers
 _Kind = frozenset[tuple[str, int, UnitLayout]]
-"""The tensor dims of a group (parameter, dimension, layout), without the numbers of layers."""
 
 
 def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
-    """Return the groups, as large and with as many channel groups as those of like layers.
-
-    Groups of one layer that have together what one group of another layer has become one. Every old
-    group was proved, and new ones allow no permutation that the old ones do not: they are proved
-    too.
-    """
+    """Return the groups, as large and with as many channel groups as those of like layers."""
+    # still proved: every old group is, and no new one allows a permutation that an old one does not
     merged = list(groups)
     for kind in dict.fromkeys(map(_kind, groups)):
         for parts in _in_parts(merged, kind):
@@ -104,7 +76,7 @@ def as_in_like_layers(groups: Sequence[TinyGroup]) -> list[TinyGroup]:
 
 
 def _in_parts(groups: Sequence[TinyGroup], kind: _Kind) -> list[list[TinyGroup]]:
-    """Return, layer by layer, groups that have together what one group of another layer has."""
+    """Return, for each layer, groups that together have the dims of one group of another layer."""
     layers: dict[tuple[str, ...], list[TinyGroup]] = {}
     for group in groups:
         numbers = {tuple(re.findall(r"\.(\d+)(?=\.)", dim.name)) for dim in group.dims}
@@ -120,10 +92,7 @@ def _in_parts(groups: Sequence[TinyGroup], kind: _Kind) -> list[list[TinyGroup]]
 
 
 def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tuple[TinyGroup, ...]:
-    """Return the finer groups, except where groups that are alike were not all refined alike.
-
-    There the old ones stay: what only some of them show is chance.
-    """
+    """Return the finer groups, except those that were not refined alike in all like layers."""
     kinds: dict[_Kind, set[tuple[int, int, int]]] = {}
     pairs = list(zip(groups, finer, strict=True))
     for group, other in pairs:
@@ -135,12 +104,9 @@ def all_alike(groups: tuple[TinyGroup, ...], finer: tuple[TinyGroup, ...]) -> tu
 def in_parts_alike(
     model: nn.Module, groups: Sequence[TinyGroup], unused: Sequence[TensorDim]
 ) -> tuple[list[TinyGroup], list[TensorDim]]:
-    """Add the tensor dims of unused parts to the groups that those of like parts are in.
-
-    No token goes to most of NLLB-MoE's experts. Parts of one list that have the same class, tensors
-    and settings compute the same from their weights, whether a token goes to them or not. Return
-    the groups, and the tensor dims that were added to none.
-    """
+    """Add the dims of unused parts to groups of like parts; return groups and dims left over."""
+    # no token is routed to most of NLLB-MoE's experts; parts of one list with equal class, tensors
+    # and settings compute the same function of their weights
     by_part: dict[str, list[TensorDim]] = {}
     for dim in unused:
         by_part.setdefault(_part_of_list(model, dim.name), []).append(dim)
@@ -161,7 +127,7 @@ def in_parts_alike(
 
 
 def _part_of_list(model: nn.Module, name: str) -> str:
-    """Return the innermost part of a list of modules that a parameter is in, or an empty text."""
+    """Return the innermost item of a list of modules that holds a parameter, or an empty string."""
     part = name.rpartition(".")[0]
     while part:
         above = part.rpartition(".")[0]
@@ -197,7 +163,7 @@ def _as_in(
         ]
         placed |= {dim.place for dim, _ in added}
         if len(added) in (0, len(pairs)):
-            result.append(group)  # a group inside the like part stays, and the part gets its own
+            result.append(group)  # a group inside the like part is kept, and the part gets its own
             pairs = []
         if added:
             new_dims, sources = zip(*pairs, *added, strict=True)
@@ -206,7 +172,6 @@ def _as_in(
 
 
 def _kind(group: TinyGroup) -> _Kind:
-    """Return the tensor dims of a group, with ``*`` for the numbers of layers."""
     return frozenset(
         (re.sub(r"\.\d+(?=\.)", ".*", dim.name), dim.dim, dim.layout) for dim in group.dims
     )

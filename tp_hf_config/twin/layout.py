@@ -1,4 +1,4 @@
-"""How the units of a group stand along a dimension of a tensor."""
+"""The positions of a group's units along a dimension of a tensor."""
 
 from __future__ import annotations
 
@@ -12,29 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """Where the units of a width stand along one tensor dim.
+    """Where the units of a width are along one tensor dim.
 
-    The dimension holds ``blocks`` blocks, and the units are divided among them. A block holds all
-    of its units ``parts`` times, one part after the other. "Gate, then up" is one block of two
-    parts. "Query, key and value of head 0, of head 1, ..." is one block per head, of three parts.
-    "Value dims of head 0, its key dims, value dims of head 1, ..." has a gap behind every part.
-
-    Attributes:
-        parts: how often a block holds its units.
-        run: how many neighbouring positions a unit takes in each part.
-        blocks: how many equal blocks the units are divided into.
-        offset: positions before the first unit, which belong to something else.
-        gap: positions behind every part, which belong to something else.
+    The dimension consists of ``blocks`` equal blocks, and the units are divided among them. A block
+    holds all of its units ``parts`` times, one part after the other. "Gate, then up" is one block
+    of two parts. "Query, key and value of head 0, of head 1, ..." is one block per head, of three
+    parts. "Value dims of head 0, its key dims, value dims of head 1, ..." has a gap behind every
+    part.
     """
 
     parts: int = 1
-    run: int = 1
+    run: int = 1  # neighbouring positions that a unit takes in each part
     blocks: int = 1
-    offset: int = 0
-    gap: int = 0
+    offset: int = 0  # positions before the first unit, which belong to something else
+    gap: int = 0  # positions behind every part, which belong to something else
 
     def positions(self, unit: int, units: int) -> list[int]:
-        """Return the positions of one unit out of ``units``."""
         block, place = divmod(unit, units // self.blocks)
         per_part = units // self.blocks * self.run + self.gap
         start = self.offset + block * self.parts * per_part + place * self.run
@@ -49,80 +42,59 @@ class UnitLayout:
         return start[:, None] + torch.tensor(self.positions(0, units))
 
     def permuted(self, units: int, order: Sequence[int]) -> Tensor:
-        """Return, for every position, the position that its value had before units were reordered.
-
-        The units have to fill the dimension. ``order`` gives the unit that stands in each place
-        then.
-        """
+        """Return the old position of every position's value; ``order``: the unit at each place."""
         table = self.table(units)
         return table[list(order)].flatten()[table.flatten().argsort()]
 
     @property
     def is_plain(self) -> bool:
-        """True for one block without offset and gaps."""
         return self == UnitLayout(self.parts, self.run)
 
 
 @cache
 def positions_of(layout: UnitLayout, unit: int, units: int, device: torch.device) -> Tensor:
-    """Return the positions of one unit as a tensor that all callers share."""
     return torch.tensor(layout.positions(unit, units), device=device)
 
 
 def share_positions(layouts: Iterable[tuple[UnitLayout, int]]) -> bool:
-    """True if two units take the same position; each layout comes with its number of units."""
+    """True if two units take the same position; each layout is given with its number of units."""
     positions = torch.cat([layout.table(units).flatten() for layout, units in layouts])
     return bool(positions.bincount().max() > 1)
 
 
 @dataclass(frozen=True)
 class TensorDim:
-    """One dimension of one parameter, and how the units of a width stand along it.
-
-    Attributes:
-        name: the parameter, by its name in the model.
-        dim: the dimension.
-        layout: where the units stand.
-    """
-
     name: str
     dim: int
     layout: UnitLayout = UnitLayout()
 
     @property
     def layer(self) -> str:
-        """The name of the layer that holds the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
     def place(self) -> tuple[str, int]:
-        """The parameter and the dimension, without the layout."""
         return self.name, self.dim
 
 
-Places = frozenset[tuple[str, int]]
-"""Tensor dims without layouts: the names of parameters, with a dimension each."""
+Places = frozenset[tuple[str, int]]  # parameters and dimensions, without layouts
 
 
 def places_of(dims: Collection[TensorDim]) -> Places:
-    """Return tensor dims without their layouts."""
     return frozenset(dim.place for dim in dims)
 
 
+# tensor dims with the same units, the number of units, and the units that are removed
 Removed = tuple[Sequence[TensorDim], int, Tensor]
-"""Tensor dims that have the same units, how many those are, and which of them are removed."""
 
 
 def positions_left(
     shapes: Mapping[str, Sequence[int]], removed: Iterable[Removed]
 ) -> dict[str, dict[int, Tensor]]:
-    """Return name -> dimension -> the positions that stay, where units are removed.
-
-    ``shapes``: the shapes before; other tensors (encoder states) are left out.
-    """
+    """Return name -> dimension -> the positions that remain when units are removed."""
     stays: dict[str, dict[int, Tensor]] = {}
     for dims, units, lost in removed:
-        for dim in (dim for dim in dims if dim.name in shapes):
+        for dim in (dim for dim in dims if dim.name in shapes):  # not encoder states
             every = torch.ones(shapes[dim.name][dim.dim], dtype=torch.bool)
             stay = stays.setdefault(dim.name, {}).setdefault(dim.dim, every)
             stay[dim.layout.table(units)[lost].flatten()] = False

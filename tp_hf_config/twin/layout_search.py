@@ -1,4 +1,4 @@
-"""Try the layouts in which a width's units may stand, until they are told apart nowhere."""
+"""Try the layouts that a width's units may have, until its units are interchangeable everywhere."""
 
 from __future__ import annotations
 
@@ -15,28 +15,20 @@ from .layout import Places, TensorDim, UnitLayout, places_of, share_positions
 from .tiny.tiny_model import TinyModel
 from .twin_test import Links, TwinTest
 
-_MAX_LAYOUTS = 10
-"""How many layouts a step of the search tries at most: of all styles, of one, or of mixtures."""
-_MOST_RUNS = 4
-"""How many lengths of runs are tried in all styles together."""
-_MAX_IN_VAIN = 4 * _MAX_LAYOUTS
-"""After this many attempts in a row without a better one the search ends: thousands may be left."""
+_MAX_LAYOUTS = 10  # layouts that a step of the search tries: of all styles, of one, or mixtures
+_MOST_RUNS = 4  # lengths of runs that are tried in all styles together
+_MAX_IN_VAIN = 4 * _MAX_LAYOUTS  # attempts in a row without a better one; there may be thousands
+# what tensor dims have in common: possible layouts with scores, and the field that sets them
 Style = tuple[tuple[tuple[int, UnitLayout], ...], FieldPath | None]
-"""What tensor dims have in common: possible layouts with scores, and the field that sets them."""
+# tensor dims in one layout each, with the field that sets them; None: the joint fields
 Sources = dict[TensorDim, FieldPath | None]
-"""Tensor dims in one layout each, with the field that sets them; ``None``: the joint fields."""
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Layouts that were tried, and what the twin test shows of them.
-
-    ``chosen`` has one for each style; empty: the tensor dims of a style have several.
-    """
-
     sources: Sources
     links: Links
-    chosen: tuple[UnitLayout, ...] = ()
+    chosen: tuple[UnitLayout, ...] = ()  # for each style; empty: the dims of a style have several
 
     @property
     def told_apart(self) -> Places:
@@ -55,22 +47,17 @@ def searched(
     apart_alone: Places = frozenset(),
     split: Collection[str] = (),
 ) -> tuple[Sources, tuple[Sources, Links]]:
-    """Return the likeliest layouts, and those with the fewest tensor dims that tell units apart.
+    """Return the likeliest layouts, and those with the fewest tensor dims that distinguish units.
 
-    The search tries, until units are told apart nowhere:
-
-    1. likely layouts of all styles together; 2. whole heads in ``single_field_groups`` that have a
-    layer in ``split``; 3. runs of one length in all styles; 4. from the best attempt, other layouts
-    for one style at a time, where units are told apart; 5. if there are ``single_field_groups``,
-    another layout for a single tensor dim; 6. the layouts that ``strides`` name, then mixtures of
-    two attempts, each where the other fails.
-
-    Units of joint fields that are told apart wherever units of a single one are (``apart_alone``)
-    have nothing to do with each other: no more than likely layouts are tried.
+    The search ends when no tensor dim does. It tries likely layouts of all styles; then whole heads
+    in ``single_field_groups`` with a layer in ``split``, or runs of one length; then, from the best
+    attempt, other layouts for one style or one tensor dim; at last ``strides`` and mixtures of two
+    attempts.
     """
     search = _Search(test, styles)
     search.likely_together()
     best = search.best()
+    # joint fields that fail wherever each fails alone (``apart_alone``) are not related
     if best.failures and not (apart_alone and best.told_apart >= apart_alone):
         if not search.whole_heads(single_field_groups, split) and not search.runs_together():
             search.style_by_style()
@@ -99,10 +86,8 @@ class _Search:
                 break
 
     def runs_together(self) -> bool:
-        """True if runs of one length fit in all styles, or in some styles runs that divide it.
-
-        This finds heads that no run without data came to (JetMoE's, behind experts).
-        """
+        """True if runs of one length fit in all styles, or in some styles runs that divide it."""
+        # heads that no pass on the meta device reaches (JetMoE's, behind experts)
         by_run = [
             {layout.run: layout for layout in layouts if layout.is_plain}
             for layouts in self.options
@@ -118,12 +103,8 @@ class _Search:
         return any(self._fits(chosen) for chosen in new[:_MOST_RUNS])
 
     def one_dim_changed(self) -> bool:
-        """True if an attempt fits in which one tensor dim, alone in its style, has another layout.
-
-        All others have the likeliest. The attention maps of all layers side by side (ESM's
-        contacts) are such a dim, beside heads in runs.
-        """
-        return any(
+        """True if an attempt fits with another layout for one tensor dim, alone in its style."""
+        return any(  # the attention maps of all layers side by side (ESM's contacts), beside heads
             self._fits(chosen)
             for style, dims in enumerate(self.styles.values())
             if len(dims) == 1
@@ -133,7 +114,7 @@ class _Search:
     def _with_another_layout(
         self, attempt: _Attempt, style: int
     ) -> Iterator[tuple[UnitLayout, ...]]:
-        """Yield an attempt's layouts with other ones for the style of this index; none is tried."""
+        """Yield an attempt's layouts with other untried ones for the style of this index."""
         tried = {other.chosen for other in self.tried}
         for layout in self.options[style][:_MAX_LAYOUTS]:
             chosen = (*attempt.chosen[:style], layout, *attempt.chosen[style + 1 :])
@@ -175,11 +156,8 @@ class _Search:
         return self.tried[-1] if self._tries(_no_more_than_needed(best, likely)) else best
 
     def whole_heads(self, groups: Sequence[Sequence[TensorDim]], split: Collection[str]) -> bool:
-        """True if runs fit in groups whose layers are split into heads, others as they are alone.
-
-        Every stage of Swin has another number of heads. There, units of its attention stand in
-        fewer parts and longer runs than those of the stream beside it.
-        """
+        """True if runs fit in groups whose layers are split into heads, and others unchanged."""
+        # Swin's stages differ in heads: units of attention have fewer parts than the stream's
         head_groups = [g for g in groups if any(d.name in split and d.dim == 0 for d in g)]
         if not head_groups or not all(dim.layout.is_plain for group in groups for dim in group):
             return False
@@ -191,14 +169,14 @@ class _Search:
         before = len(self.tried)
         if self._tries(_in_parts(likely, parts, self.test)):
             return True
-        del self.tried[before:]  # without a layout for each style, no other can go on from it
+        del self.tried[before:]  # the next steps need attempts with a layout for each style
         return False
 
     def _fits(self, chosen: tuple[UnitLayout, ...]) -> bool:
         return self._tries(_sources(self.styles, chosen), chosen)
 
     def _tries(self, sources: Sources, chosen: tuple[UnitLayout, ...] = ()) -> bool:
-        """Try these layouts; True if no two overlap and units are told apart nowhere."""
+        """Try these layouts; True if no two overlap and no tensor dim distinguishes units."""
         if overlap(sources, self.test.units):
             return False
         self.tried.append(_Attempt(sources, self.test.links(list(sources)), chosen))
@@ -206,7 +184,6 @@ class _Search:
 
 
 def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
-    """Return the likeliest layouts, but with another number of parts where ``parts`` has one."""
     sources: Sources = {}
     for dim, field in likely.items():
         count = parts.get(dim.place)
@@ -220,11 +197,7 @@ def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinT
 def _strided(
     options: Sequence[Sequence[UnitLayout]], strides: Mapping[int, Collection[int]]
 ) -> Iterator[tuple[UnitLayout, ...]]:
-    """Yield one layout for each style: units of a stride's size in one of its numbers of parts.
-
-    Units of a multiple of that size stand in as many times more parts. Styles for which this layout
-    is not possible keep the likeliest.
-    """
+    """Yield one layout for each style: units of a stride's size in one of its numbers of parts."""
     for size, part_counts in strides.items():
         for parts in part_counts:
             strided = [
@@ -236,11 +209,8 @@ def _strided(
 
 
 def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
-    """Yield mixtures of two attempts: the layouts of each where the other tells units apart.
-
-    A width may set the channels of a stream, of which every group of a convolution holds one, and
-    beside it heads, which are runs.
-    """
+    """Yield mixtures of two attempts: the layouts of each where the other distinguishes units."""
+    # a stream's channels, one in every group of a convolution, and heads, which are runs
     best_first = sorted(tried, key=lambda attempt: attempt.failures)
     for attempt, other in permutations(best_first, 2):
         if attempt.told_apart.isdisjoint(other.told_apart):
@@ -250,17 +220,15 @@ def _mixed(tried: Sequence[_Attempt]) -> Iterator[Sources]:
 
 
 def _no_more_than_needed(best: _Attempt, likely: _Attempt) -> Sources:
-    """Return the best layouts, but the likelier ones in groups where those tell no units apart."""
+    """Return the best layouts, but likelier ones in groups where those distinguish no units."""
     places = map(places_of, best.links.groups)
     fine = [group for group in places if group.isdisjoint(likely.told_apart)]
     return _with_layouts_of(likely, best, frozenset().union(*fine))
 
 
 def _with_layouts_of(other: _Attempt, attempt: _Attempt, places: Places) -> Sources:
-    """Return the layouts of an attempt, with those of another in some places.
-
-    An unobserved tensor dim goes with dimension 0 of its layer.
-    """
+    """Return the layouts of an attempt, with those of another in some places."""
+    # an unobserved tensor dim has the layout of its layer's dimension 0
     layers = {name.rpartition(".")[0] for name, dim in places if dim == 0}
     places |= places_of([dim for dim in attempt.links.unobserved if dim.layer in layers])
     others = {(dim.place, field): dim for dim, field in other.sources.items()}
@@ -281,9 +249,9 @@ def _sources(styles: Mapping[Style, Sequence[TensorDim]], chosen: Sequence[UnitL
 def layouts_of(
     tiny: TinyModel, name: str, dim: int, share: Share, units: int, heads: bool
 ) -> list[tuple[int, UnitLayout]]:
-    """Return the layouts in which units can stand along a tensor dim, with scores; 0 is likeliest.
+    """Return the layouts that units can have along a tensor dim, with scores; 0 is likeliest.
 
-    Heads are runs. The dimensions of a head, and the units of gate and up, stand in every part.
+    Heads are runs. The dimensions of a head, and the units of gate and up, are in every part.
     """
     width = share.per_unit
     pieces = tiny.field_map.splits.pieces.get(name.rpartition(".")[0], ())
@@ -309,11 +277,8 @@ def layouts_of(
 
 
 def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
-    """True if a piece of a layer's output can be heads of the field of a share.
-
-    With twice as many query heads as key/value heads, queries are as wide as keys and values
-    together.
-    """
+    """True if a piece of a layer's output can be heads of the field of a share."""
+    # with two query heads for each key/value head, queries are as wide as keys and values together
     fields = tiny.field_map.fields_of(name.rpartition(".")[0], heads_of(piece))
     return share.field is None or not fields or share.field in fields
 
@@ -321,10 +286,7 @@ def _may_hold(tiny: TinyModel, name: str, piece: int, share: Share) -> bool:
 def _filling_pieces(
     pieces: Sequence[int], may_hold: Sequence[bool], size: int, rest: int
 ) -> set[tuple[int, int, int]]:
-    """Return parts, offset and gap of the layouts that fill neighbouring pieces of equal size.
-
-    The units take ``size`` positions, and ``rest`` belong to something else.
-    """
+    """Return (parts, offset, gap) of layouts that fill neighbouring pieces of equal size."""
     layouts: set[tuple[int, int, int]] = set()
     for start, end in combinations(range(len(pieces) + 1), 2):
         window, offset = pieces[start:end], sum(pieces[:start])
@@ -335,10 +297,7 @@ def _filling_pieces(
 
 
 def _between(rest: int, parts: int, heads: bool) -> list[tuple[int, int]]:
-    """Return where the rest of a dimension can stand: after or before the units, or in every part.
-
-    Each is the offset of the first unit and the gap behind each part; likely ones come first.
-    """
+    """Return likely (offset, gap): the rest may be after or before the units, or in every part."""
     if not rest:
         return [(0, 0)]
     outside = [(0, 0), (rest, 0)]
@@ -367,10 +326,7 @@ def likely_first(
 
 
 def overlap(dims: Iterable[TensorDim], units: int) -> bool:
-    """True if two widths along one tensor dim (query heads, key/value heads) claim one position.
-
-    A tensor dim that is there in several layouts holds several widths.
-    """
+    """True if two widths along one tensor dim (query and key/value heads) claim one position."""
     by_place: dict[tuple[str, int], set[UnitLayout]] = {}
     for dim in dims:
         by_place.setdefault(dim.place, set()).add(dim.layout)

@@ -1,10 +1,9 @@
 """Masked check: the pruned model must equal the original with the removed units at zero.
 
-Shapes cannot show that the right units were removed: a layer that lost the wrong channels, or whose
-heads were regrouped, has exactly the shapes that its config asks for. Which units were removed is
-read off the values, not off any record of the pruning: weights are random, so that each value tells
-its position. In the masked original, norms run over the kept channels only, routers never choose
-the removed experts, and scales that depend on widths are those of the pruned model.
+Shapes cannot show whether the right units were removed. The kept units are found by their values,
+which are random and so identify positions, and not by any record of the pruning. In the masked
+original, norms run over the kept channels, routers never choose removed experts, and scales that
+depend on widths are those of the pruned model.
 """
 
 from __future__ import annotations
@@ -45,21 +44,15 @@ if TYPE_CHECKING:
     from .tiny.tiny_model import TinyModel
 
 
-EXACT = 1e-9
-"""Largest relative difference at which two float64 outputs count as the same."""
-_NEVER = -1e9
-"""The score of a removed expert: so low that no router chooses it."""
+EXACT = 1e-9  # largest relative difference at which two float64 outputs count as the same
+_NEVER = -1e9  # the score of a removed expert: so low that no router chooses it
+# layers that are no norms, even if all of their parameters are vectors
 _PROJECTIONS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-"""Layers that are no norms, even if all of their parameters are vectors."""
-_LENGTHS, _DIRECTIONS = ".original0", ".original1"
-"""How the names of torch's weight norm end (``torch.nn.utils.parametrizations``)."""
+_LENGTHS, _DIRECTIONS = ".original0", ".original1"  # torch.nn.utils.parametrizations.weight_norm
 
 
 def run_once(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> nn.Module:
-    """Return a model that ran: its first pass may exchange modules.
-
-    BigBird's puts full attention in place of that for long texts.
-    """
+    """Return the model after a pass, which may replace modules (BigBird's attention)."""
     with torch.no_grad():
         outputs_in_float64(model, inputs, recipe=recipe)
     return model
@@ -75,16 +68,15 @@ def difference_of_pass(
 ) -> Refusal | None:
     """Return where the pass of a pruned model differs from the masked original, or None.
 
-    ``pruned_run`` is of the same other arguments; ``original`` is the model before pruning.
-    ``reference_build``: the class built anew from the pruned model's config. Its scales count, its
-    weights may have any values. Both ran before (:func:`run_once`).
+    ``reference_build`` is built from the pruned config; only its scales count. ``original`` and
+    ``reference_build`` have run before (:func:`run_once`).
     """
     kept = pruned_run.kept
     parameters = original.named_parameters(remove_duplicate=False)
     whole = {id(value): value for name, value in parameters if not any(d.cut for d in kept[name])}
 
     def masked_outputs(surroundings: AbstractContextManager[Any]) -> list[Tensor]:
-        masked = copy.deepcopy(original, dict(whole))  # which shares what is not cut
+        masked = copy.deepcopy(original, dict(whole))  # shares the tensors that are not cut
         take_scales(masked, reference_build)
         _mask(masked, kept)
         _norms_over_kept(masked, kept)
@@ -94,7 +86,7 @@ def difference_of_pass(
     mismatch = _first_difference(masked_outputs(nullcontext()), pruned_run.outputs, kept)
     if mismatch is None:
         return None
-    # the pass itself may make a scale from the head dim, which then is in no attribute
+    # the pass itself may compute a scale from the head dim, which then is no attribute
     narrow = AsNarrow(pruned_run.sizes, chain.from_iterable(kept.values()))
     with as_written(original):
         outputs = masked_outputs(narrow)
@@ -120,14 +112,12 @@ def _first_difference(
 
 
 def _mask(model: nn.Module, kept: Kept) -> None:
-    """Set everything of the removed units to zero, in place.
-
-    The directions of a weight norm stay where their lengths become 0: zeros have no direction.
-    """
+    """Set everything of the removed units to zero, in place."""
     with torch.no_grad():
         for name, value in tensors_of(model).items():
             lengths = kept.get(name.removesuffix(_DIRECTIONS) + _LENGTHS, ())
             for axis, dim in enumerate(kept[name]):
+                # where a weight norm's length is 0, its direction is kept: zeros have none
                 if dim.cut and not (lengths and lengths[axis].cut):
                     value.index_fill_(axis, dim.removed, 0.0)
 
@@ -170,10 +160,7 @@ def _narrow(module: nn.Module, positions: Tensor) -> nn.Module:
 
 
 def _over_some_channels(narrow: nn.Module, channels: CutDim | None) -> Callable[..., Any]:
-    """Return a forward pass that runs a module over some channels and gives zeros elsewhere.
-
-    ``narrow`` is as wide as the kept channels; ``None`` stands for those that are not all zero.
-    """
+    """Return a forward pass over some channels (None: the non-zero), with zeros elsewhere."""
 
     def forward(x: Tensor, *others: Any, **named: Any) -> Any:
         if channels is None:
@@ -205,19 +192,16 @@ def _over_some_channels(narrow: nn.Module, channels: CutDim | None) -> Callable[
 
 
 def _channel_axis(x: Tensor, channels: CutDim) -> int:
-    """Return the axis along which channels stand: the last, 1 (ConvNeXt), or another (heads).
-
-    If several axes are as long, return the one along which the removed channels are zero.
-    """
+    """Return the axis of the channels: the last, 1 (ConvNeXt), or another (heads)."""
     axes = (-1, 1, *range(2, x.ndim - 1)) if x.ndim > 1 else ()
     fitting = [axis for axis in axes if _long(x, axis) == channels.size]
+    # of several axes as long, the one along which the removed channels are zero
     masked = (axis for axis in fitting if not bool(x.index_select(axis, channels.removed).any()))
     return next(masked, fitting[0] if fitting else 1)
 
 
 def _long(x: Tensor, axis: int) -> int:
-    """Return the length of an axis, in a way that counts as no size which the model reads."""
-    return len(x.movedim(axis, 0))
+    return len(x.movedim(axis, 0))  # not x.shape: that counts as a size which the model reads
 
 
 @contextmanager
@@ -246,7 +230,7 @@ def _without_removed_experts(model: nn.Module, kept: Kept) -> Iterator[None]:
 
 
 class _Routers(TorchFunctionMode):
-    """Gives ``_NEVER`` as the scores of removed experts, by the address of a router's weight."""
+    """Sets the scores of removed experts to ``_NEVER``, by the address of a router's weight."""
 
     def __init__(self, removed_by_weight: Mapping[int, Tensor]):
         super().__init__()
@@ -262,14 +246,10 @@ class _Routers(TorchFunctionMode):
 
 
 def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | Refusal:
-    """Return an output of the masked original and of the pruned model in one shape.
-
-    Along an axis that was cut, both have the kept positions only: those of a tensor dim with the
-    same two sizes (the nearest result if there are several), or the channels that are not zero for
-    every input.
-    """
+    """Return an output of the masked original and of the pruned model in one shape."""
     if full.ndim != value.ndim:
         return Refusal(f"shape {list(value.shape)}, the original's has {list(full.shape)}")
+    # along a cut axis: positions kept in a tensor dim of the same two sizes, or non-zero channels
     pairs = [(full, value)]
     for axis in range(full.ndim):
         if full.shape[axis] != value.shape[axis]:
@@ -281,7 +261,6 @@ def _aligned(full: Tensor, value: Tensor, kept: Kept) -> tuple[Tensor, Tensor] |
 
 
 def _cut_alike(full: Tensor, value: Tensor, axis: int, kept: Kept) -> list[tuple[Tensor, Tensor]]:
-    """Return both outputs with one axis cut: as each tensor dim of its sizes, and to non-zeros."""
     sizes = (full.shape[axis], value.shape[axis])
     choices = {
         tuple(dim.kept.tolist()): dim.kept
@@ -297,25 +276,15 @@ def _cut_alike(full: Tensor, value: Tensor, axis: int, kept: Kept) -> list[tuple
     return [*cut, (dense[0], dense[1])]
 
 
-Kept = dict[str, tuple[CutDim, ...]]
-"""The name of every tensor -> one ``CutDim`` for each dimension."""
+Kept = dict[str, tuple[CutDim, ...]]  # the name of every tensor -> one for each dimension
 
 
 @dataclass(frozen=True)
 class PrunedPass:
-    """One forward pass of a pruned model.
-
-    Attributes:
-        kept: the kept positions of every tensor.
-        inputs: keyword arguments of the pass: those of the original, without removed channels.
-        outputs: the floating point outputs, watched results last.
-        sizes: the sizes that the model read (:class:`SizesRead`).
-    """
-
     kept: Kept
-    inputs: dict[str, Any]
-    outputs: list[Tensor]
-    sizes: list[tuple[int, ...]]
+    inputs: dict[str, Any]  # those of the original, without removed channels
+    outputs: list[Tensor]  # floating point; watched results last
+    sizes: list[tuple[int, ...]]  # that the model read (:class:`SizesRead`)
 
 
 def pruned_pass(
@@ -325,17 +294,7 @@ def pruned_pass(
     watched: Sequence[PassResult] = (),
     recipe: RunRecipe = PLAIN,
 ) -> PrunedPass | Refusal:
-    """Run a pruned model; the refusal says which tensor is no cut of the original's.
-
-    Encoder states among the inputs lose the channels that the layer which reads them lost.
-
-    Args:
-        original: the model before pruning, every weight random, in float64 and eval mode.
-        pruned: the model after pruning.
-        inputs: keyword arguments of one forward pass of the original.
-        watched: intermediate results that are compared like outputs.
-        recipe: how the class is run.
-    """
+    """Run a pruned model; the refusal says which tensor is no cut of ``original``'s random ones."""
     kept = kept_positions(original, pruned)
     if isinstance(kept, Refusal):
         return kept
@@ -362,10 +321,7 @@ def kept_positions(original: nn.Module, pruned: nn.Module) -> Kept | Refusal:
 def pruned_inputs_of(
     original: nn.Module, pruned: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe
 ) -> dict[str, Any] | Refusal:
-    """Return the inputs of a pruned model: those of the original, without removed channels.
-
-    Only encoder states lose channels. A ``Refusal`` says why the kept positions cannot be told.
-    """
+    """Return the inputs of a pruned model: encoder states lose the removed channels."""
     if encoder_states_of(original, recipe.encoder_states) is None:
         return dict(inputs)
     kept = kept_positions(original, pruned)
@@ -384,24 +340,19 @@ def _cut_inputs(
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and saved buffer by its name, detached."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | saved_buffers(model)
     return {name: value.detach() for name, value in tensors.items()}
 
 
 def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
-    """Return which positions along each dimension pruning kept of a tensor of random values.
-
-    They are told by the values. The refusal says that ``after`` is not a selection from ``before``
-    along each dimension, in the same order.
-    """
+    """Return which positions along each dim pruning kept, found by the tensor's random values."""
     if before.shape == after.shape:
         if not torch.equal(before, after):
             return Refusal("other values than before")
         return tuple(CutDim(size, torch.arange(size)) for size in before.shape)
     if before.ndim != after.ndim:
         return Refusal("other dimensions than before")
-    if not before.numel():  # an empty tensor (no such tokens): nothing tells which are kept
+    if not before.numel():  # an empty tensor does not show which are kept
         sizes = zip(before.shape, after.shape, strict=True)
         return tuple(CutDim(size, torch.arange(new_size)) for size, new_size in sizes)
     values, order = before.flatten().sort()
@@ -427,16 +378,14 @@ def cut_dims_of(before: Tensor, after: Tensor) -> tuple[CutDim, ...] | Refusal:
     return tuple(cut_dims) if torch.equal(expected, after) else Refusal("channels of mixed origin")
 
 
-_BLIND_CUTS = 4
-"""After this many cuts that change no output, no more are tried."""
+_BLIND_CUTS = 4  # cuts that change no output, after which no more are tried
 
 
 def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
     """Cut about half of a tiny width and compare; return why the width cannot be cut, or None.
 
-    A permutation shows that units are interchangeable, but not that the class counts them so: with
-    as many heads as dimensions in a head, one dimension of every head looks like one head. So a
-    smaller build has to equal the original with the removed units at zero.
+    A permutation shows that units are interchangeable, but not that the class counts these units:
+    with as many heads as dimensions in a head, one dimension of every head looks like one head.
     """
     name = " and ".join(map(field_name, finding.fields))
     blind_cuts, unbuilt = 0, ""
@@ -468,7 +417,6 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
 
 
 def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
-    """Return the outputs of a smaller build, or why it fails the masked check or does not run."""
     given = (tiny.inputs, tiny.watched, tiny.recipe)
     try:
         run = pruned_pass(tiny.model, smaller, *given)
@@ -493,7 +441,7 @@ _Cut = tuple[dict[FieldPath, int], list[Removed]]
 
 
 def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[_Cut]:
-    """Yield smaller values of a width's fields, nearest to half first, with the units that go."""
+    """Yield smaller values of a width's fields, nearest to half first, with the units to remove."""
     values, units = tiny.field_map.values, units_of(tiny.field_map, finding.fields)
     for count in sorted(range(finding.minimum, units), key=lambda n: abs(2 * n - units)):
         counts = [(group, count * group.per_field_unit) for group in finding.groups]
@@ -503,7 +451,7 @@ def _cuts(tiny: TinyModel, finding: Finding) -> Iterator[_Cut]:
 
 
 def _removed(group: TinyGroup, count: int) -> Removed:
-    """Return which units go so that ``count`` random ones stay, the same number in each part."""
+    """Return units to remove so that ``count`` random ones remain, equally many in each part."""
     generator = torch.Generator().manual_seed(count)
     size, per_channel_group = group.units // group.channel_groups, count // group.channel_groups
     gone = [
@@ -514,7 +462,7 @@ def _removed(group: TinyGroup, count: int) -> Removed:
 
 
 def take_weights(new: nn.Module, old: nn.Module, removed: Sequence[Removed] = ()) -> Refusal | None:
-    """Give a smaller build the units that stay, without a copy of whole tensors, or say why not."""
+    """Copy the kept units into a smaller build, never whole tensors, or say why that fails."""
     kept = positions_left(shapes(old), removed)
 
     def what_stays(name: str, values: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from .twin_test import Links, TwinTest
 
 
 def named(dims: Sequence[TensorDim]) -> str:
-    """Return three parameter names as text, and how many more there are; like layers count once."""
     return listed(list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", dim.name) for dim in dims)))
 
 
@@ -37,11 +36,7 @@ def proved(
     fields: tuple[FieldPath, ...],
     links: Links,
 ) -> Finding:
-    """Return the linked groups with their unobserved companions, each proved by permutation.
-
-    A finding's reason is that no permutation is neutral in a group, that no output depends on some
-    tensor dims, or that there is no group. ``sources`` are the fields that set the tensor dims.
-    """
+    """Return the linked groups with their unobserved companions, each proved by permutation."""
     groups: list[TinyGroup] = []
     members, unplaced = _members(test, links)
     for group in members:
@@ -80,10 +75,9 @@ def second_look(
 ) -> Finding | None:
     """Return the finding after a second twin test that disturbs every tensor dim in doubt.
 
-    A group that is not proved lacks tensor dims that are linked too faintly to show. All in doubt
-    together lack none: if no permutation of these is neutral, they belong nowhere, and ``None`` is
-    returned. If one is, and they are not seen to be several groups, they are one, and units are
-    removed from all of them at once.
+    An unproved group lacks dims whose links are too faint to show. If no permutation of all dims in
+    doubt is neutral, they are in no group (None). If one is, and they are not shown to be several
+    groups, they are one.
     """
     doubted = _doubted(test, links)
     if not doubted or channel_groups_of(test, doubted) is None:
@@ -125,15 +119,12 @@ def _doubted(test: TwinTest, links: Links) -> list[TensorDim]:
 
 
 def _stream(test: TwinTest, unused: Sequence[TensorDim], groups: Sequence[TinyGroup]) -> int | None:
-    """Return the index of the group that unused vectors go with, or None: the residual stream.
+    """Return the index of the residual stream's group, to which unused vectors belong, or None.
 
-    The class has such vectors and does not use them: the token of a mask that was not given
-    (DINOv2), a tensor without elements (DINOv3), a layer that no code reads (Qwen2.5-Omni's table,
-    MarkupLM's projection). If all channels of a single group of the width are interchangeable, and
-    a norm is in it, it is the residual stream. They can only belong there, channel by channel. If
-    there are several such groups (MBart's encoder and decoder have each their own table, which
-    ``shared`` is not), a layer that no code reads may go with any. It goes with the first that has
-    a tensor of its shape.
+    Unused are DINOv2's mask token without a mask, DINOv3's empty tensor, and layers that no code
+    reads (Qwen2.5-Omni's table, MarkupLM's projection). The residual stream is the only group
+    that has a norm and interchangeable channels. Of several (MBart's encoder and decoder have
+    tables of their own, ``shared`` is unread), the first with a tensor of the same shape is chosen.
     """
     layouts = {dim.layout for dim in unused}
     streams = [
@@ -165,7 +156,6 @@ def _is_of_vectors(test: TwinTest, dim: TensorDim) -> bool:
 
 
 def _fills(test: TwinTest, dim: TensorDim) -> bool:
-    """True if units fill a dimension, in one block without offset and gaps."""
     size = test.units * dim.layout.parts * dim.layout.run
     return dim.layout.is_plain and size == test.parameters[dim.name].shape[dim.dim]
 
@@ -185,12 +175,9 @@ def companion(unobserved: TensorDim, groups: Sequence[list[TensorDim]]) -> list[
 def _group_of_copy(
     test: TwinTest, unobserved: TensorDim, groups: Sequence[list[TensorDim]]
 ) -> list[TensorDim] | None:
-    """Return the group with the same dimension of a like tensor in the same layer, or None.
+    """Return the group with the same dim of an equally large tensor in the same layer, or None."""
 
-    A like tensor has the same shape: I-BERT keeps integers for every weight, which are only read
-    once it is quantised.
-    """
-
+    # I-BERT keeps integers for every weight, which are only read once it is quantised
     def is_copy(dim: TensorDim) -> bool:
         same = dim != unobserved == replace(dim, name=unobserved.name)
         shapes = [test.parameters[name].shape for name in (dim.name, unobserved.name)]
@@ -200,7 +187,7 @@ def _group_of_copy(
 
 
 def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
-    """Return in how many channel groups a permutation has to stay to be neutral; None: none is."""
+    """Return the fewest channel groups inside which a permutation is neutral; None: none is."""
     for channel_groups in (n for n in range(1, test.units) if test.units % n == 0):
         if test.proves(dims, list(order_of(test.units, channel_groups, swap=True))):
             is_neutral = test.proves(dims, list(order_of(test.units, channel_groups, swap=False)))
@@ -209,14 +196,11 @@ def channel_groups_of(test: TwinTest, dims: Sequence[TensorDim]) -> int | None:
 
 
 def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
-    """Yield an order of the units that moves none to another channel group.
-
-    With ``swap`` only the first and last unit of the first one change places; else it is random.
-    """
+    """Yield an order of the units that moves none to another channel group."""
     size = units // channel_groups
     generator = torch.Generator().manual_seed(units)
     for start in range(0, units, size):
-        if swap:
+        if swap:  # exchange the first and last unit of the first channel group
             order = list(range(size))
             if start == 0:
                 order[0], order[-1] = order[-1], order[0]
@@ -225,8 +209,8 @@ def order_of(units: int, channel_groups: int, swap: bool) -> Iterator[int]:
         yield from (start + unit for unit in order)
 
 
+# methods that construct or return a layer, and run nothing (MBart's ``shared``)
 _NO_READERS = ("__init__", "get_input_embeddings", "set_input_embeddings")
-"""Methods that make a layer or hand it over, and run nothing (MBart's ``shared``)."""
 
 
 def is_unread(model: nn.Module, layer: str) -> bool:
@@ -237,10 +221,7 @@ def is_unread(model: nn.Module, layer: str) -> bool:
 
 @once
 def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
-    """Return the fields that count the channel groups of a group, as other builds show.
-
-    Mamba 2's heads share states in as many groups as ``n_groups`` says, which no layer shows.
-    """
+    """Return the fields that count a group's channel groups (Mamba 2's ``n_groups``)."""
     numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     equal = [field for field, value in numbers.items() if value == group.channel_groups]
     return [field for field in equal if field not in group.fields and _counts(field, group, tiny)]
@@ -248,12 +229,10 @@ def counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath]:
 
 @once
 def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | None:
-    """Return the fields that count the parts in which a group holds its units.
+    """Return the fields that count the parts in which a group holds its units (Mamba 2's heads).
 
-    One dimension of every head of Mamba 2 is a unit, in as many parts as there are heads, or in
-    half as many in two channel groups: with more heads, units are in more parts. If none does, the
-    number is the code's own (Swin's second stage is twice as wide as its first). ``None``: a field
-    may count them, and the class takes no other value.
+    Empty: the class's code sets the number (Swin's second stage is twice as wide as its first).
+    None: a field may count them, but the class accepts no other value.
     """
     parts = gcd(*(dim.layout.parts for dim in group.dims)) * group.channel_groups
     field_map = tiny.field_map
@@ -272,11 +251,7 @@ def parts_counted_by(group: TinyGroup, tiny: TinyModel) -> list[FieldPath] | Non
 
 
 def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool | None:
-    """True if with twice or half of a field's value, units are in twice or half as many parts.
-
-    The field changes alone, or with one that the class takes it only in proportion with. ``None``:
-    no other value runs.
-    """
+    """True if twice or half the field gives units twice or half the parts; None: it never runs."""
     numbers = tiny.field_map.values | tiny.field_map.non_size_fields
     partners: list[FieldPath | None] = [None, *tiny.field_map.ratio_partners.get(field, ())]
     ran = False
@@ -309,12 +284,10 @@ def _dims_with_more_parts(
 
 
 def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
-    """True if units form as many channel groups as a field says, at every other number that runs.
-
-    One number is not enough: if the channel groups are a common multiple of this field and another
-    (SqueezeBERT), this one may be the larger. False if no other number runs.
-    """
+    """True if units form as many channel groups as a field says, at all numbers that run."""
     ran = False
+    # one number is not enough: channel groups may be a common multiple of this field and a smaller
+    # one (SqueezeBERT)
     for number in (n for n in range(1, group.units) if group.units % n == 0):
         model = _rebuilt(tiny, {field: number}) if number != group.channel_groups else None
         if model is None:
@@ -328,7 +301,6 @@ def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
 def _channel_group_count(
     group: TinyGroup, tiny: TinyModel, model: nn.Module, dims: list[TensorDim]
 ) -> int | None:
-    """Return the number of channel groups in another build; None: no permutation is neutral."""
     runs = sorted({dim.layout.parts * dim.layout.run for dim in dims})
     return channel_groups_of(tiny.test(group.units, runs, model), dims)
 

@@ -1,10 +1,9 @@
 """Find by experiment which dimensions of a model's parameters belong together: the twin test.
 
-Two units of a width become twins: they get the same weights in every tensor dim of that width.
-Nothing in the model can tell them apart then, and their gradients are equal everywhere. Where they
-are not, the two units are not interchangeable. Then one twin is disturbed in one tensor dim:
-exactly those that are indexed by the same unit now show unequal gradients. What is linked in this
-way is a group. It is right if permuting its units leaves the outputs of the model as they were.
+Two units of a width become twins: one gets the other's weights in every tensor dim of the width. If
+the units are interchangeable, their gradients are now equal everywhere. Then one twin gets noise in
+one tensor dim. The gradients now differ in exactly the dims that share units with that dim: these
+are a group. The group is right if permuting its units does not change the outputs.
 """
 
 from __future__ import annotations
@@ -23,59 +22,39 @@ from ..forward.replay import Replay
 from ..forward.run_recipe import PLAIN, RunRecipe, encoder_states_in
 from .layout import TensorDim, UnitLayout, positions_of
 
-_EQUAL = 1e-9
-"""Largest relative difference at which two float64 results count as the same."""
-_NO_GRADIENT = 1e-12
-"""Smaller gradients count as none."""
-_ROUNDING = 1e-15
-"""The share of the largest gradient that rounding alone may leave of another."""
+_EQUAL = 1e-9  # largest relative difference at which two float64 results count as the same
+_NO_GRADIENT = 1e-12  # smaller gradients count as none
+_ROUNDING = 1e-15  # of the largest gradient: smaller ones may be rounding alone
 _PAIRS = 4  # of twins at most
 
+# a permutation and what is compared: the tensor dims, the order of the units, the lengths of output
+# axes that hold units, the results that count as outputs
 Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int], tuple[PassResult, ...]]
-"""A permutation and what is compared: the tensor dims, the order of the units, how long an output's
-axis may be, the results that count as outputs."""
 
 
 class TwinTest:
-    """The experiments on one model.
-
-    Args:
-        model: a small model in float64 and eval mode; its parameters are changed and put back.
-        inputs: keyword arguments of one forward pass.
-        units: how many units the width has.
-        runs: an output axis as long as ``units`` times one of these holds the units: in the layouts
-            of tensor dims of that length if there are any, else in runs or parts of that number.
-        watched: intermediate results that count as outputs.
-        recipe: how the class is run.
-        replay: the results of the model's parts on these inputs, to skip parts that an experiment
-            does not change. Default: every pass runs the whole model.
-        proofs: which permutations of this model were found to be neutral; none is tried again.
-        outputs: the floating point outputs of a pass, watched results last. Default: one is run.
-        followed: the buffers that gradients are computed of, like those of parameters.
-
-    Attributes:
-        axes: length of an output axis that holds the units -> their possible layouts.
-        parameters: parameters, buffers and encoder states by their names.
-        base: the outputs of the unchanged model that depend on parameters.
-    """
+    """The experiments on one small model in float64 and eval mode; its parameters are restored."""
 
     def __init__(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         units: int,
+        # An output axis of ``units`` times one of these holds the units: in the layouts of tensor
+        # dims of that length, or else in runs or parts of that number.
         runs: Sequence[int] = (1,),
-        watched: Sequence[PassResult] = (),
+        watched: Sequence[PassResult] = (),  # intermediate results that count as outputs
         recipe: RunRecipe = PLAIN,
-        replay: Replay | None = None,
-        proofs: dict[Proof, bool] | None = None,
-        outputs: Sequence[Tensor] | None = None,
-        followed: Collection[str] = (),
+        replay: Replay | None = None,  # results of the parts that an experiment does not change
+        proofs: dict[Proof, bool] | None = None,  # known permutations: neutral or not
+        outputs: Sequence[Tensor] | None = None,  # floating point, watched last; None: run a pass
+        followed: Collection[str] = (),  # buffers that get gradients, like parameters
     ):
         self.model, self.inputs, self.units = model, dict(inputs), units
         self.watched, self.recipe = watched, recipe
         self._replay, self._followed = replay, followed
         self._proofs = {} if proofs is None else proofs
+        # length of an output axis that holds the units -> its possible layouts
         self.axes = {units * run: (UnitLayout(run=run), UnitLayout(parts=run)) for run in runs}
         self.parameters: dict[str, Tensor] = dict(model.named_buffers())
         self.parameters.update(model.named_parameters())
@@ -92,17 +71,14 @@ class TwinTest:
         self.base = [outputs[number].detach() for number in self._depending]
 
     def outputs(self, names: Iterable[str] = ()) -> list[Tensor]:
-        """Return the outputs of one forward pass that depend on parameters.
-
-        Gradients can be asked of the parameters ``names`` afterwards; those of others may be lost.
-        """
+        """Return the outputs that depend on parameters; only ``names`` may get gradients."""
         changed = {*names, *self._edits.names}
         if self._replay is not None and changed:
             held = [self.parameters[name] for name in changed]
             replayed = self._replay.outputs(held, self.inputs, self.recipe)
             if replayed is not None and len(replayed) == self._number_of_outputs:
                 return [replayed[number] for number in self._depending]
-            self._replay = None  # some are collected inside of parts that were skipped
+            self._replay = None  # some results are collected inside of skipped parts
         tensors = outputs_in_float64(self.model, self.inputs, self.watched, self.recipe)
         return [tensors[number] for number in self._depending]
 
@@ -114,15 +90,13 @@ class TwinTest:
     ) -> Links:
         """Make two units twins and disturb one tensor dim after another; return what is linked.
 
-        A unit can be hidden for these inputs (a dead ReLU), so up to ``_PAIRS`` pairs of units are
-        tried until every tensor dim was observed. One disturbance mostly shows the whole group;
-        those ``doubted`` are disturbed with every pair until they are one group; of what is linked
-        after a pair, ``still_doubted`` returns those to go on with. Where twins are told apart,
-        there are no groups.
+        ``doubted`` dims are disturbed with every pair of units until they are one group;
+        ``still_doubted`` reduces them after each pair.
         """
         groups: list[set[TensorDim]] = []
         links = Links((), (), tuple(dims))
         hidden = unobserved = list(dims)
+        # several pairs, because a unit can be hidden for these inputs (a dead ReLU)
         for first in range(0, min(2 * _PAIRS, self.units - 1), 2):
             second = first + 1
             with self._edits.undone():
@@ -142,15 +116,12 @@ class TwinTest:
             if doubted and still_doubted is not None:
                 doubted = still_doubted(links)
             if not hidden and any(map({*doubted}.issubset, [*groups, ()])):
-                break  # more pairs of units cannot take apart what is linked
+                break  # more pairs of units cannot separate what is linked
         return links
 
     def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
-        """True if none of these tensor dims tells the first and last unit of a channel group apart.
-
-        Gradients are compared with their own size. So this shows changes that are lost in the
-        outputs, where no permutation shows them.
-        """
+        """True if the first and last unit of a channel group have equal gradients as twins."""
+        # relative to their own size: differences may be too small to see in permuted outputs
         first, second = 0, self.units // channel_groups - 1
         with self._edits.undone():
             self._make_twins(dims, first, second)
@@ -164,7 +135,6 @@ class TwinTest:
             self._edits.write(dim, target, values)
 
     def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
-        """True if a tensor dim has a gradient that is zero for this unit."""
         grad = grads[dim.name]
         (index,) = self._positions(dim, unit)
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
@@ -174,12 +144,9 @@ class TwinTest:
         return any(size in self.axes for output in self._outward for size in output.shape)
 
     def multiples(self, per_unit: Collection[int] = ()) -> set[int]:
-        """Return how often the width goes into the last axis of an output, if several times.
-
-        Other axes that hold it as often as tensor dims do (``per_unit``) count too: maps of
-        features have their channels before height and width.
-        """
+        """Return how many times the width an output's axis is, if several times."""
         sizes = {output.shape[-1] for output in self._outward if output.ndim}
+        # maps of features have their channels before height and width
         lengths = {size for output in self._outward for size in output.shape}
         sizes |= {size for size in lengths if size // self.units in per_unit}
         return {size // self.units for size in sizes if size and size % self.units == 0} - {0, 1}
@@ -198,12 +165,7 @@ class TwinTest:
         return all(grad is None for grad in grads)
 
     def permutation_error(self, dims: Sequence[TensorDim], order: Sequence[int]) -> float:
-        """Return how much the outputs change if the units stand in another order.
-
-        It is the largest change of an output, relative to its largest value; infinity if its shape
-        changes, other values are NaN, or no output depends on parameters, so that none can change.
-        An output axis that holds the units may be reordered too.
-        """
+        """Return the largest relative change of an output if units are reordered."""
         moved = [place for place, unit in enumerate(order) if place != unit]
         with self._edits.undone(), torch.no_grad():
             for dim in dims:
@@ -219,14 +181,13 @@ class TwinTest:
         )
 
     def proves(self, dims: Sequence[TensorDim], order: Sequence[int]) -> bool:
-        """True if the model computes the same with the units in this order."""
+        """True if the outputs are the same with the units in this order."""
         key: Proof = (frozenset(dims), tuple(order), frozenset(self.axes), tuple(self.watched))
         if key not in self._proofs:
             self._proofs[key] = self.permutation_error(dims, order) < _EQUAL
         return self._proofs[key]
 
     def _axes(self, dims: Iterable[TensorDim]) -> dict[int, tuple[UnitLayout, ...]]:
-        """Return the lengths of output axes that hold the units, with the layouts they may have."""
         by_size: dict[int, dict[UnitLayout, None]] = {size: {} for size in self.axes}
         for layout in dict.fromkeys(dim.layout for dim in dims):
             size = self.units * layout.parts * layout.run
@@ -266,11 +227,7 @@ class TwinTest:
         second: int,
         doubted: Collection[TensorDim],
     ) -> list[set[TensorDim]]:
-        """Return groups of linked tensor dims: those that unsettled ones are in.
-
-        Each unsettled one is disturbed, unless it is linked with one before; those ``doubted`` are
-        disturbed until they are one group.
-        """
+        """Return groups of linked tensor dims: those that unsettled ones are in."""
         groups: list[set[TensorDim]] = []
         for dim in unsettled:
             in_doubt = dim in doubted and not any({*doubted} <= group for group in groups)
@@ -282,7 +239,7 @@ class TwinTest:
     def _disturbed(
         self, dim: TensorDim, dims: list[TensorDim], first: int, second: int
     ) -> list[TensorDim]:
-        """Return the tensor dims that tell the twins apart once one has noise in ``dim``."""
+        """Return the dims in which the twins' gradients differ after noise in ``dim`` of one."""
         data = self.parameters[dim.name].data
         (positions,) = self._positions(dim, first)
         generator = torch.Generator().manual_seed(1)
@@ -336,11 +293,7 @@ class TwinTest:
     def _tied_positions(
         self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]
     ) -> Tensor:
-        """Return for each position of an output axis the one whose weight in the loss it takes.
-
-        Positions of twins have the same weight. If the axis can hold the units in several layouts,
-        they are twins in each.
-        """
+        """Return for each position of an output axis the one whose weight in the loss it gets."""
         pairs = [
             (layout.positions(first, self.units), layout.positions(second, self.units))
             for layout in layouts
@@ -354,14 +307,11 @@ class TwinTest:
     def _observed(
         self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
     ) -> tuple[list[TensorDim], list[TensorDim]]:
-        """Return the tensor dims with gradients, and those of them that tell the twins apart.
-
-        A difference that is no more than rounding leaves of larger gradients does not count: such a
-        tensor dim is in neither list.
-        """
+        """Return the tensor dims with gradients, and those of them in which the twins' differ."""
         largest = largest_by_name(grads)
         observed = [dim for dim in dims if largest[dim.name] >= _NO_GRADIENT]
         unequal = self._unequal(observed, grads, largest, first, second)
+        # differences that are rounding of larger gradients: such a dim is in neither list
         least = _ROUNDING * max(largest.values(), default=0.0)
         rounded = {dim for dim in unequal if largest[dim.name] < least}
         return (
@@ -377,7 +327,6 @@ class TwinTest:
         first: int,
         second: int,
     ) -> list[TensorDim]:
-        """Return the tensor dims in which the gradients of the twins differ."""
         result = []
         for dim in dims:
             grad = grads[dim.name]
@@ -395,32 +344,25 @@ class TwinTest:
 
 
 class Edits:
-    """The changes that an experiment makes to some tensors, until it ends.
-
-    Only the positions that change are kept: a copy of every tensor takes longer than a pass.
-
-    Args:
-        tensors: the tensors by name.
-    """
+    """The changes that an experiment makes to some tensors, until it ends."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
+        # changed positions alone: a copy of every tensor takes longer than a pass
         self._before: list[tuple[TensorDim, Tensor, Tensor]] = []
 
     @property
     def names(self) -> set[str]:
-        """The names of the tensors that are changed now."""
         return {dim.name for dim, _, _ in self._before}
 
     def write(self, dim: TensorDim, positions: Tensor, values: Tensor) -> None:
-        """Give different positions along a tensor dim these values, in place."""
         data = self._tensors[dim.name].data
         self._before.append((dim, positions, data.index_select(dim.dim, positions)))
         data.index_copy_(dim.dim, positions, values)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """At the end of the context, put back what was written in it."""
+        """Restore at the end of the context what was changed in it."""
         start = len(self._before)
         try:
             yield
@@ -432,20 +374,12 @@ class Edits:
 
 @dataclass(frozen=True)
 class Links:
-    """What a twin test shows.
-
-    Attributes:
-        groups: tensor dims that belong together.
-        unequal: tensor dims in which the two units are told apart.
-        unobserved: tensor dims without a gradient, so that where they belong cannot be seen.
-    """
-
-    groups: tuple[tuple[TensorDim, ...], ...]
-    unequal: tuple[TensorDim, ...]
-    unobserved: tuple[TensorDim, ...]
+    groups: tuple[tuple[TensorDim, ...], ...]  # tensor dims that belong together
+    unequal: tuple[TensorDim, ...]  # in which the two units are distinguishable
+    unobserved: tuple[TensorDim, ...]  # without a gradient, so that their group is unknown
 
 
 def merged(groups: Sequence[set[TensorDim]], added: set[TensorDim]) -> list[set[TensorDim]]:
-    """Return the groups with one more, which takes in all that share a tensor dim with it."""
+    """Return the groups with one more, which is joined with all that share a tensor dim with it."""
     overlapping = [group for group in groups if group & added]
     return [*(group for group in groups if not group & added), added.union(*overlapping)]

@@ -1,9 +1,8 @@
 """Give a masked original the numbers, such as scales, that the pruned model has for its widths.
 
 A masked original is as wide as before pruning, but has to divide by what the pruned model divides
-by. Attributes are read from a reference build of the pruned config. Sizes that are read off tensors
-while the model runs, and the share that softmax gives to removed units, are corrected during the
-pass.
+by. Attributes are read from a reference build of the pruned config. Sizes that the pass reads off
+tensors, and the share that softmax gives to removed units, are corrected during the pass.
 """
 
 from __future__ import annotations
@@ -21,40 +20,27 @@ from torch.overrides import TorchFunctionMode
 
 from ..model.surroundings import replaced
 
-_ROUNDING = 1e-6
-"""Largest relative difference that rounding to another precision makes."""
+_ROUNDING = 1e-6  # largest relative difference that rounding to another precision makes
 
 
 class CutDim(NamedTuple):
-    """One dimension of a tensor before and after pruning.
-
-    Attributes:
-        size: its length before pruning.
-        kept: the kept positions in rising order, shape ``(kept,)``.
-    """
-
-    size: int
-    kept: Tensor
+    size: int  # before pruning
+    kept: Tensor  # positions in rising order, shape (kept,)
 
     @property
     def removed(self) -> Tensor:
-        """Return the removed positions, in rising order."""
         is_removed = torch.ones(self.size, dtype=torch.bool)
         is_removed[self.kept] = False
         return is_removed.nonzero().view(-1)
 
     @property
     def cut(self) -> bool:
-        """True if any position was removed."""
         return len(self.kept) < self.size
 
 
 def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
-    """Give a model the numbers that depend on widths (attention scales) of a reference build.
-
-    They are not taken from the pruned model, so that a number which pruning forgot to refresh there
-    shows as a difference.
-    """
+    """Set the numbers that depend on widths (attention scales) to those of a reference build."""
+    # not the pruned model's: a number that pruning did not update has to show as a difference
     counterparts = dict(reference_build.named_modules())
     for name, module in model.named_modules():
         counterpart = counterparts.get(name)
@@ -74,7 +60,7 @@ def take_scales(model: nn.Module, reference_build: nn.Module) -> None:
 
 
 def _take_numbers(target: Any, source: Any) -> None:
-    """Give ``target`` the numbers of ``source`` where they differ, whole ones as ``DualWidth``."""
+    """Set the numbers of ``target`` to those of ``source``; whole ones as ``DualWidth``."""
     if not (hasattr(target, "__dict__") and hasattr(source, "__dict__")):
         return  # Idefics has a None for a module's config
     for key, value in list(vars(target).items()):
@@ -86,13 +72,9 @@ def _take_numbers(target: Any, source: Any) -> None:
 
 
 class DualWidth(int):
-    """A width that reshapes with its old value and scales (``width**-0.5``) with its new one.
+    """A width that reshapes with its old value and scales (``width**-0.5``) with its new one."""
 
-    Attributes:
-        new: the width after pruning; the integer itself is the width before.
-    """
-
-    new: int
+    new: int  # after pruning; the integer itself is the width before
 
     def __new__(cls, value: int, new: int) -> DualWidth:
         self = super().__new__(cls, value)
@@ -122,15 +104,11 @@ class DualWidth(int):
 
 
 class SizesRead(TorchFunctionMode):
-    """Records every size that a model reads off a tensor while it runs, in order.
-
-    Attributes:
-        sizes: one entry for each read: all sizes of a tensor, or one of them. For an attention
-            function that torch computes in one piece: the head dim.
-    """
+    """Records every size that a model reads off a tensor while it runs, in order."""
 
     def __init__(self) -> None:
         super().__init__()
+        # for each read, all sizes of a tensor or one of them; for fused attention, the head dim
         self.sizes: list[tuple[int, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,19 +123,11 @@ class SizesRead(TorchFunctionMode):
 
 
 class AsNarrow(TorchFunctionMode):
-    """Gives a masked model sizes that scale like those which the pruned model reads.
-
-    Both run the same code, so they read sizes in the same order. A softmax over units gives removed
-    units the weight zero.
-
-    Args:
-        pruned_sizes: the sizes that the pruned model read (``SizesRead.sizes``).
-        dims: dimensions of tensors; those that were cut tell which units are removed.
-    """
+    """Gives a masked model sizes that scale like those that the pruned model reads."""
 
     def __init__(self, pruned_sizes: Sequence[tuple[int, ...]], dims: Iterable[CutDim]):
         super().__init__()
-        self.pruned_sizes = iter(pruned_sizes)
+        self.pruned_sizes = iter(pruned_sizes)  # both run the same code, so in the same order
         self.cut_dims = {(dim.size, tuple(dim.kept.tolist())): dim for dim in dims if dim.cut}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,13 +159,10 @@ class AsNarrow(TorchFunctionMode):
         return widths if isinstance(result, tuple) else widths[0]
 
     def _without_removed(self, x: Tensor) -> Tensor:
-        """Return softmax scores with removed units at minus infinity.
-
-        The last axis is of units if exactly the removed ones are zero everywhere. Else the scores
-        stay as they are.
-        """
+        """Return softmax scores with removed units at minus infinity."""
         for dim in self.cut_dims.values():
             if x.ndim > 1 and x.shape[-1] == dim.size:
+                # the last axis is of units if exactly the removed ones are zero everywhere
                 empty = (x == 0).flatten(0, -2).all(0)
                 if bool(empty[dim.removed].all()) and not bool(empty[dim.kept].any()):
                     return x.index_fill(-1, dim.removed, -math.inf)
@@ -215,17 +182,13 @@ def _reads_sizes(func: Any) -> bool:
     return func is Tensor.size or func == _SHAPE
 
 
-_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
-"""What ``tensor.shape`` calls."""
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]  # what ``tensor.shape`` calls
 
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """Run functions that a model's file compiles with ``torch.jit.script`` as plain Python.
-
-    Compiled functions read sizes past the modes above (Transformers 4: DeBERTa's
-    ``scaled_size_sqrt``).
-    """
+    """Run functions that a model's file compiles with ``torch.jit.script`` as plain Python."""
+    # the modes above do not see sizes that these read (Transformers 4: DeBERTa's scaled_size_sqrt)
     with ExitStack() as stack:
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules[name]
@@ -237,7 +200,5 @@ def as_written(model: nn.Module) -> Iterator[None]:
 
 
 class _Sizes(tuple[int, ...]):
-    """The sizes of a tensor, some of them a ``DualWidth``."""
-
     def numel(self) -> int:
         return math.prod(map(int, self))

@@ -15,17 +15,13 @@ from .fit import Conflict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AGAIN = "Nothing was written; go on pruning and sync again."
-"""How messages end: what to do next."""
+AGAIN = "Nothing was written; go on pruning and sync again."  # how messages end
 
 
 def explain_conflict(
     model: PreTrainedModel, field_map: FieldMap, conflict: Conflict
 ) -> ConfigSyncError:
-    """Return the error for a conflict: the fields that need several values, and the layers that do.
-
-    If several solutions fit, the error lists them instead.
-    """
+    """Return the error for a conflict: which layers need which value, or the several solutions."""
     name = type(model).__name__
     if conflict.ambiguous:
         choices = " or ".join(
@@ -81,7 +77,6 @@ def explain_refusal(
 
 
 def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> ConfigSyncError:
-    """Return the error for a config that builds other shapes than the weights have."""
     return ConfigSyncError(
         f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
         f"now: {listed(mismatches, '; ')}. No field of the config sets these dimensions on their "

@@ -17,7 +17,6 @@ from ..expressions import Expression, Power, Quantity
 from ..field_map import FieldMap
 
 Values = dict[FieldPath, int]
-"""Field -> its value."""
 
 
 def fit(
@@ -29,8 +28,8 @@ def fit(
 ) -> Values | Conflict:
     """Return a value for every field at which the field map gives these sizes, or the conflict.
 
-    Quantities have the full model's names. With ``powers``, those that are powers of fields are
-    used too. Fields in ``hold`` stay as they are where sizes alone allow several solutions.
+    ``powers``: also use quantities that are powers of fields. ``hold``: fields to keep if several
+    solutions fit. Names are the full model's.
     """
     problem = replace(problem_of(field_map, sizes, given, powers), hold=hold)
     first: dict[tuple[str, int | str, int], Quantity] = {}  # layers of one kind count once
@@ -54,11 +53,8 @@ def problem_of(
     given: Mapping[FieldPath, int] | None = None,
     powers: bool = False,
 ) -> Problem:
-    """Return the problem to solve: these sizes, and how the fields make them by the field map.
-
-    A field that is given counts as one more quantity, and so does each proportion of fields.
-    """
     base = field_map.sizes if powers else field_map.values
+    # a given field counts as one more quantity, and so does each proportion of fields
     expressions: dict[Quantity, Expression | Power] = {}
     targets: dict[Quantity, int] = {}
     for field, value in (given or {}).items():
@@ -93,16 +89,13 @@ def build_with_shapes(
     values: Mapping[FieldPath, int],
     buffers: bool = False,
 ) -> tuple[dict[str, Any], nn.Module] | Refusal | Sequence[Mismatch]:
-    """Build the class at these values and check that it has the target's shapes.
-
-    Unset fields of ``base``, the config's JSON to start from, stay unset where that suffices.
-    Return the new JSON and the built model; or the refusal or the mismatches of the last attempt.
-    """
+    """Build the class at these values and compare it with the target; return its JSON and model."""
     changed = {
         field: value
         for field, value in values.items()
         if value != field_map.sizes.get(field) or value_at(base, field) not in (value, None)
     }
+    # unset fields remain unset if that suffices
     explicit = {field: values[field] for field in field_map.unset}
     attempts: list[Values] = [{p: v for p, v in changed.items() if p not in field_map.unset}]
     attempts += [{**attempts[0], field: value} for field, value in explicit.items()]
@@ -122,59 +115,38 @@ def build_with_shapes(
 
 @dataclass(frozen=True)
 class Conflict:
-    """Why there is no single solution.
+    """Why there is no single solution."""
 
-    Attributes:
-        needs: field -> the value that it would need -> the quantities that need it.
-        ambiguous: the solutions, where several fit and nothing tells which; each as field -> value.
-    """
-
+    # field -> the value that it would need -> the quantities that need it
     needs: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]] = dataclasses.field(
         default_factory=dict
     )
-    ambiguous: Sequence[Mapping[FieldPath, int]] = ()
+    ambiguous: Sequence[Mapping[FieldPath, int]] = ()  # several solutions, if nothing decides
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes that quantities have to have, and how the fields make them.
-
-    Attributes:
-        expressions: for each quantity, how the fields make it.
-        base: the value of each field that the expressions are written around.
-        targets: the size that each quantity has to have.
-        hold: fields to leave as they are where shapes alone allow several solutions, in order.
-    """
+    """Sizes that quantities have to have, and how the fields determine them."""
 
     expressions: Mapping[Quantity, Expression | Power]
-    base: Mapping[FieldPath, int]
+    base: Mapping[FieldPath, int]  # the field values that the expressions were learned at
     targets: Mapping[Quantity, int]
-    hold: Sequence[FieldPath] = ()
+    hold: Sequence[FieldPath] = ()  # fields not to change if several solutions fit, in order
 
 
 def solve(problem: Problem) -> dict[FieldPath, int] | Conflict:
-    """Return a value for every field so that all targets are met, or the conflict.
-
-    Fields that no target depends on keep their base value.
-    """
     steps = _search(problem, {})
     return steps if isinstance(steps, Conflict) else _values(problem, steps, problem.base)
 
 
 def open_together(problem: Problem) -> list[FieldPath]:
-    """Return the fields whose values the targets set only together; empty if there are none.
-
-    Once one field of such a set has a value, the others follow from the targets.
-    """
+    """Return fields that the targets determine only together: one value settles the others."""
     steps = _forced(problem, {})
     return [] if isinstance(steps, Conflict) else _entangled(problem, steps)
 
 
 def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
-    """Return the steps that the targets give, with those given; or the conflict.
-
-    A step is a field's value minus its base value.
-    """
+    """Return the steps (value minus base value) that the targets require; or the conflict."""
     forced = _forced(problem, steps)
     if isinstance(forced, Conflict):
         return forced
@@ -185,7 +157,7 @@ def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath,
 
 
 def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
-    """Return these steps and those that follow from them by single equations, or the conflict."""
+    """Add the steps that follow from single equations, or return the conflict."""
     steps = dict(steps)
     while True:
         votes = _votes(problem, steps)
@@ -201,7 +173,7 @@ def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath,
 def _votes(
     problem: Problem, steps: Mapping[FieldPath, int]
 ) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
-    """Return field -> step -> quantities from which it follows: those with one field still open."""
+    """Return field -> step -> quantities that require it, as their only open field."""
     votes: dict[FieldPath, dict[Fraction, list[Quantity]]] = {}
     for quantity, target in problem.targets.items():
         expression = problem.expressions[quantity]
@@ -219,10 +191,7 @@ def _contradictions(
     votes: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]],
     steps: Mapping[FieldPath, int],
 ) -> Conflict | None:
-    """Return the conflict between these votes, or between the steps and the targets, or None.
-
-    A field conflicts if it would need several values, or one that is no whole number above 0.
-    """
+    """Return the conflict between these votes, or between the steps and the targets, or None."""
     needs: dict[FieldPath, dict[Fraction, Sequence[Quantity]]] = {}
     for name, by_step in votes.items():
         values = {problem.base[name] + step: who for step, who in by_step.items()}
@@ -255,11 +224,7 @@ def _entangled(problem: Problem, steps: Mapping[FieldPath, int]) -> list[FieldPa
 def _branch(
     problem: Problem, steps: dict[FieldPath, int], entangled: Sequence[FieldPath]
 ) -> dict[FieldPath, int] | Conflict:
-    """Keep one entangled field at its base value and solve for the rest; try ``hold`` first.
-
-    Return the steps, if every field that may stay gives the same ones; otherwise a conflict: the
-    ambiguous one, or the one with the fewest fields.
-    """
+    """Keep one entangled field at its base value and solve for the rest; try ``hold`` first."""
     for name in problem.hold:
         if name in entangled:
             result = _search(problem, {**steps, name: 0})

@@ -1,7 +1,7 @@
 """Recover the config of a pruned checkpoint from its shapes alone.
 
-No record of the pruning is needed. Widths follow from the shapes; a head count that no shape shows
-stays as it is where it can. A config is only accepted if the class builds these shapes from it.
+Shapes determine widths. A head count that no shape shows keeps its value if it can. A config is
+accepted only if the class builds these shapes from it.
 """
 
 from __future__ import annotations
@@ -23,40 +23,23 @@ from ..expressions import Quantity
 from ..field_map import FieldMap
 from .fit import Conflict, Values, build_with_shapes, fit, open_together, problem_of
 
-_MOST_GUESSES = 64
-"""Values of joint fields that are tried."""
-_LISTED = 8
-"""Solutions that are tried, and that a conflict lists."""
+_MOST_GUESSES = 64  # values of joint fields that are tried
+_LISTED = 8  # solutions that are tried, and that a conflict lists
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A config that builds the shapes.
-
-    Attributes:
-        values: every field that sets a size, at the value that it has now.
-        data: the config's JSON.
-        undecided: fields of head counts that no shape shows.
-    """
-
-    values: Values
-    data: dict[str, Any]
-    undecided: frozenset[FieldPath] = frozenset()
+    values: Values  # every field that sets a size
+    data: dict[str, Any]  # the config's JSON
+    undecided: frozenset[FieldPath] = frozenset()  # fields of head counts that no shape shows
 
 
 def recover(
     field_map: FieldMap, target: Shapes, given: Mapping[FieldPath, int] | None = None
 ) -> Recovery | Conflict | Refusal:
-    """Find the one config of a class that builds these shapes.
+    """Return the one config that builds these shapes, proved by building it, or why there is none.
 
-    Args:
-        field_map: the class, learned around the config that the model had.
-        target: the shape of every tensor of the whole model; tied ones under one name or all.
-        given: fields with a fixed value; they settle what shapes leave open.
-
-    Returns:
-        The config, proved by building it; a ``Conflict`` with the fields that would need several
-        values at once, or with the several solutions that fit; or why there is no config.
+    Of tied tensors, ``target`` has at least one. ``given`` fields have a fixed value.
     """
     given = dict(given or {})
     refusal = _other_tensors(field_map, target)
@@ -153,30 +136,19 @@ def _differences(solutions: Sequence[Values]) -> list[Values]:
     return [{field: solution[field] for field in differing} for solution in solutions]
 
 
-SMALL = 128
-"""How many combinations of head counts are tried; of a joint field, four times as many values."""
+SMALL = 128  # combinations of head counts to try; of a joint field, four times as many values
 
 
 class Goal:
-    """Shapes that a class has to build.
-
-    Attributes:
-        field_map: the class.
-        target: the shapes, in the full model's names.
-        shallow_target: the target's shapes of the shallow model's tensors, by their names there
-            and with the pieces of all layers.
-        sizes: the tensor dims of the target with their sizes; layers of one kind and size count
-            once.
-    """
-
     def __init__(self, field_map: FieldMap, target: Shapes):
         self.field_map = field_map
         self.target = target
         origins = {name: field_map.depth.origin(name) for name in field_map.shapes}
+        # by the shallow model's names, with the pieces of all layers
         self.shallow_target = {
             name: target[full] for name, full in origins.items() if full in target
         }
-        self.sizes: dict[Quantity, int] = {}
+        self.sizes: dict[Quantity, int] = {}  # layers of one kind and size count once
         counted = set()
         for name, shape in target.items():
             for dim, size in enumerate(shape):
@@ -201,10 +173,7 @@ class Goal:
 def solutions(
     field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
 ) -> Iterator[Values | Conflict]:
-    """Yield the values that fit the field map, or the conflict if none do.
-
-    If joint fields allow several solutions, all are yielded; each keeps another field as it is.
-    """
+    """Yield all values that fit the field map, each keeping another joint field; or a conflict."""
     result = fit(field_map, sizes, given, powers=True)
     if isinstance(result, Conflict) and result.ambiguous:
         for solution in result.ambiguous:
@@ -219,10 +188,7 @@ def others(
     given: Mapping[FieldPath, int],
     recurse: bool = True,
 ) -> Iterator[Values]:
-    """Yield the values that fit the field map for every value of a joint field.
-
-    With ``recurse``, those of a second one are tried where the first does not settle the rest.
-    """
+    """Yield the values that fit for every value of a joint field, and of a second if need be."""
     joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
     if not joint_fields:
         return
@@ -237,10 +203,7 @@ def others(
 
 
 def with_heads(goal: Goal, values: Values, given: Mapping[FieldPath, int]) -> Iterator[Values]:
-    """Yield the values as they are, then with other head counts that divide the widths.
-
-    Only head counts that no shape shows get other values.
-    """
+    """Yield the values as they are, then with other head counts that divide the widths."""
     yield values
     choices: dict[FieldPath, list[int]] = {}
     for field in hidden_counts(goal.field_map):
@@ -271,5 +234,4 @@ def _split_width(goal: Goal, field: FieldPath) -> int:
 
 
 def hidden_counts(field_map: FieldMap) -> list[FieldPath]:
-    """Return the fields of head counts that no shape shows."""
     return sorted((p for p in field_map.count_fields() if not field_map.moves_shapes(p)), key=str)

@@ -20,28 +20,20 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, config_json, value_at, with_values
 from .requirements import Requirements, goes_as_far
 
+# runs a config and returns its head splits; None: it lacks something that is required
 Observe = Callable[[dict[str, Any]], HeadSplits | None]
-"""Runs a config and returns its head splits; ``None``: it lacks something that is required."""
-_HEAVY = 3_000_000
-"""How many numbers one forward pass may compute: with more, hundreds of passes take minutes."""
-WORTH = 0.9
-"""A lower size is kept if it leaves less than this share of the numbers to compute."""
-_FEWEST = 4
-"""The smallest value of a width that shrinks in proportion."""
-SHORTEST = 8
-"""The smallest value of a size that sets no width."""
-PARTS = (64, 32, 16, 8, 4, 2)
-"""What widths are divided by together with another number, the largest first."""
+_HEAVY = 3_000_000  # numbers that one pass may compute: with more, hundreds of passes take minutes
+WORTH = 0.9  # a lower size is kept if it leaves less than this share of the numbers to compute
+_FEWEST = 4  # the smallest value of a width that shrinks in proportion
+SHORTEST = 8  # the smallest value of a size that sets no width
+PARTS = (64, 32, 16, 8, 4, 2)  # divisors of a width together with another number
 
 
 def in_proportion(field_map: FieldMap, data: dict[str, Any], observe: Observe) -> dict[str, Any]:
-    """Return the config with smaller widths that the class takes only in proportion (Mamba 2).
-
-    A field that was larger than another stays larger: there are several heads in each group.
-    """
+    """Return the config with smaller widths that the class accepts only in proportion (Mamba 2)."""
 
     def in_order(trial: dict[str, Any], paths: Collection[FieldPath]) -> bool:
-        return all(
+        return all(  # several heads in each group remain several
             value_at(trial, field) > value_at(trial, other)
             for field in paths
             for other in field_map.sizes
@@ -73,13 +65,12 @@ def lighter(
     observe: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
-    """Return the config with lower sizes that set no width, if the class is slow.
+    """Return the config with lower sizes that set no width (Mamba's chunks), if it is slow.
 
-    Such sizes are Mamba's chunks, or the tokens of an image. They stay above ``most``, the largest
-    number of experts, as a smaller one may be how many a token takes. ``rows`` are fields that only
-    count positions; the inputs are as long as some of them (Whisper).
+    ``rows`` are fields that only count positions; some set the length of the inputs (Whisper).
     """
     sizes = {field: field_map.sizes[field] for field in rows} | field_map.non_size_fields
+    # above the largest number of experts: a smaller number may be how many a token takes
     least = max(most + 1, SHORTEST)
     data = lowered(data, _changing_together(sizes), partial(_lower, least=least), observe)
     best = observe(data)
@@ -95,11 +86,9 @@ def lowered(
     lower: Callable[[dict[str, Any], list[FieldPath]], Iterator[dict[str, Any]]],
     observe: Observe,
 ) -> dict[str, Any]:
-    """Return the config with one size after the other lowered, until a pass computes little.
+    """Return the config with one size after the other lowered, until a pass is light.
 
-    ``lower`` yields configs with lower values of fields that change together, the lowest first. The
-    first of these that spares enough is kept. What changes nothing at its lowest is asked about
-    together with others (bisection).
+    ``lower`` yields configs with lower values of fields that change together, the lowest first.
     """
     before = observe(data)
     if before is None:
@@ -107,7 +96,6 @@ def lowered(
     numbers = before.numbers
 
     def change_nothing(some: Sequence[list[FieldPath]]) -> bool:
-        """True if a pass computes as much with all of these at their lowest, or is light by now."""
         if numbers <= _HEAVY:
             return True
         trial = data
@@ -128,11 +116,9 @@ def lowered(
 def _with_cheaper_values(
     field_map: FieldMap, data: dict[str, Any], observe: Observe
 ) -> dict[str, Any]:
-    """Return the config with sizes at their old values where a smaller size costs more.
-
-    Smaller patches are more patches of an image (LayoutLMv3).
-    """
+    """Return the config with sizes at their old values where a smaller size costs more."""
     best = observe(data)
+    # smaller patches are more patches of an image (LayoutLMv3)
     for field in _lengths(field_map):
         if best is None or best.numbers <= _HEAVY:
             break
@@ -144,11 +130,8 @@ def _with_cheaper_values(
 
 
 def _lengths(field_map: FieldMap) -> list[FieldPath]:
-    """Return the fields that are no widths: of a lower one, a class may compute more.
-
-    They set how long a kernel is, a size along no straight line, or what layers read and no layer
-    returns. The patches of an image or a sound do, of which there are more if they are smaller.
-    """
+    """Return the fields that are no widths, of which lower values may cost more."""
+    # lengths: of a kernel, not linear, or read by layers and returned by none (a patch's side)
     returned, lengths = set[FieldPath](), set(nonlinear_fields(field_map))
     for (_, which), expression in field_map.expressions.items():
         if which == 0:
@@ -159,7 +142,6 @@ def _lengths(field_map: FieldMap) -> list[FieldPath]:
 
 
 def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
-    """Return the fields in lists, the largest first; equal entries of one list change together."""
     groups: dict[tuple[FieldPath, int], list[FieldPath]] = {}
     for field, value in sizes.items():
         listed = not isinstance(field[-1], str)  # one entry for each layer
@@ -168,19 +150,15 @@ def _changing_together(sizes: dict[FieldPath, int]) -> list[list[FieldPath]]:
 
 
 def _lower(data: dict[str, Any], fields: list[FieldPath], least: int) -> Iterator[dict[str, Any]]:
-    """Yield configs with a size at a sixteenth, a quarter and half, but not below ``least``."""
     value = value_at(data, fields[0])
     for part in (16, 4, 2):
         if type(value) is int and not value % part and value // part >= least:
             yield with_values(data, dict.fromkeys(fields, value // part))
 
 
-_SLOW = 6_000_000
-"""A pass that computes more numbers than this is slow: one takes 0.1 s, and hundreds are run."""
-_VERY_SLOW = 40_000_000
-"""A pass of so many numbers takes a tenth of a second."""
-_MOST_TRIALS = 12
-"""How many lower values of one number are tried, the smallest first."""
+_SLOW = 6_000_000  # numbers of a slow pass: one takes 0.1 s, and hundreds are run
+_VERY_SLOW = 40_000_000  # ``Requirements.cost`` of a pass that takes a tenth of a second
+_MOST_TRIALS = 12  # lower values of one number that are tried, the smallest first
 
 
 def cheaper(
@@ -190,13 +168,7 @@ def cheaper(
     observed: Observe,
     rows: Collection[FieldPath] = (),
 ) -> dict[str, Any]:
-    """Return the config with lower numbers that set no width, if its model is slow to run.
-
-    First images shrink together with all numbers in proportion to them. Then every number that the
-    class reads when it is built, or when it runs (how many objects a detector looks for), goes down
-    to a divisor of it. That has to be above ``most``, the largest number of experts. ``rows`` are
-    fields that only count positions.
-    """
+    """Return the config with lower numbers that set no width, if its model is slow to run."""
     before = observed(data)
     if before is None or before.numbers <= _SLOW:
         return data
@@ -220,17 +192,13 @@ def with_few_objects(
     required: Requirements,
     rows: Collection[FieldPath],
 ) -> dict[str, Any]:
-    """Return the config with fewer objects to look for, if a smaller image is enough for these.
-
-    A detector takes the best of all places as its objects, so an image needs as many places. Where
-    an earlier form of inputs has enough of them now, ``required`` runs that from here on. For
-    ``most`` and ``rows`` see :func:`cheaper`.
-    """
+    """Return the config with fewer objects to look for, if a smaller image has room for these."""
 
     def in_small_image(config: dict[str, Any]) -> float:
         images = map(required.observed, smaller_images(field_map, config))
         return next((observed.numbers for observed in images if observed is not None), math.inf)
 
+    # a detector takes the best of all places as its objects, so an image needs as many places
     before = required.observed(data)
     slow = before is not None and before.numbers > _SLOW
     for fields in _equal_values(data, rows) if slow else ():
@@ -241,7 +209,7 @@ def with_few_objects(
             continue
         recipe = with_smaller_inputs(model, required.recipe)
         if recipe != required.recipe:
-            required.run_with(recipe)
+            required.run_with(recipe)  # smaller inputs have enough places now
             data = trial
         elif in_small_image(trial) < WORTH * in_small_image(data):
             data = trial
@@ -254,12 +222,8 @@ def with_equal_values(
     lower: Callable[[dict[str, Any], FieldPath], Iterator[dict[FieldPath, int]]],
     required: Requirements,
 ) -> dict[str, Any]:
-    """Return the config with widths that are as large as others, if it is very slow to run.
-
-    Widths differ in a tiny model while there are values, but where each stage is twice as wide as
-    the one before (VibeVoice's seven), the first one decides over millions of parameters.
-    ``lower`` yields changes of a width to lower values, the lowest first.
-    """
+    """Return the config with widths that may equal others, if it is very slow to run."""
+    # with each stage twice as wide as the last (VibeVoice's seven), the first sets the cost
     best = required.cost(data)
     if not _VERY_SLOW < best < math.inf:
         return data
@@ -267,7 +231,7 @@ def with_equal_values(
     for field in widths:
         narrowest = with_values(narrowest, next(lower(narrowest, field), {}))
     if WORTH * best <= required.cost(narrowest) < math.inf:
-        return data  # what no field sets decides
+        return data  # most of the cost is set by no field
     for field in widths:
         for change in lower(data, field) if best > _VERY_SLOW else ():
             trial = with_values(data, change)
@@ -279,11 +243,7 @@ def with_equal_values(
 
 
 def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
-    """Return how to run a model on the meta device, with an earlier form of inputs if it is slow.
-
-    A class may need a large image at its own sizes, where a tiny model does with a small one: it
-    looks for fewer objects than a small image has places.
-    """
+    """Return the recipe with smaller inputs if the model is slow and still runs as far."""
     if recipe.form == 0 or recipe.make_inputs is not None:
         return recipe
     before = observe(model, recipe)
@@ -296,10 +256,6 @@ def with_smaller_inputs(model: nn.Module, recipe: RunRecipe) -> RunRecipe:
 
 
 def _equal_values(data: dict[str, Any], fields: Collection[FieldPath]) -> list[list[FieldPath]]:
-    """Return the fields in lists, the largest values first; those of equal value change together.
-
-    Fields that hold no whole number now are left out.
-    """
     groups: dict[int, list[FieldPath]] = {}
     for field in dict.fromkeys(fields):
         value = value_at(data, field)
@@ -311,10 +267,7 @@ def _equal_values(data: dict[str, Any], fields: Collection[FieldPath]) -> list[l
 def _divisors(
     data: dict[str, Any], fields: list[FieldPath], least: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield configs with a number at its divisors from ``least`` on, the smallest first.
-
-    Fields of equal value change together, or else each alone.
-    """
+    """Yield configs with a number at its divisors from ``least`` on, the smallest first."""
     value = value_at(data, fields[0])
     smaller = [part for part in range(least, value // 2 + 1) if value % part == 0]
     for part in smaller[:_MOST_TRIALS]:
@@ -324,29 +277,18 @@ def _divisors(
             yield with_values(data, {field: part})
 
 
-_IMAGES = (64, 96, 128)
-"""Sides of an image to try, in pixels."""
-_SHORTEST = 48
-"""The shortest side of several in proportion."""
+_IMAGES = (64, 96, 128)  # sides of an image to try, in pixels
+_SHORTEST = 48  # pixels; the shortest side of several in proportion
 _WINDOW = "window_size"
 _PATCH = "patch_size"
 _CROPS = "image_grid_pinpoints"
-_STRIDE = 32
-"""The largest stride, in pixels, of a map of features."""
-_PARTS = 4
-"""A stride may be a number of these parts of a pixel: SAM 3 makes maps larger than its patches."""
-_FACTORS = (16, 12, 8, 6, 4, 3, 2)
-"""What an image and its maps of features are divided by together, the largest first."""
+_STRIDE = 32  # pixels; the largest stride of a map of features
+_PARTS = 4  # a stride may be in quarters of a pixel: SAM 3 makes maps larger than its patches
+_FACTORS = (16, 12, 8, 6, 4, 3, 2)  # divisors of an image together with its maps of features
 
 
 def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield configs for smaller images, with windows in proportion (Swin).
-
-    First come configs in which all image sizes shrink together, with the numbers of patches that
-    follow: where one of them sets a width and others, or such numbers, do not (SAM). Then come the
-    sides of an image that is longer than wide, in proportion, where they set widths (SegGPT). Then
-    only image sizes that set no width shrink.
-    """
+    """Yield configs for smaller images, with windows in proportion (Swin)."""
     whole = config_json(field_map.builder.config(data), use_diff=False)
     images: dict[FieldPath, int] = {}
     windows: dict[FieldPath, int] = {}
@@ -364,12 +306,14 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     images = {p: side for p, side in images.items() if side > _IMAGES[0]}
     grids = _grids(field_map, max(images.values(), default=0))
     setting = {field: side for field, side in images.items() if field in field_map.sizes}
+    # all sizes together, with the numbers of patches, if only some set a width (SAM)
     if setting and (grids or len(images) > len(setting)):
         for size in _IMAGES:
             sides: dict[FieldPath, int] = {field: min(size, side) for field, side in images.items()}
             fewer = {field: size // patch for field, patch in grids.items()}
             yield with_values(data, {**sides, **fewer})
     shortest = min(setting.values(), default=1)
+    # the sides of an image that is not square, if they set widths (SegGPT)
     for size in _shorter(setting.values()) if len(set(setting.values())) > 1 else ():
         yield with_values(data, {field: side * size // shortest for field, side in setting.items()})
     images = {field: side for field, side in images.items() if field not in setting}
@@ -387,11 +331,9 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
 
 
 def _shorter(sides: Collection[int]) -> list[int]:
-    """Return what the shortest of several sides may become, the shortest first.
-
-    Where it divides all of them, there are as many patches of each as before, in proportion: one
-    tower's map of features fits the positions of the next (Unlimited-OCR).
-    """
+    """Return what the shortest of several sides may become, the shortest first."""
+    # A divisor of all sides keeps the numbers of patches in proportion: one tower's map of features
+    # fits the positions of the next (Unlimited-OCR).
     shortest = min(sides)
     whole = {shortest // n for n in _FACTORS if not any(side % n for side in sides)}
     return sorted({*_IMAGES, *(side for side in whole if _SHORTEST <= side <= _IMAGES[-1])})
@@ -400,15 +342,7 @@ def _shorter(sides: Collection[int]) -> list[int]:
 def images_in_proportion(
     field_map: FieldMap, data: dict[str, Any], numbers: Mapping[FieldPath, int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps).
-
-    Such a number is the length of a map of features: the side of an image divided by some stride.
-
-    Args:
-        field_map: the field map of the class.
-        data: the config.
-        numbers: fields that set no width, with their values at full size.
-    """
+    """Yield configs with smaller images and all numbers in proportion to them (SAM 2's maps)."""
     whole = config_json(field_map.builder.config(data), use_diff=False)
     fields = [field for field in {**numbers, **field_map.sizes} if is_side(field)]
     sides = {field: side for field in fields if type(side := value_at(whole, field)) is int}
@@ -419,7 +353,7 @@ def images_in_proportion(
         if field not in sides
         and not _is_patch(field)
         and type(value := value_at(whole, field)) is int
-        and _PARTS * largest % value == 0
+        and _PARTS * largest % value == 0  # a map's length: the image's side over some stride
         and largest <= _STRIDE * value
     }
     following = {field: side for field, side in {**sides, **maps}.items() if side > 1}
@@ -431,7 +365,6 @@ def images_in_proportion(
 
 
 def is_side(field: FieldPath) -> bool:
-    """True if a field is the side of an image, by its name."""
     return any(key in IMAGE_SIZES for key in field[-2:])
 
 
@@ -444,7 +377,7 @@ def _outermost(lists: Collection[FieldPath]) -> set[FieldPath]:
 
 
 def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
-    """Return the fields that count patches along an image and set no width, with a patch's side."""
+    """Return the fields that count patches along an image and set no width -> a patch's side."""
     patches = {side for field, side in field_map.sizes.items() if field[-1] == _PATCH}
     patches = {side for side in patches if 1 < side < image and image % side == 0}
     sides = {image // patch: patch for patch in patches}
@@ -454,10 +387,7 @@ def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:
 
 
 def crops(data: dict[str, Any], change: dict[FieldPath, int]) -> dict[FieldPath, int]:
-    """Return the image sizes that crops are cut from, for a change of the size of a crop.
-
-    They change in proportion, so that there are as many crops as before.
-    """
+    """Return the image sizes that crops are cut from, in proportion to the new size of a crop."""
     sizes = [field for field in change if field[-1] == "image_size"]
     return {
         (_CROPS, row, side): length * change[field] // value_at(data, field)

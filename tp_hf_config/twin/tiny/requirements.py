@@ -1,4 +1,4 @@
-"""What a tiny model has to keep of its class, so that experiments on it are true of the class."""
+"""What a tiny model has to keep of its class, so that experiments on it are valid for the class."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at
 from ...model.shapes import shapes
 
-HEAD_DIM = 16
-"""A head dim that is enough for all that a class does inside a head."""
-_PER_PARAMETER = 4
-"""As long as so many numbers takes each parameter of a pass."""
+HEAD_DIM = 16  # a head dim that is enough for all that a class does inside a head
+_PER_PARAMETER = 4  # a parameter, read and computed with, costs as much as this many numbers
 
 
 class Requirements:
@@ -34,17 +32,7 @@ class Requirements:
     - several positions for each unit of a field where there were several;
     - layers of all kinds;
     - at least two units of a field that dimensions divide differently (heads, groups);
-    - a forward pass that goes as far, over heads of enough dimensions.
-
-    Args:
-        field_map: the field map of the class.
-        base: the model that is shrunk, on the meta device.
-
-    Attributes:
-        builder: builds the class.
-        recipe: how the class is run.
-        shapes: the tensor shapes of ``base``.
-        layout: the head splits of its forward pass.
+    - a forward pass that runs as far, over heads of enough dimensions.
     """
 
     def __init__(self, field_map: FieldMap, base: nn.Module):
@@ -58,32 +46,25 @@ class Requirements:
         self._parameters: dict[str, int] = {}
 
     def run_with(self, recipe: RunRecipe) -> None:
-        """Run configs with other inputs from here on; passes have to go as far as before."""
         self.recipe = recipe
         self._observed.clear()
 
     def observed(self, trial: dict[str, Any]) -> HeadSplits | None:
-        """Return the head splits of the model of another config, or None; built once for each.
-
-        ``None``: the class refuses the config, or the model lacks something that is required.
-        """
+        """Return the head splits of a config's model, None if it fails; built once for each."""
         key = repr(trial)
         if key not in self._observed:
             self._observed[key] = self._observe(trial)
         return self._observed[key]
 
     def cost(self, trial: dict[str, Any]) -> float:
-        """Return how long a pass takes, in numbers computed; infinity if something is required.
-
-        Each parameter takes as long as a few numbers: it is read from memory, and computed with.
-        """
+        """Return what a pass costs, in numbers computed; infinity if the config fails."""
         observed = self.observed(trial)
         if observed is None:
             return math.inf
         return observed.numbers + _PER_PARAMETER * self._parameters[repr(trial)]
 
     def _has_narrow_heads(self, trial: dict[str, Any]) -> bool:
-        """True if expressions tell that some heads would be too narrow: that needs no build."""
+        """True if expressions show that some heads would be too narrow: that needs no build."""
         values = {field: value_at(trial, field) for field in self._sizes}
         steps = {f: n - self._sizes[f] for f, n in values.items() if type(n) is int}
         return any(
@@ -119,17 +100,14 @@ class Requirements:
 def _head_expressions(
     field_map: FieldMap, layout: HeadSplits
 ) -> list[tuple[Expression | Power, Expression | Power, int]]:
-    """Return the output features, the heads and the least head dim, for a layer of each kind.
-
-    Left out are layers whose outputs are in pieces, and those where one of both is no plain
-    product: what two fields do together may not have been learned, and shows far from their values.
-    """
+    """Return the output features, heads and least head dim, for a layer of each kind."""
     sizes: dict[Quantity, Expression | Power] = {**field_map.expressions, **field_map.powers}
     expressions = []
     for name, splits in layout.heads.items():
         features, heads = sizes.get((f"{name}.weight", 0)), sizes.get((name, heads_of(0)))
         if features is None or heads is None or len(splits) > 1 or len(splits[0]) > 2:
             continue
+        # of other expressions, what two fields do together may not have been learned
         products = all(_is_product(size, field_map.sizes) for size in (features, heads))
         if products and features.base == prod(splits[0]):
             expressions.append((features, heads, min(splits[0][-1], HEAD_DIM)))
@@ -137,7 +115,6 @@ def _head_expressions(
 
 
 def _is_product(expression: Expression | Power, values: Mapping[FieldPath, int]) -> bool:
-    """True if a size is its base times each field over its base value, or a power of that."""
     if isinstance(expression, Power):
         return True
     own = {field: values[field] for field in expression.fields}
@@ -145,15 +122,13 @@ def _is_product(expression: Expression | Power, values: Mapping[FieldPath, int])
 
 
 def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
-    """Return the tensor dims in which a unit of a field holds several positions, with that field.
-
-    With one position per unit, the tiny model could not show in which order these positions stand.
-    """
+    """Return the tensor dims in which a unit of a field is several positions, with the field."""
     return [
         (name, dim, field)
         for (name, dim), expression in field_map.expressions.items()
         if isinstance(dim, int)
         for field in expression.fields
+        # with one position per unit, the tiny model could not show the order of these positions
         if (slope := expression.terms.get(frozenset({field}), Fraction(0))) > 1
         and slope.denominator == 1  # a fraction is rounded: patches of an image
     ]
@@ -164,7 +139,6 @@ def _still_several(
     data: dict[str, Any],
     built: dict[str, tuple[int, ...]],
 ) -> bool:
-    """True if each of these tensor dims is still longer than the value of its field."""
     return all(
         built[name][dim] > value_at(data, field)
         for name, dim, field in several
@@ -173,11 +147,10 @@ def _still_several(
 
 
 def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]:
-    """Return the fields that several dimensions divide by different numbers (WavLM: heads, groups).
+    """Return the fields that several dims divide by different numbers (WavLM: heads, groups).
 
-    A unit of such a field is the smallest part that is whole in each of these dimensions. They come
-    each with True if a unit takes several positions there. Left out is what is a single unit at
-    full size (Mimi's upsampling has as many groups as channels).
+    For each dim, True if a unit takes several positions there; a unit is the smallest part that is
+    whole in each dim.
     """
     divisors: dict[FieldPath, dict[tuple[str, int], int]] = {}
     for field, value in field_map.values.items():
@@ -193,6 +166,7 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
     return {
         field: {place: lcm(*shares.values()) > share for place, share in shares.items()}
         for field, shares in divisors.items()
+        # not a single unit at full size: Mimi's upsampling has as many groups as channels
         if len(set(shares.values())) > 1 and field_map.values[field] >= 2 * lcm(*shares.values())
     }
 
@@ -203,10 +177,7 @@ def _still_shared(
     data: dict[str, Any],
     built: dict[str, tuple[int, ...]],
 ) -> bool:
-    """True if the field still has two units or more, each whole in all of its dimensions.
-
-    In dimensions where a unit took several positions, it still has to.
-    """
+    """True if the field still has two units or more, each whole in all of its dims."""
     value = value_at(data, field)
     if not all(built[name][dim] for name, dim in parts):
         return False  # nothing is left of a dimension
@@ -219,17 +190,15 @@ def _still_shared(
 
 
 def _has_more_ones(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
-    """True if a dimension shrank to 1: attention over one patch of an image shows nothing."""
+    """True if a dim shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
 
 
 def _keeps_order_alone(
     before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
 ) -> bool:
-    """True if a norm now runs over two numbers, and so leaves no more than which of them is larger.
-
-    All tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound).
-    """
+    """True if a norm now runs over two numbers, so that only their order remains."""
+    # all tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound)
     matrices = {name.rpartition(".")[0] for name, shape in built.items() if len(shape) > 1}
     return any(
         shape == (2,) != before[name] and name.rpartition(".")[0] not in matrices
@@ -244,16 +213,14 @@ def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
 
 
 def goes_as_far(before: HeadSplits, after: HeadSplits) -> bool:
-    """True if a forward pass goes as far as before, over heads wide enough for all that is in them.
-
-    A head of two dimensions has no partial rotary embedding any more. Attention over a single token
-    (of an image that is too small) is the same whatever its queries are.
-    """
+    """True if a forward pass runs as far as before, over heads that are wide enough."""
+    # attention over a single token (an image that is too small) does not depend on its queries
     if after.steps < before.steps or after.ended < before.ended or after.alone > before.alone:
         return False
     pairs = [(splits, after.heads.get(layer, ())) for layer, splits in before.heads.items()]
     return all(
         len(old) == len(new)
+        # a head of two dimensions has no partial rotary embedding
         and all(n[-1] >= min(o[-1], HEAD_DIM) for o, n in zip(old, new, strict=True))
         for old, new in pairs
     )

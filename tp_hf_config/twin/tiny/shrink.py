@@ -25,32 +25,22 @@ from .compute_budget import (
 )
 from .requirements import HEAD_DIM, Requirements
 
-_FEW = 8
-"""Values up to this are small: they count something."""
-_SPLIT = 16 * HEAD_DIM
-"""A value for a width whose number of heads the class fixes itself (timm's): 16 heads."""
-_ROWS = 2048
-"""Embeddings with no more rows than this look up positions, not tokens."""
-_EXPERTS = (4, 8, 16, 32)
-"""Numbers of experts to try."""
-_TOKEN = ("_token_id", "_token_index")
-"""How names of special tokens end."""
-_MEDIA = ("image", "video", "audio", "vision")
-"""How names of tokens begin that stand for images, videos and sounds."""
+_FEW = 8  # values up to this are small: they count something
+_SPLIT = 16 * HEAD_DIM  # a width of 16 heads, if the class fixes their number itself (timm's)
+_ROWS = 2048  # embeddings with no more rows than this look up positions, not tokens
+_EXPERTS = (4, 8, 16, 32)  # numbers of experts to try
+_TOKEN = ("_token_id", "_token_index")  # ends of names of special tokens
+_MEDIA = ("image", "video", "audio", "vision")  # starts of token names for media
+# values to try, for fields up to a limit; None: without limit
 _LADDERS: tuple[tuple[int | None, tuple[int, ...]], ...] = (
     (_FEW, (4, 2, 3, 6, 8)),
     (63, (4, 6, 8, 12, 16)),
     (None, (16, 24, 32, 40, 48, 64, 96, 128)),
 )
-"""Values to try, for fields up to a limit; ``None``: without limit."""
 
 
 def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[str, Any]:
-    """Return the config with one field after the other lowered as far as the requirements allow.
-
-    It is ``data`` itself if the class cannot be built from it. With ``together``, equal fields are
-    only lowered together.
-    """
+    """Lower one field after the other (``together``: equal ones together) as far as required."""
     base = field_map.builder.build(data)
     if isinstance(base, Refusal):
         return data
@@ -95,7 +85,6 @@ def shrunken(field_map: FieldMap, data: dict[str, Any], together: bool) -> dict[
 
 
 def _most_experts(field_map: FieldMap) -> int:
-    """Return the largest number of matrices that are stacked in one tensor; 0: none are."""
     stacks = (
         shape[0]
         for name, shape in field_map.shapes.items()
@@ -110,11 +99,8 @@ def _unchanged_at_half_first(
     fitting: Iterator[dict[str, Any]],
     before: dict[str, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield fitting configs, last those whose layers change when half of the field is cut.
-
-    They change because half equals another width: Electra has a projection between two widths only
-    if they differ. So one must not be twice the other where half of it is to be cut.
-    """
+    """Yield fitting configs, last those that build other layers when half of the field is cut."""
+    # Electra has a projection between two widths only if they differ
     postponed = []
     for trial in fitting:
         half = value_at(trial, field) // 2
@@ -131,19 +117,17 @@ def _smaller(
     field_map: FieldMap,
     data: dict[str, Any],
     field: FieldPath,
-    counts: Collection[FieldPath],
-    splitting: Sequence[FieldPath],
+    counts: Collection[FieldPath],  # fields that count heads
+    splitting: Sequence[FieldPath],  # fields that may count heads
     together: bool,
-    any_value: bool = False,
+    any_value: bool = False,  # values may equal those of other fields: the smallest are first
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes to smaller values of a field: of the field alone, and of all equal fields.
 
-    Values that no other field has come first, so that different fields stay different. Small
-    numbers take no other values. Head counts do, but none that another head count of the same part
-    has, so that query heads still outnumber key/value heads. At the end come fewer heads together
-    with the width that they split, and ``_SPLIT``. Fields that follow another or count positions do
-    not change. ``counts`` are the fields that count heads, ``splitting`` those that may. With
-    ``any_value``, it does not matter which values others have: the smallest come first.
+    Values that no other field has are first, so that fields remain distinct. Widths may also take
+    values of other fields, and head counts those of no other head count of the same part: query
+    heads have to outnumber key/value heads. The last changes are fewer heads together with the
+    width that they split, and ``_SPLIT``.
     """
     if field in field_map.must_equal:
         return
@@ -183,7 +167,7 @@ def _smaller(
     for step in free + [step for step in ladder if step in reusable]:
         alone = dict.fromkeys([field, *followers], step)
         with_equals = dict.fromkeys([field, *followers, *equals], step)
-        if heads and len(equals) > 1:  # equal query and key/value heads stay equal
+        if heads and len(equals) > 1:  # equal query and key/value heads remain equal
             yield with_equals
         if not together or len(equals) == 1:
             yield alone
@@ -204,12 +188,10 @@ def _divided(
 ) -> Iterator[dict[FieldPath, int]]:
     """Yield changes that divide a width and numbers beside it by one number.
 
-    A forward pass may need the proportion, though the class builds without it. Beside a large width
-    or that of a stage, these are all its multiples: Zamba's attention reads two hidden states side
-    by side, each stage of FastViT is twice as wide as the one before. Beside a large width, it is a
-    number that no shape shows (the size of Mamba's heads, for Zamba 2), or all numbers as large as
-    it (D-FINE's ``d_model``), and the number of heads or how wide they are. Without other numbers,
-    the widths ``alone`` become ``_SPLIT``.
+    A forward pass may need the proportion, though the class builds without it: Zamba's attention
+    reads two hidden states side by side, each stage of FastViT is twice as wide as the one before.
+    Numbers beside a large width may be shown by no shape (the size of Zamba 2's Mamba heads) or
+    equal it (D-FINE's ``d_model``).
     """
     large = value > _SPLIT
     stage = not isinstance(widths[0][-1], str) and not is_side(widths[0])
@@ -235,7 +217,6 @@ def _divided(
 def _by_parts(
     widths: Sequence[FieldPath], value: int, beside: Sequence[dict[FieldPath, int]]
 ) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes that divide a width and one choice of numbers beside it by each part."""
     for part in PARTS:
         if value % part or value // part < HEAD_DIM:
             continue
@@ -268,11 +249,8 @@ def _other_counts(
 def _with_heads(
     data: dict[str, Any], widths: list[FieldPath], value: int, counts: Sequence[FieldPath]
 ) -> Iterator[dict[FieldPath, int]]:
-    """Yield changes to fewer heads of the same head dim, with all widths in proportion.
-
-    Rotary sections may fix the head dim.
-    """
-    for field in counts:
+    """Yield changes to fewer heads of the same head dim, with all widths in proportion."""
+    for field in counts:  # rotary sections may fix the head dim
         number = value_at(data, field)
         if value % number or field in widths:
             continue
@@ -320,8 +298,8 @@ def _is_stacked(field_map: FieldMap, name: str) -> bool:
 def small_tokens(field_map: FieldMap) -> dict[str, Any]:
     """Return the shallow config with small ids of special tokens, so that vocabularies can shrink.
 
-    Tokens that stand for images, videos and sounds get a different id each, from 3 on (in nested
-    configs only if their id is large). Other large ids become 1.
+    Tokens for images, videos and sounds get a different id each, from 3 on (in nested configs only
+    if their id is large). Other large ids become 1.
     """
     data = field_map.depth.data
     other_names = getattr(field_map.builder.config(data), "attribute_map", {})

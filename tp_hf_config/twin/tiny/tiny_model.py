@@ -1,4 +1,4 @@
-"""Build the tiny model of a class: every mechanism of it, at none of its size."""
+"""Build the tiny model of a class, with every mechanism of it."""
 
 from __future__ import annotations
 
@@ -39,59 +39,36 @@ from ..twin_test import Proof, TwinTest
 from .compute_budget import with_smaller_inputs
 from .shrink import shrunken, small_tokens
 
-_LAYERS = 2
-"""The tiny model has at least this many layers of a kind."""
-_DRAWS = 40
-"""How often other weights are drawn, so that all of many alike parts are reached."""
-_NO_CHANCE = 4
-"""If the same parts are left out this often in a row, it is not by chance."""
-_OTHER_ATTENTION = "sdpa"
-"""The attention to use where eager attention computes NaN."""
-_NAMING = ("layer", "index")
-"""Words in the names of settings that name layers."""
+_LAYERS = 2  # the tiny model has at least this many layers of a kind
+_DRAWS = 40  # how often other weights are drawn, so that all of many alike parts are reached
+_NO_CHANCE = 4  # if the same parts are left out this often in a row, it is not by chance
+_OTHER_ATTENTION = "sdpa"  # the attention to use where eager attention computes NaN
+_NAMING = ("layer", "index")  # words in the names of settings that name layers
 
 
 @dataclass(frozen=True)
 class TinyRun:
-    """What experiments run.
-
-    Attributes:
-        model: the class with random weights, none of them trivial, in float64 and eval mode.
-        inputs: keyword arguments of one forward pass of two samples.
-        partial: True if it runs on text alone, though the class takes images or sound too.
-        watched: intermediate results that count as outputs, of parts that no output depends on.
-    """
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    partial: bool = False
-    watched: tuple[PassResult, ...] = ()
+    model: nn.Module  # random weights, none of them trivial, in float64 and eval mode
+    inputs: dict[str, Any]  # of one forward pass of two samples
+    partial: bool = False  # it runs on text alone, though the class takes images or sound too
+    watched: tuple[PassResult, ...] = ()  # results that count as outputs: no output uses them
 
 
 @dataclass(frozen=True, eq=False)
 class TinyModel:
-    """A class at tiny widths; built when it is first run, and learned when that is asked for.
+    """A class at tiny widths; built when it is first run, and learned when that is asked for."""
 
-    Attributes:
-        learned: returns the field map of the class around the tiny config.
-        full_field_map: that around the config that the tiny one was made from.
-        build: returns what experiments run; called once.
-        answers: results of experiments that several callers ask for.
-    """
-
-    learned: Callable[[], FieldMap]
-    full_field_map: FieldMap
-    build: Callable[[], TinyRun]
-    answers: dict[Any, Any] = field(default_factory=dict)
+    learned: Callable[[], FieldMap]  # around the tiny config
+    full_field_map: FieldMap  # around the config that the tiny one was made from
+    build: Callable[[], TinyRun]  # called once
+    answers: dict[Any, Any] = field(default_factory=dict)  # of experiments; see :func:`once`
 
     @property
     def field_map(self) -> FieldMap:
-        """The field map of the class around the tiny config."""
         return self.learned()
 
     @cached_property
     def run(self) -> TinyRun:
-        """What experiments run; built when it is first asked for."""
         return self.build()
 
     @cached_property
@@ -99,8 +76,7 @@ class TinyModel:
         return Replay(self.model, self.watched)
 
     @cached_property
-    def _proofs(self) -> dict[Proof, bool]:
-        """What permutations of this model were found to be neutral: fields share groups."""
+    def _proofs(self) -> dict[Proof, bool]:  # shared by all fields: they share groups
         return {}
 
     @cached_property
@@ -109,55 +85,42 @@ class TinyModel:
 
     @cached_property
     def outputs(self) -> list[torch.Tensor]:
-        """The floating point outputs of a pass, the watched results last.
-
-        Those that depend on parameters require gradients; they have no graph.
-        """
+        """The floating point outputs of a pass, watched results last; without a graph."""
         outputs = outputs_in_float64(self.model, self.inputs, self.watched, self.recipe)
         return [output.detach().requires_grad_(output.requires_grad) for output in outputs]
 
     @cached_property
     def equal_by_chance(self) -> frozenset[frozenset[FieldPath]]:
-        """Pairs of fields that are equal in this model and not at full size."""
         return equal_by_chance(self.field_map, self.full_field_map)
 
     @property
     def model(self) -> nn.Module:
-        """The class with random weights; see :class:`TinyRun`."""
         return self.run.model
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The inputs of one forward pass; see :class:`TinyRun`."""
         return self.run.inputs
 
     @property
     def partial(self) -> bool:
-        """True if it runs on text alone; see :class:`TinyRun`."""
         return self.run.partial
 
     @property
     def watched(self) -> tuple[PassResult, ...]:
-        """Intermediate results that count as outputs; see :class:`TinyRun`."""
         return self.run.watched
 
     @property
     def encoder_states(self) -> dict[str, torch.Tensor]:
-        """Return the encoder states among the inputs, by name: units stand along them too."""
         return encoder_states_in(self.model, self.inputs, self.recipe.encoder_states)
 
     @property
     def recipe(self) -> RunRecipe:
-        """How the class is run, with what running it with data showed."""
         return self.field_map.recipe
 
     def test(
         self, units: int, runs: Sequence[int] = (1,), model: nn.Module | None = None
     ) -> TwinTest:
-        """Return the experiments on a width of so many units, with the tiny model or another build.
-
-        For ``runs`` see :class:`~tp_hf_config.twin.twin_test.TwinTest`.
-        """
+        """Return the experiments on a width of ``units`` units, with this or another build."""
         given = (units, runs, self.watched, self.recipe)
         if model is not None:
             return TwinTest(model, self.inputs, *given)
@@ -166,7 +129,7 @@ class TinyModel:
 
 
 def equal_by_chance(field_map: FieldMap, full: FieldMap) -> frozenset[frozenset[FieldPath]]:
-    """Return the pairs of fields that are equal in the tiny model alone: there are few numbers."""
+    """Return the pairs of fields that are equal only in the tiny model, which has few values."""
     widths = [field for field in field_map.values if field in full.values]
     return frozenset(
         frozenset(pair)
@@ -182,7 +145,7 @@ _Experiment = Callable[[_Item, TinyModel], _Answer]
 
 
 def once(experiment: _Experiment[_Item, _Answer]) -> _Experiment[_Item, _Answer]:
-    """Run an experiment once for each group or field of a tiny model, and remember its answer."""
+    """Run an experiment once for each group or field of a tiny model, and cache its answer."""
 
     @wraps(experiment)
     def remembered(item: _Item, tiny: TinyModel) -> _Answer:
@@ -196,13 +159,9 @@ def once(experiment: _Experiment[_Item, _Answer]) -> _Experiment[_Item, _Answer]
 
 
 def tiny_model(field_map: FieldMap) -> TinyModel | Refusal:
-    """Build the tiny model of a class, with every width as small as the class lets it be.
-
-    If the model does not run, or only on text, it is built again with equal fields lowered
-    together: some widths may have to stay equal. It may end in one that runs on text alone.
-    """
+    """Build the tiny model of a class, with every width as small as the class accepts."""
     candidates: list[TinyModel | Refusal] = []
-    for together in (False, True):
+    for together in (False, True):  # some widths may have to remain equal
         tiny = built_tiny_model(field_map, shrunken(field_map, small_tokens(field_map), together))
         if isinstance(tiny, TinyModel) and not tiny.partial:
             return tiny
@@ -227,16 +186,11 @@ def stored_tiny_model(tiny_map: FieldMap, full: FieldMap) -> TinyModel:
 
 
 _built: OrderedDict[tuple[Any, ...], TinyModel | Refusal] = OrderedDict()
-_MOST_BUILT = 8
-"""How many tiny models are kept: configs of many sizes have the same, as those after each step."""
+_MOST_BUILT = 8  # tiny models that are kept: configs of many sizes and after each step share them
 
 
 def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
-    """Return the class built from a config with random weights, and inputs with which it runs.
-
-    The last few are kept, with what experiments with them found: it is the same for all configs
-    that have this tiny one.
-    """
+    """Return the class built from a config with random weights, and inputs with which it runs."""
     builder = field_map.builder
     key = (
         builder.model_class,
@@ -255,7 +209,6 @@ def built_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | R
 
 
 def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Refusal:
-    """Build the class from a config with random weights, and find inputs with which it runs."""
     builder = field_map.builder
     full = builder.build(data)
     if isinstance(full, Refusal):
@@ -286,11 +239,8 @@ def _run_tiny_model(field_map: FieldMap, data: dict[str, Any]) -> TinyModel | Re
 
 
 def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
-    """Draw other weights where chance left out some of many alike parts; return what runs then.
-
-    Each token takes the best of Switch's eight experts: some may be best for none. The weights of
-    the model are changed in place, and put back if nothing helps.
-    """
+    """Draw other weights if chance left out some of many alike parts; return what runs then."""
+    # a token takes the best of Switch's eight experts, and some may be best for none
     unreached = _unreached_shares(model, working)
     if not 0 < max(unreached.values(), default=0) < 0.5:
         return working
@@ -310,7 +260,7 @@ def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
 
 
 def _unreached_shares(model: nn.Module, working: WorkingInputs) -> dict[str, float]:
-    """Return name with ``*`` for its last number -> the share not reached, if it is a part."""
+    """Return name with ``*`` for its last number -> the share not reached, if it is not all."""
     alike = Counter(_numbered(name) for name, _ in model.named_parameters())
     unreached = Counter(map(_numbered, unreached_by(model, working.inputs, working.recipe)))
     return {name: n / alike[name] for name, n in unreached.items() if n < alike[name]}
@@ -323,12 +273,10 @@ def _numbered(name: str) -> str:
 def _with_numbers(
     field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs
 ) -> tuple[nn.Module, RunRecipe]:
-    """Return the model and how to run it, with another attention if eager attention computes NaN.
-
-    Nemotron's streaming encoder hides from eager attention all that it should see.
-    """
+    """Return the model and its recipe, with another attention if eager attention computes NaN."""
     if _computes_numbers(model, working):
         return model, working.recipe
+    # Nemotron's streaming encoder masks everything in eager attention
     rebuilt = field_map.builder.with_attention(_OTHER_ATTENTION).build_real(data)
     if not isinstance(rebuilt, Refusal):
         rebuilt.load_state_dict(model.state_dict())
@@ -347,11 +295,9 @@ def _computes_numbers(model: nn.Module, working: WorkingInputs) -> bool:
 def _with_layers_named(
     field_map: FieldMap, data: dict[str, Any], model: nn.Module, working: WorkingInputs | Refusal
 ) -> tuple[dict[str, Any], nn.Module, WorkingInputs | Refusal]:
-    """Return the config, the model, and what it runs with; other layers are named if they help.
-
-    What Qwen3-VL has beside its layers 8, 16 and 24 would never run in a model of two layers, and
-    VipLLaVA finds no layer 6 there to read.
-    """
+    """Return the config, the model, and what it runs with; other layers are named if they help."""
+    # a model of two layers would not run the modules beside Qwen3-VL's layers 8, 16 and 24, and has
+    # no layer 6 for VipLLaVA to read
     unreached = _unreached_count(model, working)
     for named in _numbers_of_layers(field_map, data) if unreached else ():
         trial = with_values(data, named)
@@ -381,10 +327,7 @@ def _unreached_count(model: nn.Module, working: WorkingInputs | Refusal) -> floa
 
 
 def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[FieldPath, Any]]:
-    """Yield changes to lists and numbers that can name layers: they name layers of the tiny model.
-
-    A number that the config hands on to one of its parts (MiniCPM-V 4.6) is set in both.
-    """
+    """Yield changes after which lists and numbers that can name layers name the tiny model's."""
     numbers: dict[str, list[FieldPath]] = {}
 
     def visit(node: Any, field: FieldPath) -> Iterator[dict[FieldPath, Any]]:
@@ -396,6 +339,7 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
                 yield {entry: [index % _LAYERS for index in range(len(value))]}
                 yield {entry: [_LAYERS - 1] * len(value)}
             elif names_layers and type(value) is int:
+                # both are set if the config passes it on to one of its parts (MiniCPM-V 4.6)
                 numbers.setdefault(key, []).append(entry)
                 if entry not in field_map.non_size_fields | field_map.sizes:
                     yield {entry: 0}
@@ -407,16 +351,12 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
             yield dict.fromkeys(paths, 0)
 
 
-_LARGEST = 4.0
-"""The values of a convolution have at most this root mean square."""
+_LARGEST = 4.0  # the values of a convolution have at most this root mean square
 
 
 def randomise(model: nn.Module) -> None:
-    """Give every parameter and saved buffer random values, none of them trivial, in place.
-
-    Parameters that are not saved (Marian's positions) get what the class computes for this config:
-    loading computes them again, with other values for another width.
-    """
+    """Give every parameter and saved buffer random values, none of them trivial, in place."""
+    # loading computes these again, with other values for another width (Marian's positions)
     unsaved = compute_unsaved(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -429,12 +369,11 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
         for buffer in saved_buffers(model).values():
-            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance stays above 0
+            buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance remains positive
             buffer.add_(0.3 * torch.rand_like(buffer))
 
 
 def redraw_matrices(model: nn.Module) -> None:
-    """Give every saved matrix other random values, in place."""
     unsaved = compute_unsaved(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -443,11 +382,8 @@ def redraw_matrices(model: nn.Module) -> None:
 
 
 def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return random values for a matrix, divided by the square root of its fan-in.
-
-    Of other tensors than weights of convolutions that is their last dimension. Convolutions are
-    scaled later, but the model runs before (VITS took 100 s for that with larger weights).
-    """
+    """Return random values for a matrix, divided by the square root of its fan-in."""
+    # convolutions are scaled later, but the model runs before: VITS took 100 s with larger weights
     layer, fan_in = model.get_submodule(name.rpartition(".")[0]), parameter.shape[-1]
     if isinstance(layer, nn.modules.conv._ConvNd):
         fan_in = math.prod(parameter.shape[2:]) * parameter.shape[0 if layer.transposed else 1]
@@ -458,11 +394,11 @@ def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tenso
 def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunRecipe) -> None:
     """Scale convolutions so that values neither grow nor fade from one to the next, in place.
 
-    Stacks of convolutions have no norms between them, or batch norms, which do not divide by what
-    they are given here: values behind them would reach 1e17 (DETR) and hide what attention adds.
-    Each weight is divided by the :func:`_level` of what it computes from these inputs, in the order
-    in which a pass calls them, as in layer-sequential unit-variance initialisation (Mishkin and
-    Matas, https://arxiv.org/abs/1511.06422).
+    Convolutions have no norms between them, or batch norms, which do not divide by their input's
+    spread here: values would reach 1e17 (DETR) and hide what attention adds. Each weight is divided
+    by the :func:`_level` of its output on these inputs, in the order of a pass, as in
+    layer-sequential unit-variance initialisation (Mishkin and Matas,
+    https://arxiv.org/abs/1511.06422).
     """
     scaled: set[int] = set()
 
@@ -487,10 +423,7 @@ def scale_convolutions(model: nn.Module, inputs: dict[str, Any], recipe: RunReci
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give all modules the attributes back that they have now, and dictionaries what is in them.
-
-    Classes install hooks as they run, and note that they have; the hooks that scale go too.
-    """
+    # classes install hooks as they run, and set a flag for it: both are undone, as is ``scale``
     before = [
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
@@ -504,11 +437,8 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _level(output: torch.Tensor) -> float:
-    """Return how much the output of a convolution differs from sample to sample.
-
-    Never less than a part of the values themselves: where samples hardly differ, as in the means
-    over an image, large values would saturate the gates that follow. Returns 1 for zeros.
-    """
+    """Return how much the output of a convolution differs from sample to sample."""
     differing = (output - output.mean(dim=0, keepdim=True)).square().mean().sqrt()
+    # if samples hardly differ (means over an image), large values would saturate the next gates
     level = float(torch.maximum(differing, output.square().mean().sqrt() / _LARGEST))
     return level if 0 < level < math.inf else 1.0
