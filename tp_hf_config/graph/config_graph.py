@@ -101,11 +101,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def get_all_groups(
         self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Any = None
     ) -> Iterator[ConfigGroup]:
-        """Yield every group without ignored layers, with all of its units.
-
-        ``root_module_types`` limits this to groups in which a layer of these types loses outputs.
-        Torch-Pruning's default types mean every type.
-        """
+        """Yield every group without ignored layers, with all of its units."""
         for graph_group in self.groups_to_prune(ignored_layers, root_module_types):
             yield self.group_at(graph_group, range(graph_group.units.count))
 
@@ -137,6 +133,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             parameter = self._ignored_parameter(side)
             if parameter is not None:
                 return Refusal(f"ignored_layers= keeps {parameter}")
+        # Torch-Pruning's default types mean any type
         any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
         if any_type or reads or any(self._is_root(side, types) for side in graph_group.sides):
@@ -181,12 +178,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
     ) -> ConfigGroup:
-        """Return the group of a layer's channels, with the units that these channels form.
-
-        ``module`` may be a view, or the :class:`Units` of a group; ``idxs`` are units then.
-        ``pruning_fn`` says which side of the layer is meant. Raises ``ValueError`` if that side is
-        in no group, or if the channels do not form whole units.
-        """
+        """Return the group of a layer's or view's channels; of :class:`Units`: of the units."""
         channels = [int(idxs)] if isinstance(idxs, int) else [int(index) for index in idxs]
         out = self.is_out_channel_pruning_fn(pruning_fn)
         for graph_group in self.graph_groups:
@@ -246,11 +238,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return self.history_name(module), True
 
     def note_in_history(self, group: ConfigGroup) -> None:
-        """Append a group to Torch-Pruning's history, under one of its layers.
-
-        A layer is preferred to a view, which plain Torch-Pruning cannot replay, and a view to
-        units.
-        """
+        """Append a group to Torch-Pruning's history, under one of its layers."""
         item = min(group, key=lambda item: _history_rank(item.dep.target.module))
         out = self.is_out_channel_pruning_fn(item.dep.handler)
         self._pruning_history.append(
@@ -268,18 +256,14 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return name
 
     def importance_of(self, group: ConfigGroup, importance: Any) -> Any:
-        """Return the importance of a group's units, ``(units,)``; None if ``importance`` has none.
-
-        Importances sum over the channels of the first layer. A unit of several channels (a head)
-        gets their mean, as in Torch-Pruning. If no layer has a type that importances read (an
-        embedding whose output no layer reads), parameter norms are used.
-        """
+        """Return the importance of a group's units, ``(units,)``; None if it has none."""
         if group.graph_group.root is not None:
             return importance(group)
-        if not group.graph_group.ranked:
+        if not group.graph_group.ranked:  # an embedding whose output no layer reads
             return norms_of(group.graph_group, self.pretrained)
         side = group.graph_group.ranked[0]
         values = importance(self._channel_group(group.graph_group, side))
+        # a unit of several channels (a head) gets their mean, as in Torch-Pruning
         return None if values is None else values.view(side.table.shape).mean(1)
 
     def _channel_group(self, graph_group: GraphGroup, root: Side) -> ConfigGroup:
@@ -313,11 +297,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _fill(
         self, group: ConfigGroup, sides: Sequence[Side], roots: Callable[[int], torch.Tensor]
     ) -> None:
-        """Add sides to a group.
-
-        ``roots(n)`` returns root channels, ``(units, n)``, for the ``n`` positions that a unit has
-        in a side.
-        """
+        """Add sides; ``roots(n)``: root channels, ``(units, n)``, of ``n`` positions per unit."""
         # the pruner ranks groups by their first item's source: each has a node of its own
         source = self.module2node[group.graph_group.units]
         indices: dict[int, tuple[list[int], list[int]]] = {}
@@ -343,5 +323,5 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return next((v for v in self._views.values() if v.owner is module), None)
 
 
-def _history_rank(module: nn.Module) -> int:
+def _history_rank(module: nn.Module) -> int:  # plain Torch-Pruning can replay layers only
     return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))

@@ -23,10 +23,7 @@ class ConfigGroup(dependency.Group):  # type: ignore[misc]
         self.units = list(units)
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """Record the group's units, or those of the root's channels ``idxs``, to be pruned.
-
-        They are cut as soon as a config describes the result.
-        """
+        """Record the group's units, or those of the root's channels ``idxs``; a hook cuts them."""
         group = self
         if idxs is not None:
             root = self[0].dep

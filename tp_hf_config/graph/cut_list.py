@@ -280,14 +280,10 @@ def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
 
 def edits_of(
     model: nn.Module,
-    refits: Mapping[str, Iterable[RefitInPlace]],
-    kept: Mapping[tuple[str, int], Tensor],
+    refits: Mapping[str, Iterable[RefitInPlace]],  # by first name
+    kept: Mapping[tuple[str, int], Tensor],  # kept positions, equal for tied names
 ) -> dict[str, tuple[Edit, ...]]:
-    """Return the edits of each parameter and saved buffer, by its first name.
-
-    ``refits`` is by first name. ``kept``: (name, dimension) -> kept positions, equal for tied
-    names.
-    """
+    """Return the edits of each parameter and saved buffer, by its first name."""
     first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
     positions: dict[str, dict[int, Tensor]] = {}
     for (name, dim), stays in kept.items():

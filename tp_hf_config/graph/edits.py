@@ -46,11 +46,8 @@ class Refit:
         return full
 
     def errors(self, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the targets' errors without and with the refit, both ``(tokens, targets)``.
-
-        ``rows``: the kept channels after the cut, ``(tokens, kept)``; ``whole``: all channels
-        before it, ``(tokens, size)``.
-        """
+        """Return the targets' errors, ``(tokens, targets)``, without the refit and with it."""
+        # rows: the kept channels after the cut; whole: all channels before it
         exact = torch.promote_types(rows.dtype, torch.float32)
         rows, whole = rows.to(exact), whole.to(exact)
         if len(self.targets) == self.size:  # behind a norm, the kept ones change too

@@ -70,12 +70,10 @@ class _Memory:
 def experiments_of(
     field_map: FieldMap, tiny: TinyModel | None = None, fields: _Fields = ()
 ) -> Experiments:
-    """Return the experiments on a class and config; they run once.
+    """Return the experiments on a class and config, which run once, or raise.
 
     If every one of ``fields`` can be pruned alone, other findings may be missing (default: all
-    fields). If the model is tiny itself, pass it as ``tiny``; another one is built if it has more
-    layers than the field map covers. Raises ``UnsupportedModelError`` if the class does not run
-    with the inputs of ``make_inputs=``.
+    fields). ``tiny``: the model itself if it is tiny.
     """
     with ONE_AT_A_TIME:
         result = _remembered(field_map, tiny, fields)
@@ -121,11 +119,7 @@ def _with_own_layers(field_map: FieldMap) -> Experiments:
 
 
 def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyModel | Refusal:
-    """Return a tiny model with no more layers than the field map covers.
-
-    If ``tiny`` has more, its widths are tiny already; they are compared at the full size that
-    ``tiny`` was made from.
-    """
+    """Return a tiny model with no more layers than the field map covers."""
     if tiny is None:
         return tiny_model(field_map)
     if not field_map.depth.steps:
@@ -135,20 +129,18 @@ def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyMode
         built = tiny_model(field_map)
     if isinstance(built, Refusal):
         return built
+    # its widths are tiny already: compare at the full size that ``tiny`` was made from
     return dataclasses.replace(built, full_field_map=tiny.full_field_map)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
-    """Run the experiments on all fields, and store the findings on disk.
-
-    Findings on the tiny model are stored by tiny config and recipe, which models of many sizes
-    share. Those at full size are stored by the full config.
-    """
+    """Run the experiments on all fields, and store the findings on disk."""
     if isinstance(tiny, Refusal):
         _store(field_map, *_at_full_size(field_map), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     entries = tiny.field_map.depth.entry_names
+    # models of many sizes share a tiny config, and so its findings
     key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs, entries)
     findings = _load(field_map, *key)
     if findings is None:
@@ -167,20 +159,17 @@ def _found_once(_: Any, tiny: TinyModel) -> list[Finding]:
 
 
 def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:
-    """Run the experiments on some fields alone; None if all fields have to be examined.
-
-    Only all fields together show which widths are coupled, and which parts of a model no output
-    depends on where another field has the same value (see :func:`_unless_shared`).
-    """
+    """Run the experiments on some fields alone; None if all fields have to be examined."""
     if isinstance(tiny, Refusal):
         return None
+    # only all fields show whether an unobserved part has this width too (_unless_shared)
     full = tiny.full_field_map.values
     equals = {f for own in fields for f, n in full.items() if f != own and n == full.get(own)}
     if any(may_be_unobserved(tiny, field) for field in equals):
         return None
     findings = []
     for field in fields:
-        finding = find_alone(tiny, field)
+        finding = find_alone(tiny, field)  # None: coupled to other fields
         if finding is None or _checked_at_full_size(finding, field_map).reason is not None:
             return None
         findings.append(finding)
@@ -220,17 +209,13 @@ def _store(field_map: FieldMap, *key: Any, entry: Any) -> None:
 
 
 def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
-    """Refuse a finding if the class, built with fewer units, differs from what pruning leaves.
-
-    A count may become 0, or a dimension outside the groups may change. The class is built with a
-    quarter less and with half. If it refuses both, up to ``_MOST_BUILDS`` other unit counts are
-    tried; if it refuses all, the finding is refused too.
-    """
+    """Refuse a finding if the class, built with fewer units, differs from what pruning leaves."""
     if finding.reason is not None or not set(finding.fields) <= field_map.values.keys():
         return finding
     held = {dim.place for group in finding.groups for dim in group.dims}
     units = units_of(field_map, finding.fields)
     reason, taken = "", False
+    # a quarter less and half; if the class refuses both, other counts
     unit_counts = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))
     for builds, units_left in enumerate(islice(unit_counts, _MOST_BUILDS)):
         if taken and builds > 1:
@@ -240,6 +225,7 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
         if isinstance(smaller, Refusal):
             reason = f"the class takes no other number: {smaller.reason}"
             continue
+        # a count became 0, or a dimension outside the groups changed
         misfit = count_at_zero(field_map, smaller) or ungrouped_change(
             field_map, values, smaller, held
         )
@@ -250,11 +236,9 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
 
 
 def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
-    """Refuse a finding if an unobserved part of the model is as wide and may read it.
-
-    Qwen2-VL's ``vision_config.hidden_size`` has to equal the text's, which text alone cannot show.
-    Widths are compared at full size: tiny head counts equal other numbers by chance (Chameleon).
-    """
+    """Refuse a finding if an unobserved part of the model is as wide and may read it."""
+    # Qwen2-VL's vision_config.hidden_size has to equal the text's, which text alone cannot show.
+    # Compared at full size: tiny head counts equal other numbers by chance (Chameleon).
     unobserved = [field for other in others if other.unobserved for field in other.fields]
     for field in unobserved:
         if field in finding.fields:
@@ -279,10 +263,7 @@ class LayerFindings:
         self._names = {name: [name] for name in field_map.shapes}
 
     def tiny_model(self) -> TinyModel:
-        """Return the generated class with all layers, at the stock class's tiny widths.
-
-        Raises ``UnsupportedModelError`` if the class does not build.
-        """
+        """Build the generated class with all layers, at the stock class's tiny widths, or raise."""
         field_map, tiny_data = self.field_map, self.stock_tiny.field_map.data
         of_depth = {
             field for field, _ in changed_values(self.uniform.depth.data, self.uniform.data)

@@ -28,17 +28,11 @@ _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Group:
-    """A dependency group of the real model: tensor dims that lose the same units.
+    """A dependency group of the real model: tensor dims that lose the same units."""
 
-    Attributes:
-        fields: config fields that count its units.
-        dims: its tensor dims.
-        count: its unit count before pruning.
-    """
-
-    fields: tuple[FieldPath, ...]
+    fields: tuple[FieldPath, ...]  # config fields that count its units
     dims: tuple[TensorDim, ...]
-    count: UnitCount
+    count: UnitCount  # before pruning
 
     def __repr__(self) -> str:
         fields = " + ".join(map(field_name, self.fields))
@@ -103,13 +97,13 @@ def instances(
 ) -> Iterator[dict[str, TensorDim]]:
     """Yield the real groups of a tiny group, each as real parameter name -> tiny tensor dim.
 
-    A group inside one layer exists in every layer of that kind. A group across layers spans all of
-    them. ``#0``, ``#1``, ... after a name number the tensor dims of one parameter.
+    ``#0``, ``#1``, ... after a name number the tensor dims of one parameter.
     """
     depth = field_map.depth
     by_name: dict[str, list[TensorDim]] = {}
     for dim in group.dims:
         by_name.setdefault(depth.first(dim.name), []).append(dim)
+    # a group inside one layer exists in every layer of that kind; others span all their layers
     single = _single_layers(group, field_map)
     if any(depth.first(layer) != layer for layer in single):
         return  # covered by the group in the first layer of this kind
@@ -142,17 +136,13 @@ def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
 
 def _real_group(
     group: TinyGroup,
-    instance: Mapping[str, TensorDim],
+    instance: Mapping[str, TensorDim],  # one of ``instances(group, ...)``
     tiny: TinyModel,
     field_map: FieldMap,
     shares: Shares,
-    names: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[str]],  # first name of a parameter -> all names
 ) -> Group | Refusal:
-    """Return a group at full size, or why it does not carry over.
-
-    ``instance``: one of the group's :func:`instances`; ``names``: first name of a parameter -> all
-    names.
-    """
+    """Return a group at full size, or why it does not carry over."""
     units = units_of(field_map, group.fields)
     matched: list[tuple[str, TensorDim, Share]] = []
     sources = dict(zip(group.dims, group.sources, strict=True))
@@ -241,13 +231,11 @@ class PartCounts:
 def _full_parts(
     group: TinyGroup, dims: Sequence[TensorDim], tiny: TinyModel, field_map: FieldMap
 ) -> PartCounts | Refusal:
-    """Return in how many parts a unit is held at full size, or why that is unknown.
-
-    One dimension of every Mamba head is a unit, in as many parts as there are heads; or of every
-    second head, in two channel groups. The field that counts the heads gives the full-size number.
-    """
+    """Return in how many parts a unit is held at full size, or why that is unknown."""
     if group.per_field_unit == 1 or any(dim.layout.parts == 1 for dim in dims):
         return PartCounts()
+    # Mamba: a unit is one dimension of every head (or of every second, in two channel groups),
+    # in as many parts as heads; the field that counts the heads gives the full-size number
     parts = gcd(*(dim.layout.parts for dim in dims))
     values = dict(_numbers(field_map.data)) | field_map.values
     counting = parts_counted_by(group, tiny)
@@ -273,14 +261,11 @@ def _full_per_field_unit(
     runs: Mapping[int, int],
     part_counts: PartCounts,
 ) -> int | Refusal:
-    """Return the units per field unit at full size, or why that is unknown.
-
-    Tensor dims that hold a unit in one part decide. If none does, ``part_counts`` is used.
-    """
+    """Return the units per field unit at full size, or why that is unknown."""
     if group.per_field_unit == 1:
         return 1
     single = [entry for entry in matched if entry[1].layout.parts == 1]
-    # a head's width may differ at full size
+    # dims that hold a unit in one part decide; a head's width may differ at full size
     one_position = [entry for entry in single if entry[1].layout.run == 1]
     per_field_units: set[int] = set()
     for name, dim, share in one_position or single or matched:
@@ -303,12 +288,9 @@ def _counted(group: TinyGroup) -> bool:
 
 
 def _full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> set[int]:
-    """Return the possible numbers of channel groups at full size; one if it is clear.
-
-    The heads of the group's own layers decide, or a field that is seen to count them. Without
-    either (torch splits the heads itself), every number equal to this one in the tiny model is a
-    candidate.
-    """
+    """Return the possible numbers of channel groups at full size; one if it is clear."""
+    # the heads of its own layers decide, else a field that is seen to count them, else (torch
+    # splits the heads itself) every number that equals this one in the tiny model
     decided = {
         full[0]
         for dim in group.dims
@@ -344,18 +326,14 @@ def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
 def _full_layout(
     name: str,
     dim: TensorDim,
-    share: Share,
+    share: Share,  # at full size, as are ``per_field_unit`` and ``runs``
     per_field_unit: int,
-    runs: Mapping[int, int],
+    runs: Mapping[int, int],  # :func:`_full_runs`
     group: TinyGroup,
     tiny: TinyModel,
     field_map: FieldMap,
 ) -> UnitLayout | Refusal:
-    """Return the unit layout along a tensor dim at full size, or why it is unknown.
-
-    ``dim`` and ``group`` are of the tiny model; ``share``, ``per_field_unit`` and ``runs``
-    (:func:`_full_runs`) are at full size.
-    """
+    """Return the unit layout along a tensor dim at full size, or why it is unknown."""
     per_unit = share.per_unit
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
     if dim.layout.parts == dim.layout.run == group.per_field_unit == 1 < per_unit:
@@ -390,11 +368,7 @@ def _full_layout(
 def _full_counts(
     count: int, tiny: TinyModel, field_map: FieldMap, layers: Collection[str]
 ) -> set[int]:
-    """Return the head counts at full size that a head count of the tiny model may become.
-
-    ``layers`` and their neighbours decide first: another tower may have the same head count in the
-    tiny model, and another one at full size.
-    """
+    """Return the head counts at full size that a head count of the tiny model may become."""
     around = {layer.rpartition(".")[0] for layer in layers}
     candidates = [
         (layer.rpartition(".")[0] in around, full[0])
@@ -402,6 +376,7 @@ def _full_counts(
         for small, full in zip(splits, field_map.full_splits(layer) or (), strict=False)
         if small[0] == count
     ]
+    # layers beside these first: another tower may agree in the tiny model, and differ at full size
     near = {full_count for is_near, full_count in candidates if is_near}
     anywhere = {full_count for _, full_count in candidates}
     return near or anywhere or _unchanged_count(count, tiny, field_map)
@@ -425,43 +400,29 @@ def _numbers(node: Any, field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]
 
 @dataclass(frozen=True)
 class UnitCount:
-    """The unit count of one group, and its limits.
+    """The unit count of one group, and its limits."""
 
-    Attributes:
-        units: number of units before pruning.
-        channel_groups: number of equal runs of units, each of which loses the same number.
-        multiple: the class accepts only multiples of this.
-        layers: (channels, channels per unit) of each layer side that loses units;
-            ``max_pruning_ratio`` applies to these.
-        per_field_unit: units per unit of the group's fields.
-        minimum: fewest units with which the class runs.
-        run: adjacent channels per unit (the dimensions of a head); rounding counts channels.
-    """
-
-    units: int
-    channel_groups: int = 1
-    multiple: int = 1
+    units: int  # before pruning
+    channel_groups: int = 1  # equal runs of units, each of which loses the same number
+    multiple: int = 1  # the class accepts only multiples of this
+    # (channels, channels per unit) of each side that loses units; limited by ``max_pruning_ratio``
     layers: tuple[tuple[int, int], ...] = ()
-    per_field_unit: int = 1
-    minimum: int = 1
-    run: int = 1
+    per_field_unit: int = 1  # units per unit of the group's fields
+    minimum: int = 1  # fewest units with which the class runs
+    run: int = 1  # adjacent channels per unit (a head's); rounding counts channels
 
     def in_multiples_of(self, multiple: int) -> UnitCount:
         """Return this count for fields that must be a multiple of ``multiple``."""
         return replace(self, multiple=multiple * self.per_field_unit)
 
     def step(self, round_to: int) -> int:
-        """Return the number that divides every later unit count."""
+        """Return the number that divides every later unit count; ``round_to`` counts channels."""
         return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
 
     def after(
         self, ratios: Sequence[float], round_to: int = 1, max_ratio: float = 1.0
     ) -> list[int]:
-        """Return the unit count after each step.
-
-        ``ratios``: the share of the initial units removed by the end of each step. ``round_to`` (in
-        channels) and ``max_ratio`` (``max_pruning_ratio``) are the pruner's.
-        """
+        """Return the unit count after each step; ``ratios`` are cumulative shares of ``units``."""
         now, result = self.units, []
         for ratio in ratios:
             now = self.next(now, ratio, round_to, max_ratio)
@@ -469,17 +430,14 @@ class UnitCount:
         return result
 
     def next(self, now: int, ratio: float, round_to: int, max_ratio: float) -> int:
-        """Return how many of ``now`` units remain after one step; arguments as in :meth:`after`."""
+        """Return how many of ``now`` units remain after one step."""
         wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
         return self.rounded(wanted, now, round_to) or now  # a group is never emptied
 
     def rounded(self, wanted: int, now: int, round_to: int) -> int:
-        """Return the largest valid count up to ``wanted`` units, but at least the minimum.
-
-        ``now``: the current count; ``round_to`` as in :meth:`after`.
-        """
+        """Return the largest valid count up to ``wanted`` units, but at least the minimum."""
         multiple = _per_channel_group(
             self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
         )
@@ -496,14 +454,12 @@ class UnitCount:
         return any(size < start * (1 - max_ratio) for start, size in sizes)
 
     def ratio_for(self, kept: int, nearest: bool = False) -> float:
-        """Return a ratio that keeps ``kept`` units in one step, with few digits if possible.
-
-        With ``nearest``, the pruner rounds to the nearest count (heads), else down.
-        """
+        """Return a ratio that keeps ``kept`` units in one step, with few digits if possible."""
         start, wanted = self.units // self.channel_groups, kept // self.channel_groups
         for digits in (2, 3, 4, 5):
             ratio = round(1 - wanted / start, digits)
             remaining = start * (1 - ratio)
+            # head counts are rounded to the nearest number, others down
             if (round(remaining) if nearest else int(remaining)) == wanted:
                 return ratio
         return 1 - wanted / start if nearest else 1 - (wanted + 0.5) / start
@@ -515,11 +471,7 @@ def multiple_for_round_to(round_to: int, run: int) -> int:
 
 
 def _per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
-    """Return the divisor for the units of one channel group.
-
-    All channel groups together are then a multiple of ``multiple`` and ``round_to``.
-    """
-    together = lcm(multiple, round_to)
+    together = lcm(multiple, round_to)  # divides the units of all channel groups together
     return together // gcd(together, channel_groups)
 
 

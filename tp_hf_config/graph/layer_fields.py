@@ -39,14 +39,11 @@ _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @contextmanager
 def layers_listed(module: nn.Module, per_layer: bool = True) -> Iterator[None]:
-    """While open, every layer of the model has its own entries in the config.
+    """Give every layer its own config entries while open; afterwards, keep those that differ.
 
-    The model computes the same. At the end, only entries that differ remain; without any, the model
-    has its stock class and previous config again. Without ``per_layer``, nothing happens unless the
-    layers differ already.
-
-    Raises ``UnsupportedModelError`` if no layer can have entries, or if this version of
-    Transformers reads none.
+    The model computes the same. If all layers agree, it has its stock class and previous config
+    again. Without ``per_layer``, nothing happens unless the layers differ already. Raises
+    ``UnsupportedModelError`` if no layer can have entries.
     """
     model: Any = find_pretrained(module)[1]
     if model in _listed or not (per_layer or layer_lists(type(model))):
@@ -63,17 +60,13 @@ def layers_listed(module: nn.Module, per_layer: bool = True) -> Iterator[None]:
 
 
 def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
-    """Return a function: a field's name -> the fields it means, possibly one per layer.
-
-    A field of one layer means itself. So does a field that also sets a width of other layers,
-    because a stock class may have entries for some layers only (Gemma 4). A list with one entry per
-    layer means the entries of every kind of layer (Laguna).
-    """
+    """Return a function: a field's name -> the fields it means, possibly one per layer."""
     own: dict[str, list[str]] = {}
     for field in field_map.values:
-        if isinstance(field[-1], EntryOfKind):
+        if isinstance(field[-1], EntryOfKind):  # a list with one entry per layer (Laguna)
             own.setdefault(field_name(field[:-1]), []).append(field_name(field))
         if layer_number(field) is not None:
+            # else it sets other layers' widths: a stock class may have entries for some (Gemma 4)
             if shared_field(field) not in field_map.values:
                 own.setdefault(field_name(shared_field(field)), []).append(field_name(field))
             # users may write layer numbers without leading zeros
@@ -85,10 +78,9 @@ def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
 
 
 def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
-    """Return config path -> fields that may differ per layer, with their values.
+    """Return config path -> fields that may differ per layer, with their values; raise if none.
 
-    They set widths inside single layers that are built from entries. Raises
-    ``UnsupportedModelError`` if there are none.
+    They set widths inside single layers that are built from entries.
     """
     name = type(model).__name__
     if not entries_supported():
@@ -135,10 +127,8 @@ def _check_importable(model: Any) -> None:
 
 
 def _in_single_layer(group: TinyGroup) -> bool:
-    """True if all dims of a group are in one layer of one list.
-
-    T5's heads are not: all layers share the first layer's position bias.
-    """
+    """True if all dims of a group are in one layer of one list."""
+    # T5's heads are not: all layers share the first layer's position bias
     layers = {_OUTERMOST.match(dim.name) for dim in group.dims}
     return None not in layers and len({layer[0] for layer in layers if layer is not None}) == 1
 

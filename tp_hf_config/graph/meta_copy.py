@@ -17,10 +17,7 @@ from .rebuild import empty_copy
 
 
 def meta_copy_of(module: nn.Module) -> nn.Module:
-    """Return the meta copy of a model sharded by FSDP2; any other module itself.
-
-    Raises ``UnsupportedModelError`` if the sharded model cannot be pruned.
-    """
+    """Return the meta copy of a model sharded by FSDP2, or raise; any other module itself."""
     if not isinstance(module, nn.Module) or not is_sharded(module):
         return module
     prefix, model = find_pretrained(module)
@@ -50,10 +47,7 @@ def refresh(copy: nn.Module) -> None:
 
 
 def on_meta_copy(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pruner's arguments with the layers and parameters of the meta copy.
-
-    Lists, tuples, sets and dicts are searched. Without FSDP2, the arguments do not change.
-    """
+    """Replace a sharded model's layers and parameters in arguments by the meta copy's."""
     copy = meta_copy_of(module)
     if copy is module:
         return dict(arguments)

@@ -110,10 +110,7 @@ def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
 
 
 def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
-    """Return why the graph of a pruner with a trace cannot be replaced; None if it can.
-
-    ``constructor``: that of its class, without this library's wrapper.
-    """
+    """Return why the graph of a pruner with a trace cannot be replaced; None if it can."""
     if pruner.current_step or pruner.DG.pruning_history():
         return Refusal("it has pruned by that trace already")
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
@@ -124,10 +121,7 @@ def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusa
 
 
 def arguments_of(pruner: Any) -> dict[str, Any]:
-    """Return the arguments of ``BasePruner`` that an unused pruner was constructed with.
-
-    A pruner does not store what only a trace reads (example inputs, forward functions).
-    """
+    """Return the arguments that an unused pruner got, without those that only a trace reads."""
     inside = set(pruner.model.modules())
 
     # without values that the constructor adds, and layers of other pruners (shared default dicts)
@@ -168,10 +162,7 @@ def _ratios_by_layer(pruner: Pruner) -> dict[Any, float]:
 
 
 def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any]) -> None:
-    """Construct a pruner again with ``graph`` instead of its trace.
-
-    ``arguments``: those of :func:`arguments_of`, adapted. :func:`restore_trace` undoes it.
-    """
+    """Construct a pruner again with ``graph`` instead of its trace, and :func:`arguments_of`."""
     before = dict(vars(pruner))
     try:
         with constructing_with(graph):

@@ -27,14 +27,9 @@ _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 
 
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
-    """Return the model after a cut list; the given model does not change.
+    """Return the model after a cut list; only the parameter being cut is in memory twice.
 
-    Only the parameter that is being cut is in memory twice.
-
-    Raises:
-        UnsupportedModelError: the cut list was made for another class or config.
-        ConfigSyncError: the class builds other shapes from the new config than the cuts leave.
-        ValueError: weights were refitted; a cut list stores no refits.
+    Raises ``ConfigSyncError`` if the class builds other shapes from the new config.
     """
     check_fits(model, cuts)
     cuts.check_complete()
@@ -57,10 +52,9 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
 
 
 def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class, config, ties and modes, with parameters on the meta device.
+    """Return a model of the same class, config, ties, modes and buffers with meta parameters.
 
-    Buffers keep their values. ``model`` may be sharded by FSDP2. Raises ``UnsupportedModelError``
-    if its config does not build it.
+    ``model`` may be sharded by FSDP2. Raises if its config does not build it.
     """
     builder, built = build_live(model, buffers=True)
     new: Any = whole_build(model, builder, built)
