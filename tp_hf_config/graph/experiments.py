@@ -169,7 +169,7 @@ def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> E
         return None
     findings = []
     for field in fields:
-        finding = find_alone(tiny, field)  # None: coupled to other fields
+        finding = find_alone(tiny, field)  # None: not proved alone
         if finding is None or _checked_at_full_size(finding, field_map).reason is not None:
             return None
         findings.append(finding)

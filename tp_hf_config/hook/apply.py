@@ -29,7 +29,6 @@ class Changes:
         _write(target, key, value)
 
     def roll_back(self) -> None:
-        """Restore every old value."""
         while self._undo:
             target, key, value = self._undo.pop()
             _write(target, key, value)
@@ -57,7 +56,6 @@ def _read(target: Any, key: Any) -> Any:
 
 
 def _part(target: Any, key: Any) -> Any:
-    """Return a config's value of a key."""
     if isinstance(target, dict):
         return target[key if key in target else int(key)]
     return getattr(target, str(key))
@@ -77,61 +75,37 @@ def _write(target: Any, key: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain attribute of a module that has another value in the new reference build.
+    """A plain module attribute whose value differs in the new build."""
 
-    Attributes:
-        module: the module's name in the model.
-        key: the attribute.
-        value: its new value.
-    """
-
-    module: str
+    module: str  # name in the model
     key: str
     value: Any
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """An unsaved buffer, or another tensor attribute, that differs in the new reference build.
+    """A non-persistent buffer, or other tensor attribute, that differs in the new build."""
 
-    Attributes:
-        module: the module's name in the model.
-        key: the buffer's name in the module.
-        value: its new value.
-        old_dtype: its dtype in the old reference build; ``None`` if it was not there.
-    """
-
-    module: str
+    module: str  # name in the model
     key: str
     value: torch.Tensor
-    old_dtype: torch.dtype | None
+    old_dtype: torch.dtype | None  # in the old reference build; None: not there
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between a build from the new config and a build from the old one.
+    """What differs between a build from the new config and one from the old config."""
 
-    Attributes:
-        fields: the module that holds the config, the field and its new value.
-        attributes: the plain attributes that differ.
-        buffers: the unsaved buffers and tensor attributes that differ.
-    """
-
-    fields: Sequence[tuple[str, FieldPath, Any]]
+    fields: Sequence[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
     attributes: Sequence[Attribute]
     buffers: Sequence[Buffer]
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
-    """Return the difference between two builds of one class, made with real buffers but no weights.
+    """Return the difference between builds from the old and the new config, with buffers computed.
 
-    Config fields are compared for every config object that a module holds (an encoder's config is
-    often a copy of the model's).
-
-    Args:
-        live: the live model; modules that it was built without are skipped.
-        old: the build from the old config.
-        new: the build from the new config.
+    Every config object that a module holds is compared (an encoder often has a copy of the model's
+    config). Modules that the live model lacks are skipped.
     """
     present = {name for name, _ in live.named_modules()}
     fields: list[tuple[str, FieldPath, Any]] = []
@@ -156,7 +130,6 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
 
 
 def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
-    """Yield the plain attributes of one module that the new build has with other values."""
     before = vars(old)
     for key, value in vars(new).items():
         if not is_own(key) or not is_plain(value):
@@ -167,7 +140,7 @@ def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute
 
 
 def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Buffer]:
-    """Yield the unsaved buffers and tensor attributes of one module that the new build changes."""
+    """Yield the non-persistent buffers and tensor attributes of a module that differ."""
     loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
     for key, built in {**_unsaved(new), **loose}.items():
         previous = getattr(old, key, None)
@@ -186,26 +159,21 @@ def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iter
 
 
 def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers of one module that are not saved with it."""
     buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
     return {key: value for key, value in buffers.items() if value is not None}
 
 
 def _same_number(held: Any, built: torch.Tensor) -> torch.Tensor:
-    """Return a buffer of the built one's shape that holds one number, as the live one does.
-
-    It is ``built`` itself, without data, if the live one holds several numbers.
-    """
+    """Return ``built`` filled with the live buffer's value if that has only one; else ``built``."""
     if isinstance(held, torch.Tensor) and held.numel() and bool((held == held.flatten()[0]).all()):
         return held.flatten()[:1].cpu().expand(built.shape).clone()
     return built
 
 
 def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
-    """Return the unsaved buffers with a new shape of which nothing says what they hold.
+    """Names of non-persistent buffers whose shape changes and whose new values cannot be computed.
 
-    Their class fills them together with its weights, and the live ones hold several numbers. For
-    the arguments see :func:`difference`.
+    Their class fills them together with its weights, and the live ones hold several numbers.
     """
     before, now = dict(old.named_modules()), dict(live.named_modules())
     return [
@@ -248,10 +216,7 @@ def write_fields(
 
 
 def _config_part(changes: Changes, live: nn.Module, module_name: str, path: FieldPath) -> Any:
-    """Return the config that a module holds, or what stands in it at a path.
-
-    An object that the config leaves out is put there, empty.
-    """
+    """Return the part of a module's config at a path; create missing dicts on the way."""
     target: Any = live.get_submodule(module_name).config
     for key in path:
         if _part(target, key) is None:
@@ -263,33 +228,27 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
 def write_attributes(
     changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
 ) -> list[str]:
-    """Write plain attributes; return the names of those that had another value.
-
-    The sizes of torch's own layers (``out_features``) are written, and not named: they say no more
-    than the shapes of the weights.
-    """
+    """Write plain attributes; return the names of those that changed, without torch's layers."""
     written: list[str] = []
     for item in attributes:
         module = live.get_submodule(item.module)
         if getattr(module, item.key, _MISSING) != item.value:
             changes.set(module, item.key, item.value)
+            # sizes of torch's own layers (out_features) say no more than the weights' shapes
             if not type(module).__module__.startswith("torch.nn."):
                 written.append(f"{item.module}.{item.key}".lstrip("."))
     return written
 
 
 def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) -> list[str]:
-    """Write buffers on the devices of the live ones; return their names.
-
-    A dtype that the user chose stays.
-    """
+    """Write buffers to the devices of the live ones; return their names."""
     written: list[str] = []
     for item in buffers:
         module = live.get_submodule(item.module)
         value = item.value
         present = getattr(module, item.key, None)
         if isinstance(present, torch.Tensor):
-            same = present.dtype == item.old_dtype
+            same = present.dtype == item.old_dtype  # else the user chose the dtype: keep it
             value = value.to(present.device, value.dtype if same else present.dtype)
         holder = module._buffers if item.key in module._buffers else module
         changes.set(holder, item.key, value.clone())
