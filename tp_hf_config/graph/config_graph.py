@@ -106,7 +106,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             yield self.group_at(graph_group, range(graph_group.units.count))
 
     def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
-        """Return the pruning group of some units; its first item is the root."""
         root = graph_group.root
         module, out = (graph_group.units, True) if root is None else (root.module, root.out)
         return self.group_from(graph_group, list(units), module, out)
@@ -147,7 +146,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return list({id(pair[1]): pair for pair in self._sides_of.get(module, ())}.values())
 
     def outputs_of(self, graph_group: GraphGroup) -> dict[str, nn.Module]:
-        """Return the layers whose outputs a group prunes, by name in the Hugging Face model."""
         sides = [side for side in graph_group.sides if is_output(side)]
         return {side.layer: owner_of(side.module) for side in sides}
 

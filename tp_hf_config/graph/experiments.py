@@ -61,20 +61,16 @@ class Experiments:
 
 @dataclass
 class _Memory:
-    """The experiments on a class and config in this process, by the fields asked about."""
-
     tiny: TinyModel | Refusal | None = None
     by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
 
 
 def experiments_of(
-    field_map: FieldMap, tiny: TinyModel | None = None, fields: _Fields = ()
+    field_map: FieldMap,
+    tiny: TinyModel | None = None,  # the model itself if it is tiny
+    fields: _Fields = (),  # if each can be pruned alone, other findings may be missing
 ) -> Experiments:
-    """Return the experiments on a class and config, which run once, or raise.
-
-    If every one of ``fields`` can be pruned alone, other findings may be missing (default: all
-    fields). ``tiny``: the model itself if it is tiny.
-    """
+    """Return the experiments on a class and config, which run once; raise if no inputs work."""
     with ONE_AT_A_TIME:
         result = _remembered(field_map, tiny, fields)
     if isinstance(result.tiny, InputsRefusal):
@@ -83,7 +79,6 @@ def experiments_of(
 
 
 def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) -> Experiments:
-    """Return the experiments from memory or disk, or run them."""
     memory = field_map.remembered.setdefault(_Memory, _Memory())
     if layer_lists(field_map.builder.model_class):
         fields = ()

@@ -95,10 +95,7 @@ def _in_two_groups(groups: Sequence[Group]) -> Refusal | None:
 def instances(
     group: TinyGroup, field_map: FieldMap, names: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, TensorDim]]:
-    """Yield the real groups of a tiny group, each as real parameter name -> tiny tensor dim.
-
-    ``#0``, ``#1``, ... after a name number the tensor dims of one parameter.
-    """
+    """Yield the real groups of a tiny group, each as real parameter name -> tiny tensor dim."""
     depth = field_map.depth
     by_name: dict[str, list[TensorDim]] = {}
     for dim in group.dims:
@@ -115,7 +112,7 @@ def instances(
         # like layers have like tensor dims: one of each dimension and layout
         distinct = {(dim.dim, dim.layout): dim for dim in by_name.get(like, [])}
         for number, dim in enumerate(distinct.values()):
-            instances.setdefault(real_home, {})[f"{name}#{number}"] = dim
+            instances.setdefault(real_home, {})[f"{name}#{number}"] = dim  # several per parameter
     yield from instances.values()
 
 
@@ -412,7 +409,6 @@ class UnitCount:
     run: int = 1  # adjacent channels per unit (a head's); rounding counts channels
 
     def in_multiples_of(self, multiple: int) -> UnitCount:
-        """Return this count for fields that must be a multiple of ``multiple``."""
         return replace(self, multiple=multiple * self.per_field_unit)
 
     def step(self, round_to: int) -> int:
@@ -420,9 +416,11 @@ class UnitCount:
         return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
 
     def after(
-        self, ratios: Sequence[float], round_to: int = 1, max_ratio: float = 1.0
+        self,
+        ratios: Sequence[float],  # cumulative shares of ``units``
+        round_to: int = 1,  # the pruner's, in channels
+        max_ratio: float = 1.0,  # the pruner's max_pruning_ratio
     ) -> list[int]:
-        """Return the unit count after each step; ``ratios`` are cumulative shares of ``units``."""
         now, result = self.units, []
         for ratio in ratios:
             now = self.next(now, ratio, round_to, max_ratio)

@@ -78,10 +78,7 @@ def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
 
 
 def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
-    """Return config path -> fields that may differ per layer, with their values; raise if none.
-
-    They set widths inside single layers that are built from entries.
-    """
+    """Return config path -> fields of single layers, built from entries, with values; or raise."""
     name = type(model).__name__
     if not entries_supported():
         raise UnsupportedModelError(

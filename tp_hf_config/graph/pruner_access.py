@@ -68,12 +68,9 @@ _LIBRARY = "torch_pruning"
 
 
 def scope_of(pruner: Pruner, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
-    """Return the name of a group's ranking scope, and its ratios from step 0 on.
-
-    Same rules as ``BasePruner._prune`` (base_pruner.py, 1.6.1). A group of whole heads has its own
-    scope and the head ratio.
-    """
+    """Return a group's ranking scope and its ratios from step 0 on."""
     graph_group = group.graph_group
+    # as in BasePruner._prune (base_pruner.py, 1.6.1), except for whole heads
     if graph_group.heads:
         return f"heads: {pruner.DG._module2name[graph_group.units]}", _head_ratios(pruner, group)
     for dep, _ in group:

@@ -37,14 +37,12 @@ def awaited_graph() -> Any:
 
 
 def with_awaited_graph(constructor: Callable[..., None]) -> Callable[..., None]:
-    """Return ``BasePruner``'s constructor, changed to use the awaited graph if there is one.
-
-    The constructor reads ``dependency.DependencyGraph`` from its module's globals. Other threads
-    read them too, so the copy gets globals of its own. One pruner consumes the graph.
-    """
-    graph, _of_thread.graph = awaited_graph(), None
+    """Return ``BasePruner``'s constructor, changed to use the awaited graph if there is one."""
+    graph, _of_thread.graph = awaited_graph(), None  # for one pruner
     if graph is None:
         return constructor
+    # the constructor reads dependency.DependencyGraph from its module's globals, as do other
+    # threads: this copy gets globals of its own
     own: Any = inspect.unwrap(constructor)
     names = {**own.__globals__, "dependency": SimpleNamespace(DependencyGraph=lambda: graph)}
     taking = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)

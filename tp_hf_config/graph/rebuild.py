@@ -27,10 +27,7 @@ _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 
 
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
-    """Return the model after a cut list; only the parameter being cut is in memory twice.
-
-    Raises ``ConfigSyncError`` if the class builds other shapes from the new config.
-    """
+    """Return the model after a cut list, or raise; only the tensor being cut is held twice."""
     check_fits(model, cuts)
     cuts.check_complete()
     new: Any = _empty(model, cuts)
@@ -51,11 +48,8 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     return new  # type: ignore[no-any-return]
 
 
-def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class, config, ties, modes and buffers with meta parameters.
-
-    ``model`` may be sharded by FSDP2. Raises if its config does not build it.
-    """
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:  # also of a sharded model (FSDP2)
+    """Return a model of the same class, config, ties, modes and buffers with meta parameters."""
     builder, built = build_live(model, buffers=True)
     new: Any = whole_build(model, builder, built)
     fill(new, model, lambda _, old: torch.empty(old.shape, dtype=old.dtype, device="meta"))

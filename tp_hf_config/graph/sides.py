@@ -35,12 +35,9 @@ class Side:
 
 
 class ParameterView(nn.Linear):
-    """One dimension of a parameter, as the output channels of a linear layer.
+    """One dimension of a parameter, as a linear layer's outputs: importances can read it."""
 
-    Importances can then read ``Conv1D`` weights, stacked experts and bare parameters.
-    """
-
-    owner: nn.Module
+    owner: nn.Module  # with a ``Conv1D`` weight, stacked experts or a bare parameter
     key: str
     dim: int
 
@@ -163,8 +160,7 @@ class GraphGroup:
 
 
 def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
-    """Return the norm of the parameters of each unit, ``(units,)``."""
-    squares = torch.zeros(group.units.count)
+    squares = torch.zeros(group.units.count)  # of the parameters that each unit holds
     for side in group.sides:
         for name, axis in dict.fromkeys(dim.place for dim in side.dims):
             values = whole_tensor(model, name).movedim(axis, 0)

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 
 class Agreement:
-    """Compares what this rank is about to do with all other ranks.
+    """Compares what this rank is about to do with all others; raises on all if they differ.
 
-    All ranks have to call each method at the same point. Each method raises ``TrainingError`` on
-    all ranks if one is elsewhere, missing, doing something else, or failing.
+    All ranks have to call each method at the same point.
     """
 
     def __init__(self, sharded: bool, distributed: bool):
@@ -28,7 +27,6 @@ class Agreement:
         self._needed = sharded or distributed  # distributed: each rank has a copy of the model
 
     def on_settings(self, pruner: Any) -> None:
-        """Compare the classes of pruner and importance, and the config, before a step."""
         if self._needed:
             data = config_json(find_pretrained(pruner.model)[1].config)
             config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}

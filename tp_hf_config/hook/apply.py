@@ -18,13 +18,10 @@ _MISSING = object()
 
 
 class Changes:
-    """Attribute writes that can be undone, newest first."""
-
     def __init__(self) -> None:
         self._undo: list[tuple[Any, Any, Any]] = []
 
     def set(self, target: Any, key: Any, value: Any) -> None:
-        """Set an attribute, or an item if ``target`` is a dict, and remember the old value."""
         self._undo.append((target, key, _read(target, key)))
         _write(target, key, value)
 
@@ -36,7 +33,6 @@ class Changes:
 
 @contextmanager
 def all_or_nothing() -> Iterator[Changes]:
-    """Yield :class:`Changes`, and roll them back if the block raises."""
     changes = Changes()
     try:
         yield changes
@@ -94,19 +90,13 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between a build from the new config and one from the old config."""
-
     fields: Sequence[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
     attributes: Sequence[Attribute]
     buffers: Sequence[Buffer]
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
-    """Return the difference between builds from the old and the new config, with buffers computed.
-
-    Every config object that a module holds is compared (an encoder often has a copy of the model's
-    config). Modules that the live model lacks are skipped.
-    """
+    """Return the difference between builds from the old and new config, with buffers computed."""
     present = {name for name, _ in live.named_modules()}
     fields: list[tuple[str, FieldPath, Any]] = []
     attributes: list[Attribute] = []
@@ -117,7 +107,7 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
         reference = before.get(name)
         if reference is None or name not in present:
             continue
-        config = vars(module).get("config")
+        config = vars(module).get("config")  # an encoder often has a copy of the model's config
         if config is not None and hasattr(config, "to_json_string") and id(config) not in compared:
             compared.add(id(config))
             changed = changed_values(
@@ -171,10 +161,7 @@ def _same_number(held: Any, built: torch.Tensor) -> torch.Tensor:
 
 
 def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
-    """Names of non-persistent buffers whose shape changes and whose new values cannot be computed.
-
-    Their class fills them together with its weights, and the live ones hold several numbers.
-    """
+    """Names of non-persistent buffers with a new shape whose values cannot be computed."""
     before, now = dict(old.named_modules()), dict(live.named_modules())
     return [
         f"{name}.{key}".lstrip(".")
@@ -182,12 +169,12 @@ def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[st
         if name in before and name in now
         for key, built in _unsaved(module).items()
         if built.is_meta and built.shape != getattr(before[name], key, built).shape
+        # filled together with the weights, and the live one holds several numbers
         if _same_number(getattr(now[name], key, None), built).is_meta
     ]
 
 
 def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
-    """Write all that differs; return the names of the attributes and of the buffers."""
     write_fields(changes, live, difference.fields)
     attributes = write_attributes(changes, live, difference.attributes)
     return attributes, write_buffers(changes, live, difference.buffers)
@@ -196,7 +183,6 @@ def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[li
 def write_fields(
     changes: Changes, live: nn.Module, fields: Sequence[tuple[str, FieldPath, Any]]
 ) -> None:
-    """Write config values into the config objects that the live modules hold."""
     entries: dict[tuple[str, FieldPath], dict[FieldPath, Any]] = {}
     for module_name, field, value in fields:
         if KEY in field:

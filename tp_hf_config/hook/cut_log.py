@@ -37,11 +37,9 @@ class CutLog:
         self._known = True
 
     def begin(self) -> None:
-        """Record from now on."""
         self._before = _State.of(self.model())
 
     def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
-        """Add the edits made since the last call."""
         model: Any = self.model()
         before, self._before = self._before, _State.of(model)
         self._known &= explained(model, edits, before.shapes, self._before.shapes)

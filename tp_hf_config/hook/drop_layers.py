@@ -64,8 +64,8 @@ def drop_layers(
 
     The class is asked which fields change: the number of layers, lists with one entry per layer,
     layer numbers and rules about them. The remaining layers keep their Parameters and are
-    renumbered. The model then computes the same as before with the dropped layers passing on their
-    input. Call this before making a pruner of the model.
+    renumbered. The outputs equal those of the model whose dropped layers pass on their input. Call
+    this before making a pruner.
 
     Args:
         model: the model, or a module that contains it.
@@ -73,7 +73,7 @@ def drop_layers(
         count: number of layers to drop: those that change the hidden states least on the data of
             ``calibration`` (block influence: ShortGPT, arXiv 2403.03853).
         calibration: result of :func:`calibrate` for this model; needed for ``count``.
-        which: name of the layer list, or a part of it (``"encoder"``), if the model has several.
+        which: name of the layer list, or a part of it (``"encoder"``), if there are several.
 
     Returns:
         A report. If anything fails, nothing is changed.
@@ -82,7 +82,7 @@ def drop_layers(
         ValueError: the arguments contradict each other.
         UnsupportedModelError: there is no single list of layers, or the model is not supported.
         ConfigSyncError: no config describes the model without these layers, its outputs would
-            change otherwise, or another live model has the same config object.
+            differ, or another live model has the same config object.
         CalibrationError: the model cannot be measured on the data of ``calibration``.
     """
     _check_arguments(layers, count, calibration)
@@ -147,8 +147,6 @@ def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
 
 
 class _Dropping:
-    """A model, and the layer list from which layers are dropped."""
-
     def __init__(self, model: PreTrainedModel, which: str | None):
         self.model = model
         self.builder, built = build_live(model, buffers=True)
@@ -279,7 +277,6 @@ class _Dropping:
     def _write(
         self, changes: Changes, data: dict[str, Any], built: nn.Module, keep: Sequence[int]
     ) -> None:
-        """Shorten the list, and write config fields, attributes and buffers."""
         entries = _entries_kept(self.model, self.data, data, keep)
         for config, _ in entries:
             changes.set(config, KEY, None)  # entries of removed layers are invalid
@@ -292,7 +289,6 @@ class _Dropping:
             changes.set(config, KEY, left)
 
     def _check_written(self, keep: Sequence[int]) -> None:
-        """Raise if the config, as it would be saved, does not build the remaining layers."""
         built = self.builder.build(config_json(self.model.config))
         if isinstance(built, Refusal):
             reason: str | None = built.reason
@@ -319,7 +315,6 @@ def _build(builder: Builder, data: dict[str, Any]) -> nn.Module:
 
 
 def _shorten(changes: Changes, layers: nn.Module, keep: Sequence[int]) -> None:
-    """Keep only some layers of a list, in place, and renumber them."""
     modules = list(layers._modules.values())
     kept = {str(new): modules[number] for new, number in enumerate(keep)}
     changes.set(layers, "_modules", kept)
@@ -349,7 +344,7 @@ class DroppedLayers(Report):
         fields: config field -> (old value, new value).
         parameters: number of parameters before and after.
         influence: how much each layer changed the hidden states: 1 - cosine of its input and
-            output, mean over tokens. Empty if it was not measured.
+            output, mean over tokens. Empty if not measured.
         proof: what the config was compared with.
         notes: what else the user should know.
     """
@@ -394,11 +389,7 @@ _TOLERANCE = 16  # times the dtype's epsilon: the same operations run in the sam
 
 
 class OutputsWithout:
-    """Outputs of a whole model on small inputs while some of its layers pass on their input.
-
-    ``full``: its class, built on the meta device. Raises ``ConfigSyncError`` if a layer's output
-    has another shape than its input.
-    """
+    """Outputs of a whole model on small inputs while some of its layers pass on their input."""
 
     def __init__(
         self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
@@ -465,7 +456,6 @@ class OutputsWithout:
         return None
 
     def notes(self) -> Iterator[str]:
-        """Yield a note if the model generated with a cache before, and cannot now."""
         refusal = self._cannot_generate() if self._generated else None
         if refusal is not None:
             yield (
@@ -530,7 +520,6 @@ def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[
 
 
 def _relative_error(before: Tensor, after: Tensor | None) -> float:
-    """Return how far two outputs differ, relative to the first; infinite if the shapes differ."""
     if after is None or after.shape != before.shape:
         return float("inf")
     before, after = (torch.nan_to_num(unmasked(value.double())) for value in (before, after))

@@ -54,10 +54,7 @@ _Proof = tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]
 
 
 class Follower:
-    """Keeps the config of one pruner's model correct.
-
-    Raises ``UnsupportedModelError`` if the model is not supported, or its config does not build it.
-    """
+    """Keeps the config of one pruner's model correct; raises if the model is not supported."""
 
     def __init__(self, pruner: Any, make_inputs: MakeInputs | None = None):
         self.pruner = pruner
@@ -93,11 +90,7 @@ class Follower:
                 )
 
     def follow(self, report: SyncReport, groups: Sequence[GroupCut]) -> SyncReport:
-        """Update config, attributes, buffers and ties to match the weights: all or nothing.
-
-        ``groups``: what was cut since the last time. Returns the report with what was written.
-        Raises ``ConfigSyncError`` if no config describes the weights.
-        """
+        """Update config, attributes, buffers and ties to match the weights: all or nothing."""
         self._follow_inputs(groups)
         self._count_heads(groups)
         live = self._live_shapes(groups)
@@ -128,11 +121,7 @@ class Follower:
     def check_shapes_after(
         self, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> None:
-        """Raise ``ConfigSyncError`` if no config describes these shapes, or none can be written.
-
-        ``shapes_after``: tensor name -> its shape after the step; tied ones under all names.
-        Nothing is changed. A user's setter may raise anything else.
-        """
+        """Raise ``ConfigSyncError`` if no config describes these shapes, or none can be written."""
         splits, retied = dict(self.splits), dict(shapes_after)
         try:
             self._count_heads(groups)
@@ -140,7 +129,7 @@ class Follower:
                 retied.update(self._tied_shapes_after(tie, groups, shapes_after))
             _, data, built, _ = self._proved(retied)
             with all_or_nothing() as changes:
-                self._write(changes, data, built)
+                self._write(changes, data, built)  # a user's setter may raise anything
                 changes.roll_back()
         finally:
             self.splits = splits
@@ -175,11 +164,7 @@ class Follower:
         return dict.fromkeys(tie.names, shapes_after[(cut or tie.names)[0]])
 
     def _proved(self, shapes: Mapping[str, tuple[int, ...]]) -> _Proof:
-        """Return the config with these shapes and its proof; raise if none builds them.
-
-        Also raises if a count of the class would become 0, or if a buffer's new values cannot be
-        computed.
-        """
+        """Return the config with these shapes and its proof; raise if there is none."""
         stated = config_json(self.model.config)
         asked = dict(shapes), dict(self.splits), stated
         if self._proof is not None and self._proof[0] == asked:  # check_shapes_after asked it
@@ -209,7 +194,6 @@ class Follower:
                 )
 
     def _count_heads(self, groups: Sequence[GroupCut]) -> None:
-        """Update the head splits from the channels that were pruned."""
         for group in groups:
             lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
             for layer in group.layers:
@@ -281,7 +265,6 @@ class Follower:
         return targets
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
-        """Return the fields' values for these shapes and the head splits; raise if none fit."""
         pruned = {field for fields in self.pruner.DG.fields for field in fields}
         hold = [field for field in self.field_map.values if field not in pruned]
         result = fit(self.field_map, self._targets(live), hold=hold)
@@ -309,7 +292,6 @@ class Follower:
         raise explain_mismatch(self.model, proof)
 
     def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
-        """Raise if the live config does not have the proved values."""
         proved = config_json(self.field_map.builder.config(data))
         after = config_json(built.config)  # type: ignore[arg-type]
         # the config class may set a field (Swin's hidden_size), as may the model (LeViT's down_ops)
@@ -331,14 +313,10 @@ _POOLED = (*_READ, "pooling_output_dimension")
 def _write_around(
     changes: Changes,
     model: nn.Module,
-    pruned: nn.Module,
-    changed: Mapping[FieldPath, tuple[Any, Any]],
+    pruned: nn.Module,  # the user's module, which contains ``model``
+    changed: Mapping[FieldPath, tuple[Any, Any]],  # (old value, new value)
 ) -> tuple[list[str], list[str]]:
-    """Update sentence-transformers' pooling around a model; note other numbers that may be stale.
-
-    ``pruned``: the user's module, which contains ``model``; ``changed``: field -> (old, new).
-    Returns the names of the written attributes, and notes.
-    """
+    """Update sentence-transformers' pooling around a model; note other numbers to check."""
     fields = {old: f for f, (old, _) in reversed([*changed.items()]) if type(old) is int}
     inside = {id(module) for module in model.modules()}
     written: list[str] = []
@@ -365,12 +343,7 @@ def _write_around(
 def with_mirrored_fields(
     builder: Builder, old: dict[str, Any], new: dict[str, Any], built: nn.Module
 ) -> tuple[dict[str, Any], nn.Module, list[str]]:
-    """Update the fields of a new config that repeat another field whose value has changed.
-
-    A field repeats another one if the config class derives it from that one by default, and if the
-    class builds the same with it. Other fields with the old value only get a note. Returns the new
-    config as JSON, its build, and notes.
-    """
+    """Update the fields of a new config that repeat a changed field, and note possible others."""
     before, after = (_every_default(builder, data) for data in (old, new))
     changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]
     pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
@@ -386,6 +359,7 @@ def with_mirrored_fields(
         if field[-1] in code:
             continue  # probes have covered every field that is read
         without = (_every_default(builder, without_field(data, field)) for data in (old, new))
+        # derived from the changed field by default; the class has to build the same with it
         derived = {value_at(data, field) for data in without}
         if derived == {value, pairs[value]}:
             candidate = with_values(new, {field: pairs[value]})

@@ -139,10 +139,7 @@ class HFConfigSyncHook:
 
     @property
     def sharded_model(self) -> nn.Module | None:
-        """The pruned model under FSDP2, as wrapped by ``shard``; ``None`` without FSDP2.
-
-        The model that was sharded first does not change.
-        """
+        """The pruned model under FSDP2, as wrapped by ``shard``; ``None``: pruned in place."""
         return None if self._sharded is None else self._sharded.model
 
     @property
@@ -153,16 +150,14 @@ class HFConfigSyncHook:
     def register(self, pruner: Any) -> registration.Handle:
         """Attach this hook to an existing pruner.
 
-        If the pruner has traced its model, its graph is replaced by the one made from the config,
-        as if the hook had been passed to its constructor. The pruner's arguments keep their
-        meaning.
+        The graph of a pruner that has traced its model is replaced by the one made from the config.
+        The pruner's arguments keep their meaning.
 
         Returns:
             A handle with ``remove()``, which is also a context manager.
 
         Raises:
-            UnsupportedModelError, ConfigSyncError: see :meth:`attach`.
-            ValueError: see :meth:`attach`.
+            UnsupportedModelError, ConfigSyncError, ValueError: see :meth:`attach`.
         """
         return registration.register(pruner, self)
 
@@ -266,10 +261,7 @@ class HFConfigSyncHook:
         return self._cut_log
 
     def detach(self, pruner: Any) -> None:
-        """Stop following a pruner; removing the handle calls this.
-
-        If nothing was pruned, the pruner gets its replaced trace back.
-        """
+        """Stop following a pruner, and restore its replaced trace if nothing was pruned."""
         from ..graph.pruner_access import restore_trace
 
         if self._pending is not None:
@@ -336,11 +328,7 @@ class HFConfigSyncHook:
         return self._pending.sync()
 
     def _sync(self, stepped: bool, done: Done, failure: ConfigSyncError | None) -> SyncReport:
-        """Update the config and append a report, also on failure.
-
-        ``stepped``: a step ended; if it pruned nothing, the report says why. ``failure``: why
-        ``done`` cannot be cut.
-        """
+        """Update the config and append a report, also on failure."""
         from ..graph.layer_fields import layers_listed
 
         assert self._follower is not None  # only an attached hook is called
@@ -409,9 +397,6 @@ class HFConfigSyncHook:
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
 
-        Returns:
-            The matplotlib figure.
-
         Raises:
             ImportError: matplotlib is missing.
             ValueError: there is no report yet.
@@ -430,9 +415,6 @@ class HFConfigSyncHook:
             path: the file to write; its suffix sets the format, PNG without one.
             metrics: name (``"perplexity"``) -> one value per report, optionally preceded by the
                 value before the first step.
-
-        Returns:
-            The matplotlib figure.
 
         Raises:
             ImportError: matplotlib is missing.

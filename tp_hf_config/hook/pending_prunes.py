@@ -39,9 +39,9 @@ class Done:
 class PendingPrunes:
     """Proves, refits, cuts and syncs what is recorded together, or touches nothing.
 
-    A step, or a loop over an interactive step, is cut when it ends. A step that is not
-    Torch-Pruning's own may read weights at any time: like prunes outside a step, its prunes are cut
-    as soon as a config describes the result.
+    A step, or a loop over an interactive step, is cut when it ends. A step other than
+    Torch-Pruning's may read weights at any time, so its prunes are cut as soon as a config
+    describes the result.
     """
 
     def __init__(
@@ -99,7 +99,6 @@ class PendingPrunes:
 
     @contextmanager
     def loop(self) -> Iterator[None]:
-        """Surround a loop over the groups of an interactive step."""
         self._loop = this = object()
         try:
             yield
@@ -107,11 +106,7 @@ class PendingPrunes:
             self._refused = self._loop is not this  # another step has ended this loop
 
     def finish(self) -> None:
-        """Cut what a step or loop recorded; report why if a step pruned nothing.
-
-        Raises ``ConfigSyncError`` if no config describes the result (the step does not count then),
-        ``TrainingError`` if another rank would cut something else.
-        """
+        """Cut what a step or loop recorded; report why if a step pruned nothing."""
         refused, self._refused = self._refused, False
         if refused:
             return
@@ -125,7 +120,7 @@ class PendingPrunes:
             result = self._carry_out(in_step=True, may_wait=looping)
         except BaseException:
             if not looping:
-                self._take_back()
+                self._take_back()  # the step does not count
             raise
         if isinstance(result, ConfigSyncError):
             self._wait(result)
@@ -208,7 +203,6 @@ class PendingPrunes:
             raise
 
     def _failure(self, pruned: Sequence[GroupCut], remaining: Shapes) -> ConfigSyncError | None:
-        """Return why no config describes the result of these groups; None if one does."""
         try:
             self._follower.check_shapes_after(pruned, remaining)
         except ConfigSyncError as error:
@@ -241,10 +235,9 @@ class PendingPrunes:
         )
 
     def _take_back(self) -> None:
-        """Drop what a step recorded; if nothing of it was cut, the step does not count."""
         self.recorded.clear()
         self._told = False
-        if not self._synced:
+        if not self._synced:  # else the step counts, as a part of it was cut
             self._undo_choice()
 
     def _sync_quietly(self) -> None:

@@ -32,8 +32,6 @@ class RefitSettings(Protocol):
 
 
 class StepRefits:
-    """Solves and reports the refits of each step of a pruner."""
-
     def __init__(self, settings: RefitSettings, follower: Follower, agreement: Agreement):
         self._settings, self._follower, self._agreement = settings, follower, agreement
         self._pruner = follower.pruner

@@ -79,13 +79,9 @@ class Handle:
 
 @check_arguments
 def register(pruner: Pruner, hook: PrunerHook) -> Handle:
-    """Attach a hook to an existing pruner.
+    """Attach a hook to an existing pruner; the returned handle detaches it.
 
-    Returns:
-        A handle that detaches the hook again.
-
-    Raises:
-        TypeError: ``hook`` has no ``after_step``, or ``pruner`` is not a pruner.
+    Raises ``TypeError`` if ``hook`` has no ``after_step``, or ``pruner`` is not a pruner.
     """
     _check(hook)
     _call(hook, "attach", pruner)
@@ -124,7 +120,6 @@ def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
 
 
 def _stepper(pruner: Any) -> Callable[..., Any]:
-    """Return a ``step`` for one pruner that calls the hooks."""
     own_step = vars(pruner).get("step")
     step = pruner.step
 
@@ -159,12 +154,8 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     _fire(pruner)
 
 
-def _fire(pruner: Any, quietly: bool = False) -> None:
-    """Call ``after_step`` of every hook; then raise the first exception of any.
-
-    ``quietly``: another exception is being raised. That one must surface, so a hook's own becomes a
-    warning.
-    """
+def _fire(pruner: Any, quietly: bool = False) -> None:  # quietly: another exception surfaces
+    """Call ``after_step`` of every hook, then raise the first exception."""
     first: Exception | None = None
     for hook in sorted(hooks_of(pruner), key=lambda hook: not getattr(hook, "carries_out", False)):
         try:
@@ -214,7 +205,6 @@ def _is_ours(init: Any) -> bool:
 
 
 def _wrap_init(cls: Any) -> None:
-    """Wrap a class's constructor (its own or a mixin's) once."""
     original = cls.__init__
     if _is_ours(original):
         return
@@ -249,7 +239,6 @@ class _Construction:
     entered: bool = False  # True: they are entered
 
     def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
-        """Enter the hooks' context managers, once; the hooks may change the arguments."""
         if pruner is self.pruner and not self.entered:
             self.entered = True
             _enter(self.surroundings, self.hooks, "constructing", arguments)
@@ -276,7 +265,6 @@ def _construct_base(
     args: Any,
     kwargs: dict[str, Any],
 ) -> None:
-    """Run Torch-Pruning's own constructor with the arguments that the hooks may have changed."""
     construction: _Construction | None = getattr(_constructing, "now", None)
     if construction is None:
         with_awaited_graph(original)(pruner, *args, **kwargs)
@@ -289,11 +277,9 @@ def _construct_base(
 def _with_own_dicts(
     signature: inspect.Signature, pruner: Any, args: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the constructor's arguments, with dicts that belong to this pruner only.
-
-    Torch-Pruning writes to ``num_heads`` and similar arguments. Their defaults are shared mutable
-    dicts, so a pruner sees what another one wrote (1.6.1, base_pruner.py).
-    """
+    """Return the constructor's arguments, with dicts that belong to this pruner only."""
+    # Torch-Pruning writes to num_heads and similar arguments, whose defaults are shared dicts, so
+    # a pruner sees what another one wrote (1.6.1, base_pruner.py)
     bound = signature.bind(pruner, *args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)

@@ -89,9 +89,6 @@ class SyncReport(Report):
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
 
-        Returns:
-            The matplotlib figure.
-
         Raises:
             ImportError: matplotlib is missing.
         """
@@ -188,8 +185,6 @@ class LayerCut:
 
 @dataclass(frozen=True)
 class GroupCut:
-    """The layers that lose channels together; the first one is the root."""
-
     layers: tuple[LayerCut, ...]
 
     def counted(self) -> PrunedGroup:

@@ -50,11 +50,7 @@ class ShardedModel:
     def carry_out(
         self, pruner: Any, edits: Mapping[str, tuple[Edit, ...]], failure: Exception | None
     ) -> None:
-        """Build the pruned model from the meta copy's config, and fill it parameter by parameter.
-
-        ``failure``: why no config describes ``edits``. Raises ``TrainingError`` if any rank cannot
-        build or wrap the model.
-        """
+        """Build the pruned model from the meta copy's config, and fill it tensor by tensor."""
         built: tuple[PreTrainedModel, nn.Module] | None = None
         try:
             if failure is None and edits:

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def is_unmodified(pruner: Any) -> bool:
     """True if a pruner's step is Torch-Pruning's own.
 
-    That step computes every importance before it prunes the first group, and reads no weight
-    afterwards. Any other step may read weights at any time.
+    It computes every importance before it prunes, and reads no weight afterwards; others may.
     """
     step = vars(pruner).get("step")
     own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
@@ -44,8 +43,6 @@ def is_unmodified(pruner: Any) -> bool:
 
 @dataclass
 class _Ranked:
-    """A group whose units are ranked."""
-
     group: ConfigGroup  # with all of its units
     parts: int  # equal runs of units; each loses the same places
     ratio: float  # share of the units removed by the end of this step
@@ -68,10 +65,6 @@ class UnitChoice:
 
     @torch.no_grad()
     def groups(self) -> Iterator[ConfigGroup]:
-        """Yield the groups that the pruner's current step prunes.
-
-        Raises ``ValueError`` if the importance fails and no parameter has a gradient.
-        """
         if self.pruner.current_step > self.pruner.iterative_steps:
             warnings.warn(
                 "Pruning exceed the maximum iterative steps, no pruning will be performed.",
@@ -82,7 +75,6 @@ class UnitChoice:
             yield from self._of_scope(name, members)
 
     def _scopes(self) -> dict[str, list[_Ranked]]:
-        """Return the groups that are ranked together, by scope name."""
         pruner, graph = self.pruner, self.pruner.DG
         scopes: dict[str, list[_Ranked]] = {}
         for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
@@ -102,7 +94,6 @@ class UnitChoice:
         return scopes
 
     def _of_scope(self, name: str, members: list[_Ranked]) -> Iterator[ConfigGroup]:
-        """Yield the groups of the lowest-ranked units in one scope."""
         pruner, graph = self.pruner, self.pruner.DG
         together = torch.cat([ranked.values for ranked in members])
         initial = pruner._scope_initial_channels.setdefault(name, len(together))
@@ -139,12 +130,9 @@ class UnitChoice:
         return max(0, (now - units) // of_place)
 
     def _ranks_each_part(self, graph_group: GraphGroup) -> bool:
-        """True if each channel group loses its own least important units.
-
-        Otherwise all channel groups lose units at the same places. Torch-Pruning ranks the places
-        of grouped channels by their mean over the groups, but grouped-query heads within each
-        key/value group.
-        """
+        """True if each channel group loses its own least important units, not the same places."""
+        # Torch-Pruning ranks places of grouped channels by their mean over the groups, but
+        # grouped-query heads within each key/value group
         pruner = self.pruner
         alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
         return graph_group.count.channel_groups > 1 and graph_group.root is None and alone
@@ -196,10 +184,7 @@ class UnitChoice:
 
 
 def _ranks(values: Tensor, parts: int) -> Tensor:
-    """Return each unit's rank in its part, 0 for the least important, ``(units,)``.
-
-    Ranked this way, the least important units of all parts are removed first.
-    """
+    """Return each unit's rank in its part, ``(units,)``, so that parts lose equally many."""
     return values.view(parts, -1).argsort(1).argsort(1).to(values.dtype).flatten()
 
 
@@ -226,7 +211,6 @@ def _gathered(group: ConfigGroup, items: Iterable[Any]) -> AbstractContextManage
 
 
 def _in_pieces(importance: Importance, group: Any) -> Any:
-    """Return ``importance(group)``, by the same code, without copies of whole weights."""
     each: Any = copy(importance)
     each._reduce = lambda values, roots: values  # those of each layer, not yet joined
     each._normalize = lambda values, normalizer: values
@@ -281,8 +265,6 @@ def _as_slice(idxs: list[int]) -> list[int] | slice:
 
 
 class _Columns(nn.Linear):
-    """Some columns of a linear layer's weight, with their gradient."""
-
     def __init__(self, weight: torch.Tensor):
         nn.Module.__init__(self)
         vars(self).update(weight=weight, bias=None)

@@ -64,7 +64,6 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the innermost optimizer of wrappers that hold it as ``optimizer``."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     plain: Optimizer = optimizer
@@ -133,7 +132,6 @@ def _remaining_state(value: Any, old: nn.Parameter, new: nn.Parameter, origin: O
 
 
 def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
-    """True if a state value has the parameter's shape or is a single value."""
     if isinstance(value, torch.Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return isinstance(value, _PLAIN)

@@ -54,7 +54,6 @@ class Progress:
 
 
 def full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
-    """Return a model's config as JSON, with every default and the entries of all layers."""
     with layers_listed(model, per_layer):
         return config_json(find_pretrained(model)[1].config, use_diff=False)
 
@@ -78,7 +77,6 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
 
 
 def settings_of(pruner: Any) -> dict[str, Any]:
-    """Return the settings that decide how much a pruner removes, as plain data."""
     names = {layer: name for name, layer in pruner.model.named_modules()}
     settings = {name: getattr(pruner, name) for name in _SETTINGS if hasattr(pruner, name)}
     for key in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
@@ -89,21 +87,18 @@ def settings_of(pruner: Any) -> dict[str, Any]:
 
 
 def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
-    """Return the pruner's ``HFConfigSyncHook``; register one if it has none."""
     for hook in hooks_of(pruner):
         if isinstance(hook, HFConfigSyncHook):
             return hook
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook()  # ``build`` made a pruner without one
     hook.register(pruner)
     return hook
 
 
 def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]) -> Any:
-    """Return a pruner in the state of another one, on a model that is pruned already.
+    """Return a pruner in a recorded state, on a model that is pruned already, or change nothing.
 
-    The model keeps its Parameters. ``build`` makes the pruner of a model. Raises ``TrainingError``,
-    with nothing changed, if the history does not lead to this model, or if its class refuses the
-    unpruned config.
+    The model keeps its Parameters. ``build`` makes the pruner of a model.
     """
     _, pretrained = find_pretrained(model)
     names = dict(pretrained.named_parameters(remove_duplicate=False))
@@ -141,10 +136,7 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _widen(changes: Changes, model: Any, progress: Progress) -> None:
-    """Give a model its unpruned shapes, in config, attributes, buffers and Parameters, or raise.
-
-    Parameters of another shape and all saved buffers are filled with zeros.
-    """
+    """Give a model its unpruned shapes; changed Parameters and saved buffers become zeros."""
     builder, pruned_build = build_live(model, buffers=True)
     data = config_json(model.config)
     wide_build = builder.build(with_values(data, dict(progress.fields)), buffers=True)
@@ -168,7 +160,6 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
 
 
 def _check_narrow(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
-    """Raise if the replayed pruning gives other shapes than the loaded weights have."""
     for name, tensor in loaded.items():
         module, key = owner(model, name)
         replayed = getattr(module, key)
