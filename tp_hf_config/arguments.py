@@ -34,7 +34,11 @@ _Kind = Callable[[Any], Any]  # takes a value; returns it converted, or :class:`
 
 
 def check_arguments(function: _Function) -> _Function:
-    """Decorate a function to check its arguments by annotation: ``TypeError``, ``ValueError``."""
+    """Decorate a function to check its arguments by their annotations.
+
+    It then raises ``TypeError`` for a wrong type and ``ValueError`` for a wrong value. Numbers of
+    NumPy and torch become Python's; lists become tuples.
+    """
     parameters = inspect.signature(function).parameters
     kinds = {
         name: _kind_of(ast.parse(parameter.annotation, mode="eval").body, function)
@@ -54,7 +58,7 @@ def check_arguments(function: _Function) -> _Function:
 
 
 def taken_by(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments converted as by :func:`check_arguments`, or raise; ignore unknown ones."""
+    """Return arguments converted as by :func:`check_arguments`; unknown ones are unchanged."""
     kinds = function.kinds
     return {
         name: _taken(name, value, kinds[name]) if name in kinds else value
@@ -63,7 +67,7 @@ def taken_by(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, annotation: str) -> None:
-    """Raise as :func:`check_arguments` does if ``value``, called ``name``, does not fit."""
+    """Raise as :func:`check_arguments` does if a value does not fit ``annotation``."""
     _taken(name, value, _kind_of(ast.parse(annotation, mode="eval").body))
 
 

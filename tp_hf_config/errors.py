@@ -61,7 +61,10 @@ class CalibrationError(TPHFConfigError):
 
 
 class TrainingError(TPHFConfigError):
-    """A model cannot be pruned in this training run; by default, nothing is pruned yet."""
+    """A model cannot be pruned in this training run or with this optimizer.
+
+    Raised before anything is pruned, unless the message says otherwise.
+    """
 
 
 class ConfigSyncError(TPHFConfigError):

@@ -111,7 +111,10 @@ class RecordedPrunes:
         for side in graph_group.sides:
             place, table = side.dims[0].place, side.table
             size = sizes.get(place) or _size(self._graph.pretrained, place)
-            if (id(table), size) not in tables:  # most sides share a table, whose id stays taken
+            if (
+                id(table),
+                size,
+            ) not in tables:  # most share one; stored, so that its id is not reused
                 kept = _others(table[lost], size)
                 units = _others(torch.tensor(lost), len(table))
                 tables[id(table), size] = torch.searchsorted(kept, table[units]), kept, table

@@ -35,7 +35,7 @@ class Side:
 
 
 class ParameterView(nn.Linear):
-    """One dimension of a parameter, as a linear layer's outputs: importances can read it."""
+    """One dimension of a parameter, as a linear layer's outputs that importances can read."""
 
     owner: nn.Module  # with a ``Conv1D`` weight, stacked experts or a bare parameter
     key: str

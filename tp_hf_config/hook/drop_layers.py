@@ -64,8 +64,8 @@ def drop_layers(
 
     The class is asked which fields change: the number of layers, lists with one entry per layer,
     layer numbers and rules about them. The remaining layers keep their Parameters and are
-    renumbered. The outputs equal those of the model whose dropped layers pass on their input. Call
-    this before making a pruner.
+    renumbered. Afterwards, the model computes what it computed with each dropped layer replaced by
+    the identity. Call this before making a pruner.
 
     Args:
         model: the model, or a module that contains it.
@@ -304,7 +304,7 @@ class _Dropping:
 
 
 def _build(builder: Builder, data: dict[str, Any]) -> nn.Module:
-    """Build a class on the meta device from a config that it was built from before."""
+    """Build a class on the meta device from its own config, with every default written out."""
     built = builder.build(data)
     if isinstance(built, Refusal):
         raise UnsupportedModelError(

@@ -122,7 +122,7 @@ class Follower:
         self, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> None:
         """Raise ``ConfigSyncError`` if no config describes these shapes, or none can be written."""
-        splits, retied = dict(self.splits), dict(shapes_after)
+        splits, retied = dict(self.splits), dict(shapes_after)  # tied weights under all their names
         try:
             self._count_heads(groups)
             for tie in self.ties:
@@ -173,7 +173,7 @@ class Follower:
         data, built, mirror_notes = with_mirrored_fields(
             self.field_map.builder, stated, *self._prove(shapes, values)
         )
-        vanished = vanished_counts(self.reference, built)
+        vanished = vanished_counts(self.reference, built)  # counts that would become 0
         if vanished:
             raise explain_vanished(self.model, vanished)
         unfilled = unfilled_buffers(self.model, self.reference, built)
@@ -223,7 +223,7 @@ class Follower:
         return name.removeprefix(f"{prefix}.") if inside else None
 
     def _live_shapes(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes with each tied weight made one again; raise if it cannot be."""
+        """Return the shapes, with tied weights equal again; raise if the pruner cut them apart."""
         live = shapes(self.model)
         lost = self._lost(groups)
         for tie in self.ties:
@@ -315,7 +315,7 @@ def _write_around(
     model: nn.Module,
     pruned: nn.Module,  # the user's module, which contains ``model``
     changed: Mapping[FieldPath, tuple[Any, Any]],  # (old value, new value)
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str]]:  # names of written attributes, notes
     """Update sentence-transformers' pooling around a model; note other numbers to check."""
     fields = {old: f for f, (old, _) in reversed([*changed.items()]) if type(old) is int}
     inside = {id(module) for module in model.modules()}
@@ -342,7 +342,7 @@ def _write_around(
 
 def with_mirrored_fields(
     builder: Builder, old: dict[str, Any], new: dict[str, Any], built: nn.Module
-) -> tuple[dict[str, Any], nn.Module, list[str]]:
+) -> tuple[dict[str, Any], nn.Module, list[str]]:  # config JSON, its build, notes
     """Update the fields of a new config that repeat a changed field, and note possible others."""
     before, after = (_every_default(builder, data) for data in (old, new))
     changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]

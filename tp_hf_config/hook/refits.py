@@ -99,7 +99,7 @@ def _from_inner_widths(
     gone: int,
 ) -> Iterator[str]:
     """Yield what it costs to remove as many parameters from the inner widths, if that is less."""
-    try:  # the model after the steps before
+    try:  # the model as earlier steps left it
         view = view_of(view.model, view.field_map.recipe.make_inputs)
         widths = inner_widths_of(view)
     except UnsupportedModelError:  # no config describes the last cut yet

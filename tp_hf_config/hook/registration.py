@@ -79,10 +79,7 @@ class Handle:
 
 @check_arguments
 def register(pruner: Pruner, hook: PrunerHook) -> Handle:
-    """Attach a hook to an existing pruner; the returned handle detaches it.
-
-    Raises ``TypeError`` if ``hook`` has no ``after_step``, or ``pruner`` is not a pruner.
-    """
+    """Attach a hook to an existing pruner; the returned handle detaches it."""
     _check(hook)
     _call(hook, "attach", pruner)
     if not hooks_of(pruner):
@@ -130,7 +127,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
-            _fire(pruner, quietly=True)
+            _fire(pruner, quietly=True)  # ``raise`` is the exception that has to surface
             raise
         if inspect.isgenerator(result):
             return _interactive(pruner, result)
@@ -154,8 +151,8 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
     _fire(pruner)
 
 
-def _fire(pruner: Any, quietly: bool = False) -> None:  # quietly: another exception surfaces
-    """Call ``after_step`` of every hook, then raise the first exception."""
+def _fire(pruner: Any, quietly: bool = False) -> None:
+    """Call every hook's ``after_step``, then raise the first exception; ``quietly``: warn only."""
     first: Exception | None = None
     for hook in sorted(hooks_of(pruner), key=lambda hook: not getattr(hook, "carries_out", False)):
         try:

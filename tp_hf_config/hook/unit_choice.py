@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def is_unmodified(pruner: Any) -> bool:
     """True if a pruner's step is Torch-Pruning's own.
 
-    It computes every importance before it prunes, and reads no weight afterwards; others may.
+    That step computes all importances before it prunes. Other steps may read weights at any time.
     """
     step = vars(pruner).get("step")
     own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
@@ -184,7 +184,7 @@ class UnitChoice:
 
 
 def _ranks(values: Tensor, parts: int) -> Tensor:
-    """Return each unit's rank in its part, ``(units,)``, so that parts lose equally many."""
+    """Return each unit's rank within its part, ``(units,)``: all parts then lose equally many."""
     return values.view(parts, -1).argsort(1).argsort(1).to(values.dtype).flatten()
 
 

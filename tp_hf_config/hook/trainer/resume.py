@@ -123,10 +123,10 @@ def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module],
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise if a pruner has other settings than the checkpoint's run, and would match no run."""
+    """Raise if a pruner's settings differ from those of the checkpoint's run."""
     names = dict.fromkeys((*saved, *now)) if saved else {}
     other = [f"{n}={now.get(n)}" for n in names if saved.get(n) != now.get(n)]
-    if other:
+    if other:  # the run would be neither the old one nor a new one
         old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
         raise TrainingError(
             f"the checkpoint's run pruned with {listed(old)}, and this one has {listed(other)}. "
