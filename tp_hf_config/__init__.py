@@ -1,8 +1,8 @@
-"""Keep the config of a Hugging Face model true while Torch-Pruning prunes the model.
+"""Prunes any Hugging Face model with Torch-Pruning and keeps config.json correct.
 
-Pass ``hooks=[HFConfigSyncHook()]`` to the constructor of any Torch-Pruning pruner.  After every
-step ``model.config`` matches the weights, so ``save_pretrained`` and ``from_pretrained`` give back
-the same model, logit for logit.
+So the smaller model loads with ``from_pretrained``, and computes the same logits as before it was
+saved. Pass ``hooks=[HFConfigSyncHook()]`` to the constructor of any Torch-Pruning pruner. After
+every step, ``model.config`` matches the weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Check the arguments of public functions by their annotations, before anything is done with them.
-
-A wrong argument ends in one line: what was found, what was expected, what to type.  Numbers of
-NumPy and torch become Python's, lists become tuples.
-"""
+"""Check the arguments of public functions by their annotations, before anything else."""
 
 from __future__ import annotations
 
@@ -16,12 +12,9 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
-Count = int
-"""A whole number, 1 or more."""
-Share = float
-"""A number from 0 to 1."""
-Positive = float
-"""A number above 0."""
+Count = int  # integer >= 1
+Share = float  # from 0 to 1
+Positive = float  # above 0
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SHOWN = 60  # characters of a value in a message
@@ -29,30 +22,22 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class _Wrong:
-    """A value that is not what was expected.
-
-    Attributes:
-        found: the value.
-        expected: what it should be.
-        error: ``ValueError`` if only its type is right.
-        place: where it is in the argument: ``"[0]"``.
-    """
+    """A value that is not what was expected."""
 
     found: Any
     expected: str
-    error: type[Exception] = TypeError
-    place: str = ""
+    error: type[Exception] = TypeError  # ValueError if only the type is right
+    place: str = ""  # position in the argument: "[0]"
 
 
-_Kind = Callable[[Any], Any]
-"""Takes a value, and returns the one to go on with, or :class:`_Wrong`."""
+_Kind = Callable[[Any], Any]  # takes a value; returns it converted, or :class:`_Wrong`
 
 
 def check_arguments(function: _Function) -> _Function:
-    """Decorate a public function: its arguments are checked by their annotations.
+    """Decorate a function to check its arguments by their annotations.
 
-    A call raises ``TypeError`` if an argument has another type, ``ValueError`` if it has a value
-    that is not allowed.
+    It then raises ``TypeError`` for a wrong type and ``ValueError`` for a wrong value. Numbers of
+    NumPy and torch become Python's; lists become tuples.
     """
     parameters = inspect.signature(function).parameters
     kinds = {
@@ -73,10 +58,7 @@ def check_arguments(function: _Function) -> _Function:
 
 
 def taken_by(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as a :func:`check_arguments` function takes them, or raise as it would.
-
-    Those that it does not have are returned as they are.
-    """
+    """Return arguments converted as by :func:`check_arguments`; unknown ones are unchanged."""
     kinds = function.kinds
     return {
         name: _taken(name, value, kinds[name]) if name in kinds else value
@@ -85,10 +67,7 @@ def taken_by(function: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, annotation: str) -> None:
-    """Raise as a :func:`check_arguments` function does if a value is not what an annotation says.
-
-    ``name``: what the message calls the value.
-    """
+    """Raise as :func:`check_arguments` does if a value does not fit ``annotation``."""
     _taken(name, value, _kind_of(ast.parse(annotation, mode="eval").body))
 
 
@@ -101,7 +80,7 @@ def _taken(name: str, value: Any, kind: _Kind) -> Any:
 
 
 def _kind_of(node: ast.expr, function: Any = None) -> _Kind:
-    """Return the kind that an annotation stands for; any value is of one that is not known."""
+    """Return the check for an annotation; an unknown one accepts any value."""
     if isinstance(node, ast.BinOp):
         kinds = [_kind_of(part, function) for part in _alternatives(node)]
         return lambda value: _one_of(kinds, value)
@@ -121,11 +100,11 @@ def _kind_of(node: ast.expr, function: Any = None) -> _Kind:
 
 
 def _alternatives(node: ast.expr) -> list[ast.expr]:
-    """Return the parts of a union; a text that stands beside a path is one."""
     if not isinstance(node, ast.BinOp):
         return [node]
     parts = [*_alternatives(node.left), *_alternatives(node.right)]
     texts = ast.unparse(node)
+    # a str next to a path is a path
     return [part for part in parts if "PathLike" not in texts or ast.unparse(part) != "str"]
 
 
@@ -178,13 +157,13 @@ def _word_of(words: tuple[str, ...]) -> _Kind:
 
 
 def _scalar(value: Any) -> Any:
-    """Return a number of NumPy or torch as Python's; anything else as it is."""
+    """Convert a number of NumPy or torch to Python's; return anything else unchanged."""
     is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if is_scalar else value
 
 
 def _number(expected: str, least: float | None, most: float | None = None) -> _Kind:
-    """Return the kind of numbers in a range; of whole ones if ``expected`` says so."""
+    """Return the check for numbers in a range; integers if ``expected`` says "whole"."""
     kind: Any = Integral if "whole" in expected else Real
 
     def take(given: Any) -> Any:
@@ -204,7 +183,7 @@ def _bool(given: Any) -> Any:
 
 
 def _is_a(cls: Any, *names: str) -> bool:
-    """True if a class or a base of it has one of these names; nothing is imported to know it."""
+    """True if a class or a base has one of these names, so that nothing is imported."""
     return any(base.__name__ in names for base in cls.__mro__)
 
 
@@ -250,6 +229,7 @@ _TEXT, _PATH = "a text", "the path of a folder or a file"
 _MODEL = "a Hugging Face model (or a module that contains one)"
 _BATCHES = "batches (a list, a DataLoader) or texts"
 _SMALLEST = math.ulp(0.0)
+# the checks, by the last part of an annotation's name
 _KINDS: dict[str, _Kind] = {
     "bool": _bool,
     "int": _number("a whole number", None),
@@ -273,12 +253,11 @@ _KINDS: dict[str, _Kind] = {
     "Callable": _function("a function"),
     "Data": _data,
 }
-"""What is known of annotations, by the last part of their names."""
 _EXAMPLES = {"int": "2", "Count": "2", "Share": "0.2", "str": "'hidden_size'"}
 
 
 def _shown(value: Any) -> str:
-    """Return a value as a message shows it: a model would fill pages."""
+    """Return a value as text for a message; a model would fill pages."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     plain = isinstance(value, (str, bytes, Real, PathLike, type(None), list, tuple, dict))
@@ -287,7 +266,7 @@ def _shown(value: Any) -> str:
 
 
 def _advice(wrong: _Wrong) -> str:
-    """Return what to type instead, to append to a message; empty: that says it all."""
+    """Return what to type instead, to append to a message; or ``""``."""
     value, expected = _scalar(wrong.found), wrong.expected
     if expected.startswith(_MODEL):
         held = [name for name, part in _parts_of(value) if _is_a(type(part), "Module")]

@@ -1,7 +1,7 @@
-"""The exceptions of this library: one class for each kind of failure.
+"""The exceptions of this library, and parts of their messages.
 
-Every message says what was found, what was expected, which layer or field it concerns and what to
-do next.  Inner functions return reasons; only functions at the edges of the library raise.
+A message says what was found, what was expected, where, and what to do next. Inner functions return
+reasons; only public functions raise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an exception's text without line breaks; its class's name if it has no text."""
+    """Return an exception's text without line breaks, or its class name."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -25,28 +25,20 @@ def listed(items: Sequence[object], separator: str = ", ") -> str:
 
 
 def as_range(values: Sequence[Any]) -> str:
-    """Return values as their range: ``96`` or ``61..69``."""
+    """Return the range of values: ``96`` or ``61..69``."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}..{high}"
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return a hint to append to a message: the known name that is spelled most like ``name``.
-
-    Args:
-        name: a name that is not known.
-        known: the names that are.
-
-    Returns:
-        ``" (did you mean NAME?)"``, or an empty text if no known name is close.
-    """
+    """Return ``" (did you mean NAME?)"`` for the most similar known name, or ``""``."""
     return "".join(
         f" (did you mean {match}?)" for match in get_close_matches(name, list(known), n=1)
     )
 
 
 class TPHFConfigError(Exception):
-    """Base class of every error this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class UnsupportedModelError(TPHFConfigError):
@@ -54,15 +46,15 @@ class UnsupportedModelError(TPHFConfigError):
 
 
 class UnknownFieldError(UnsupportedModelError):
-    """No width of the model has a field of this name; on the command line that is wrong usage."""
+    """No width of the model has a field of this name; a usage error on the command line."""
 
 
 class PipelineError(TPHFConfigError):
-    """The pipeline could not read, prune or write a model folder; nothing was written."""
+    """A model folder cannot be read, pruned or written; nothing was written."""
 
 
 class CalibrationError(TPHFConfigError):
-    """A model cannot be measured on this data, or what was measured does not fit the model.
+    """A model cannot be measured on this data, or a measurement does not fit it.
 
     Raised before anything is pruned.
     """
@@ -78,13 +70,12 @@ class TrainingError(TPHFConfigError):
 class ConfigSyncError(TPHFConfigError):
     """No config of this class builds the pruned model.
 
-    Raised before anything is written: the config is unchanged and the model is as the pruner left
-    it.
+    Raised before anything is written: the config does not change, and the model is as the pruner
+    left it.
 
     Attributes:
-        conflicts: the fields that would need several values at once, as field -> value -> the
-            layers that need this value:
-            ``{"intermediate_size": {64: ["model.layers.0..."], 48: [...]}}``.
+        conflicts: fields that would need several values at once: field -> value -> layers that need
+            it, such as ``{"intermediate_size": {64: ["model.layers.0..."], 48: [...]}}``.
     """
 
     def __init__(self, message: str, conflicts: dict[str, dict[int, list[str]]] | None = None):
@@ -96,8 +87,8 @@ class CheckpointError(TPHFConfigError):
     """A folder cannot be checked, repaired or verified; nothing in it was changed.
 
     Attributes:
-        candidates: the configs that fit equally well, each as field -> value: pass one of them as
-            ``given=`` to :func:`~tp_hf_config.repair_checkpoint`.
+        candidates: configs that fit equally well, each as field -> value. Pass one of them to
+            :func:`~tp_hf_config.repair_checkpoint` as ``given=``.
     """
 
     def __init__(self, message: str, candidates: Sequence[dict[str, int]] = ()):
@@ -110,11 +101,11 @@ class CalibrationWarning(UserWarning):
 
 
 class PrunerSettingsWarning(UserWarning):
-    """A pruner's settings do something else than they seem to do; nothing is pruned yet."""
+    """A pruner's settings have another effect than they seem to; nothing is pruned yet."""
 
 
 def warn(message: str, category: type[UserWarning] = PrunerSettingsWarning) -> None:
-    """Warn the first caller outside this package and Torch-Pruning."""
+    """Warn with the stack level of the first caller outside this package and Torch-Pruning."""
     package, depth, frame = __name__.partition(".")[0], 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         package,

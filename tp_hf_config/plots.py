@@ -1,7 +1,4 @@
-"""Plots of reports and allocations, with matplotlib's object interface: no window, no global state.
-
-A report is anything with ``fields``, ``groups``, ``parameters`` and ``refits``.
-"""
+"""Plots of reports and allocations, by matplotlib's object interface: no window or global state."""
 
 from __future__ import annotations
 
@@ -15,23 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Change = tuple[str, int, int]
-"""A config field, or a layer with its side, and its width before and after."""
+Change = tuple[str, int, int]  # a config field, or a layer and its side; width before; width after
 _BEFORE, _AFTER = "#c7d3df", "#1f5a91"
 _COLOURS = (_AFTER, "#c0603a", "#5b8c5a", "#7d5ba6")
 _ROW = 0.28  # height of a row in inches
 
 
 def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
-    """Draw the widths of config fields and of layers, before the first report and after the last.
-
-    Where weights were refitted, a panel more draws the error of each layer's output with and
-    without, in the last report that has them.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: there is no report.
-    """
+    """Draw widths before the first report and after the last, and each weight's refit error."""
     _check_any(reports)
     panels = {"config fields": field_changes(reports), "layers": layer_changes(reports)}
     heights = [max(len(changes), 1) for changes in panels.values()]
@@ -43,7 +31,7 @@ def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
         _bars(ax, title, changes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     axes[1].set_xlabel("width")
-    if refits:
+    if refits:  # of the last report that has some
         for name, colour in (("cut", _BEFORE), ("refit", _AFTER)):
             errors = [getattr(layer, name) for layer in refits[-1].layers]
             axes[2].plot(errors, ".", c=colour, label=name)
@@ -58,16 +46,9 @@ def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
 def plot_history(
     reports: Sequence[Any],
     path: str | PathLike[str],
-    metrics: Mapping[str, Sequence[float]] | None = None,
+    metrics: Mapping[str, Sequence[float]] | None = None,  # a value per report, or one more first
 ) -> Figure:
-    """Draw the parameter count after each report, and below it metrics.
-
-    ``metrics``: name -> one value per report, or one more, first that of the unpruned model.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: there is no report, or a metric has another number of values.
-    """
+    """Draw the number of parameters after each report, and metrics below it."""
     _check_any(reports)
     steps = len(reports)
     series: dict[str, list[float]] = {
@@ -95,22 +76,12 @@ def plot_history(
 
 
 def plot_allocation(
-    curves: Mapping[str, Sequence[Any]],
-    left: Mapping[str, int],
-    measure: str,
+    curves: Mapping[str, Sequence[Any]],  # field -> measurements of each layer
+    left: Mapping[str, int],  # each layer's own field -> final width
+    measure: str,  # what is measured
     path: str | PathLike[str],
 ) -> Figure:
-    """Draw widths by layer above, and the changes of the model's output by layer below.
-
-    Args:
-        curves: field -> what was measured of each layer.
-        left: each layer's own field -> its width in the end.
-        measure: what changes are.
-        path: the file to write; its suffix sets the format, PNG without one.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draw widths by layer above, and changes of the model's output by layer below."""
     figure = _figure((8, 5))
     above, below = figure.subplots(2, 1, sharex=True)
     for (name, own), colour in zip(curves.items(), _COLOURS * len(curves), strict=False):
@@ -132,12 +103,11 @@ def plot_allocation(
 
 
 def field_changes(reports: Iterable[Any]) -> list[Change]:
-    """Return the changes of config fields over all reports; a list gives one for each entry."""
     return list(_over_all((name, *both) for r in reports for name, both in _numbers(r.fields)))
 
 
 def layer_changes(reports: Iterable[Any]) -> list[Change]:
-    """Return the changes of the layer sides that lost channels; layers that are alike share one."""
+    """Return the changes of the layer sides that lost channels; equal ones are merged."""
     sides = _over_all(side for r in reports for group in r.groups for side in _sides(group))
     alike = Counter(
         (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), before, after) for name, before, after in sides
@@ -149,7 +119,6 @@ def layer_changes(reports: Iterable[Any]) -> list[Change]:
 
 
 def _over_all(changes: Iterable[Change]) -> Iterator[Change]:
-    """Yield the changes from the first to the last of a name."""
     widths: dict[str, tuple[int, int]] = {}
     for name, before, after in changes:
         widths[name] = widths.get(name, (before,))[0], after
@@ -157,7 +126,7 @@ def _over_all(changes: Iterable[Change]) -> Iterator[Change]:
 
 
 def _numbers(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield each whole number in the fields' values; an unset value has no width to draw."""
+    """Yield the integers in the fields' values; unset values have no width to draw."""
     for name, (old, new) in fields.items():
         if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
             entries = zip(old, new, strict=False)
@@ -167,7 +136,7 @@ def _numbers(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple
 
 
 def _sides(group: Any) -> Iterator[Change]:
-    """Yield each side of a group's layers; what the pieces of a fused layer lose is summed up."""
+    """Yield each side of a group's layers; the losses of a fused layer's pieces are added up."""
     removed: Counter[str] = Counter()
     before: dict[str, int] = {}
     for layer in group.layers:
@@ -179,7 +148,6 @@ def _sides(group: Any) -> Iterator[Change]:
 
 
 def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
-    """Draw one panel: for each change a bar before and a bar after."""
     rows = range(len(changes))
     ax.barh(rows, [before for _, before, _ in changes], color=_BEFORE, label="before")
     ax.barh(rows, [after for *_, after in changes], color=_AFTER, height=0.45, label="after")
@@ -192,8 +160,7 @@ def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
     ax.set_title(title if changes else f"{title}: nothing changed", loc="left")
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    """Return an empty figure of this width and height, in inches."""
+def _figure(size: tuple[float, float]) -> Figure:  # width, height in inches
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

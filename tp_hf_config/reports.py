@@ -1,4 +1,4 @@
-"""The base class of reports: text, HTML for notebooks and JSON from fields, rows and lines."""
+"""The base class of reports: text, HTML for notebooks, and JSON."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .schema import dated
 
 Rows = Sequence[Sequence[object]]
 _LEFT = ' style="text-align: left"'  # notebooks align cells to the right
-_SHOWN = 200  # characters of a ``repr``
+_SHOWN = 200  # longest ``repr``, in characters
+# fields with a value before and after
 _PAIRS = ("parameters", "perplexity", "perplexity_second_text")
-"""Fields that hold a value before and after."""
 
 
 class Report:
-    """A dataclass that is printed as a title, a table and lines.
+    """A dataclass that prints as a title, a table and lines.
 
-    ``to_dict`` has its public fields, for ``json.dumps``.
+    ``to_dict`` returns its public fields, for ``json.dumps``.
     """
 
     def title(self) -> str:
@@ -29,7 +29,7 @@ class Report:
         raise NotImplementedError
 
     def rows(self) -> Rows:
-        """Return a table, with its head as the first row; empty: it has none."""
+        """Return a table whose first row is its header; empty if there is none."""
         return ()
 
     def lines(self) -> Iterable[str]:
@@ -55,14 +55,14 @@ class Report:
 
 
 def short(shown: object, text: str) -> str:
-    """Return a ``repr``: the class of ``shown`` with the first line of ``text`` in parentheses."""
+    """Return a ``repr``: class name, and the first line of ``text`` in parentheses."""
     line = text.split("\n", 1)[0]
     line = line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
     return f"{type(shown).__name__}({line})"
 
 
 def aligned(rows: Rows) -> list[str]:
-    """Return the rows of a table as lines of columns; columns of numbers are set to the right."""
+    """Return a table's rows as lines of aligned columns; numbers are right-aligned."""
     columns = [[str(cell) for cell in column] for column in zip(*rows, strict=True)]
     for column in columns:
         is_number = all(set(cell) <= set("0123456789,.") for cell in column[1:])
@@ -72,7 +72,7 @@ def aligned(rows: Rows) -> list[str]:
 
 
 def html_table(rows: Rows) -> str:
-    """Return an HTML table whose first row is its head; an empty text if there are no others."""
+    """Return an HTML table whose first row is its header; ``""`` without other rows."""
     if len(rows) < 2:
         return ""
     head, *body = (
@@ -84,13 +84,13 @@ def html_table(rows: Rows) -> str:
 
 
 def fields_as_json(value: Any) -> dict[str, Any]:
-    """Return the public fields of a dataclass for ``json.dumps``."""
+    """Return a dataclass's public fields for ``json.dumps``."""
     names = (part.name for part in fields(value) if not part.name.startswith("_"))
     return {name: _field(name, getattr(value, name)) for name in names}
 
 
 def as_json(value: Any) -> Any:
-    """Return what ``json.dumps`` takes."""
+    """Return a value that ``json.dumps`` accepts."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if is_dataclass(value):
@@ -105,7 +105,6 @@ def as_json(value: Any) -> Any:
 
 
 def _field(name: str, value: Any) -> Any:
-    """Return a field's JSON; values before and after say which is which."""
     if name == "fields" and isinstance(value, Mapping):
         return old_and_new(value)
     if name in _PAIRS and isinstance(value, tuple):
@@ -114,7 +113,7 @@ def _field(name: str, value: Any) -> Any:
 
 
 def old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
-    """Return name -> (old, new) for ``json.dumps``."""
+    """Return name -> old and new value, for ``json.dumps``."""
     return {
         name: {"old": as_json(old), "new": as_json(new)} for name, (old, new) in changes.items()
     }

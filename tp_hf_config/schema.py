@@ -1,4 +1,4 @@
-"""Add the schema version and the package versions with which every written report begins."""
+"""The schema version and package versions at the start of every written report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ SCHEMA_VERSION = 1
 
 
 def dated(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a report's JSON data with the schema version and the package versions in front."""
     return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of this library and its main dependencies, by package name."""
     installed: dict[str, str] = {}
     for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
         try:

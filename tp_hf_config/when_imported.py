@@ -1,4 +1,4 @@
-"""Import one module as soon as another one is imported, without importing the other one."""
+"""Import a module as soon as another one is imported, without importing that one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, follower: str) -> None:
-    """Import module ``follower`` right after module ``name``, or now if ``name`` is loaded."""
+    """Import ``follower`` right after module ``name``, or now if ``name`` is loaded."""
     if name in sys.modules:
         import_module(follower)
     elif not any(isinstance(f, _Watch) and f.names == (name, follower) for f in sys.meta_path):
@@ -19,7 +19,7 @@ def when_imported(name: str, follower: str) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Make the import of one module import its follower too; find no module by itself."""
+    """Makes the import of one module import its follower too; finds no module itself."""
 
     def __init__(self, name: str, follower: str):
         self.names = (name, follower)
@@ -27,12 +27,9 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the watched module's spec, with a loader that imports the follower at the end.
-
-        The spec comes from the other finders.  Return ``None`` for every other module.
-        """
         if name != self.names[0]:
             return None
+        # the spec of the other finders, with a loader that imports the follower at the end
         others = [finder for finder in sys.meta_path if finder is not self]
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)

@@ -1,8 +1,7 @@
-"""A dependency graph for Torch-Pruning that is built from proved groups instead of a trace.
+"""A dependency graph for Torch-Pruning, built from proved groups instead of a trace.
 
-The pruner, its importances, its ranking and its interactive steps stay Torch-Pruning's own; it asks
-this graph for groups and gets those that the config can express. It needs no example input, no
-forward pass, no autograd.
+The pruner, importances, ranking and interactive steps remain Torch-Pruning's. The graph needs no
+example inputs, forward pass or autograd.
 """
 
 from __future__ import annotations
@@ -41,27 +40,16 @@ from .sides import (
 
 
 class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
-    """Torch-Pruning's dependency graph, with proved groups instead of traced ones.
-
-    Args:
-        model: the Hugging Face model (not a wrapper around it).
-        groups: its groups.
-        prefix: the model's name in the module that the pruner prunes.
-        multiples: fields of a group -> what they have to be a multiple of, if the class does not
-            take every value.
-        heads: the fields whose groups follow the pruner's head ratios.
-        notes: lines for the first report about the graph.
-        make_inputs: the user's function that made the inputs of the proofs, if there is one.
-    """
+    """Torch-Pruning's dependency graph with the proved groups of a Hugging Face model."""
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        prefix: str = "",
-        multiples: Mapping[Any, int] | None = None,
-        heads: Collection[Any] = (),
-        notes: Sequence[str] = (),
+        prefix: str = "",  # name of ``model`` inside the module that the pruner prunes
+        multiples: Mapping[Any, int] | None = None,  # fields -> divisor that the class demands
+        heads: Collection[Any] = (),  # fields whose groups use the pruner's head ratios
+        notes: Sequence[str] = (),  # for the first report
         make_inputs: MakeInputs | None = None,
     ):
         super().__init__()
@@ -89,7 +77,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                     self._sides_of.setdefault(module, []).append((graph_group, side))
 
     def build_dependency(self, model: nn.Module, *args: Any, **kwargs: Any) -> ConfigGraph:
-        """Set up nodes and names for the groups; example inputs are ignored. Return the graph."""
+        """Set up nodes and names for the groups. Torch-Pruning's constructor calls this."""
         self.model, self.verbose = model, False
         self.ignored_params: list[Any] = list(kwargs.get("ignored_params") or ())
         self._module2name = {module: name for name, module in model.named_modules()}
@@ -113,16 +101,11 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def get_all_groups(
         self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Any = None
     ) -> Iterator[ConfigGroup]:
-        """Yield every group whose layers are not ignored, with all of its units.
-
-        With ``root_module_types``, only groups in which a layer of these types loses outputs; those
-        that Torch-Pruning has by default stand for all types.
-        """
+        """Yield every group without ignored layers, with all of its units."""
         for graph_group in self.groups_to_prune(ignored_layers, root_module_types):
             yield self.group_at(graph_group, range(graph_group.units.count))
 
     def group_at(self, graph_group: GraphGroup, units: Iterable[int]) -> ConfigGroup:
-        """Return the pruning group of some units, with its root first."""
         root = graph_group.root
         module, out = (graph_group.units, True) if root is None else (root.module, root.out)
         return self.group_from(graph_group, list(units), module, out)
@@ -130,7 +113,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def groups_to_prune(
         self, ignored_layers: Sequence[nn.Module], root_module_types: Any = None
     ) -> Iterator[GraphGroup]:
-        """Yield the groups from which :meth:`get_all_groups` makes pruning groups."""
         for graph_group in self.graph_groups:
             if self.refusal_of(graph_group, ignored_layers, root_module_types) is None:
                 yield graph_group
@@ -141,7 +123,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         ignored_layers: Sequence[nn.Module],
         root_module_types: Any = None,
     ) -> Refusal | None:
-        """Return which argument of the pruner keeps a group from being pruned, or None."""
+        """Return which argument of the pruner excludes a group; None if none does."""
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
         for side in graph_group.sides:
@@ -150,6 +132,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             parameter = self._ignored_parameter(side)
             if parameter is not None:
                 return Refusal(f"ignored_layers= keeps {parameter}")
+        # Torch-Pruning's default types mean any type
         any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
         if any_type or reads or any(self._is_root(side, types) for side in graph_group.sides):
@@ -159,21 +142,19 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return Refusal(f"root_module_types= ({names}) holds no layer like {layer}")
 
     def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
-        """Return the groups that a layer is in, each with the layer's side in it."""
+        # a view is listed under itself and under its owner
         return list({id(pair[1]): pair for pair in self._sides_of.get(module, ())}.values())
 
     def outputs_of(self, graph_group: GraphGroup) -> dict[str, nn.Module]:
-        """Return the layers that lose outputs with a group, by name in the Hugging Face model."""
         sides = [side for side in graph_group.sides if is_output(side)]
         return {side.layer: owner_of(side.module) for side in sides}
 
     @property
     def fields(self) -> list[tuple[FieldPath, ...]]:
-        """The fields of each group, without repeats."""
         return list(dict.fromkeys(graph_group.fields for graph_group in self.graph_groups))
 
     def roots_of(self, field: FieldPath) -> list[nn.Module]:
-        """Return one key for ratios per group of a field: a layer that loses outputs, or units."""
+        """Return one key of ``pruning_ratio_dict`` per group: a layer with outputs, or units."""
         return [
             next((side.module for side in graph_group.sides if side.out), graph_group.units)
             for graph_group in self.graph_groups
@@ -181,14 +162,13 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         ]
 
     def _is_root(self, side: Side, types: tuple[type, ...]) -> bool:
-        """True if a side is the output of a layer of some types; views count as linear layers."""
+        """True if a side is the output of a layer of these types; a view counts as linear."""
         reported = self.side_of(side.module, side.out)
         outputs = reported is not None and reported[1]
         plain = isinstance(side.module, types) and not is_vector(side.module)
         return outputs and (plain or isinstance(owner_of(side.module), types))
 
     def _ignored_parameter(self, side: Side) -> str | None:
-        """Return the name of an ignored parameter in this side, or None."""
         ignored = set(map(id, self.ignored_params))
         names = (dim.name for dim in side.dims)
         return next((name for name in names if id(tensor(self.pretrained, name)) in ignored), None)
@@ -196,14 +176,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
     ) -> ConfigGroup:
-        """Return the group that a layer's channels belong to, with the units that they make up.
-
-        ``module`` may be a view of a parameter, or the :class:`Units` of a group, of which ``idxs``
-        are units. ``pruning_fn``, Torch-Pruning's, says which side of the layer is meant.
-
-        Raises:
-            ValueError: the layer's side is in no group, or the channels are not whole units.
-        """
+        """Return the group of a layer's or view's channels; of :class:`Units`: of the units."""
         channels = [int(idxs)] if isinstance(idxs, int) else [int(index) for index in idxs]
         out = self.is_out_channel_pruning_fn(pruning_fn)
         for graph_group in self.graph_groups:
@@ -223,7 +196,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         )
 
     def check_pruning_group(self, group: ConfigGroup) -> bool:
-        """True if every layer keeps something, and all channel groups lose equally many units."""
+        """True if units remain and every channel group loses the same number."""
         graph_group = group.graph_group
         count, channel_groups = graph_group.units.count, graph_group.count.channel_groups
         if not group.units or len(group.units) >= count:
@@ -233,7 +206,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return len(set(lost)) == 1
 
     def get_pruner_of_module(self, module: Any) -> Any:
-        """Return Torch-Pruning's pruner of a layer; one with a view counts as a linear layer."""
+        """Return Torch-Pruning's pruner of a layer; an unknown layer with a view is linear."""
         if isinstance(module, Units):
             return UNITS
         layer_pruner = super().get_pruner_of_module(module)
@@ -242,7 +215,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return layer_pruner
 
     def load_pruning_history(self, pruning_history: Any) -> None:
-        """Prune again what a history says; it may name views by ``parameter#dimension``."""
+        """Replay a history, which may name views as ``parameter#dimension``."""
         named = {self.history_name(view): view for view in self._views.values()}
         with self.recorded.held():
             for name, is_out, idxs in pruning_history:
@@ -253,7 +226,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             self._pruning_history = pruning_history
 
     def side_of(self, module: nn.Module, out: bool) -> tuple[str, bool] | None:
-        """Return a side's name in reports and True if it is an output; None for :class:`Units`."""
+        """Return a side's name for reports and whether it is an output; None for :class:`Units`."""
         if isinstance(module, Units):
             return None
         if not isinstance(module, ParameterView):
@@ -263,11 +236,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return self.history_name(module), True
 
     def note_in_history(self, group: ConfigGroup) -> None:
-        """Add a group to Torch-Pruning's history, which names one of its layers.
-
-        That is a layer rather than a view, which plain Torch-Pruning cannot replay, and a view
-        rather than :class:`Units`.
-        """
+        """Append a group to Torch-Pruning's history, under one of its layers."""
         item = min(group, key=lambda item: _history_rank(item.dep.target.module))
         out = self.is_out_channel_pruning_fn(item.dep.handler)
         self._pruning_history.append(
@@ -275,34 +244,28 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         )
 
     def layer_name(self, module: nn.Module) -> str:
-        """Return the name of a layer, or of the one behind a view; of units, an empty one."""
+        """Return the name of a layer, or of the layer behind a view; ``""`` for :class:`Units`."""
         return "" if isinstance(module, Units) else self._module2name[module]
 
     def history_name(self, module: nn.Module) -> str:
-        """Return the name of a layer or a view in a history."""
         name: str = self._module2name[module]
         if isinstance(module, ParameterView):
             return f"{name}.{module.key}#{module.dim}"
         return name
 
     def importance_of(self, group: ConfigGroup, importance: Any) -> Any:
-        """Return the importance of a group's units, shape ``(units,)``, made from that of channels.
-
-        Importances add up what falls on one channel of the first layer; a unit that is several
-        channels wide (a head) gets the mean of its channels', as Torch-Pruning's heads do. If no
-        layer is one that importances look at (an embedding that nothing reads), size decides. It is
-        ``None`` if ``importance`` returns that for a group's root channels.
-        """
+        """Return the importance of a group's units, ``(units,)``; None if it has none."""
         if group.graph_group.root is not None:
             return importance(group)
-        if not group.graph_group.ranked:
+        if not group.graph_group.ranked:  # an embedding whose output no layer reads
             return norms_of(group.graph_group, self.pretrained)
         side = group.graph_group.ranked[0]
         values = importance(self._channel_group(group.graph_group, side))
+        # a unit of several channels (a head) gets their mean, as in Torch-Pruning
         return None if values is None else values.view(side.table.shape).mean(1)
 
     def _channel_group(self, graph_group: GraphGroup, root: Side) -> ConfigGroup:
-        """Return a group in which every channel of the root's units counts by itself."""
+        """Return all units of a group, with every channel of the root as an index of its own."""
         group = ConfigGroup(self, graph_group, range(graph_group.units.count), by_channel=True)
         width = root.table.shape[1]
         first = torch.tensor(group.units)[:, None] * width
@@ -313,7 +276,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def group_from(
         self, graph_group: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
     ) -> ConfigGroup:
-        """Return the pruning group of some units, with the root's side first."""
+        """Return the pruning group of some units; its first item is the side ``(root, out)``."""
         group = ConfigGroup(self, graph_group, units)
         if isinstance(root, Units):
             node = self.module2node[root]
@@ -332,11 +295,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
     def _fill(
         self, group: ConfigGroup, sides: Sequence[Side], roots: Callable[[int], torch.Tensor]
     ) -> None:
-        """Add sides to a group.
-
-        ``roots`` takes a number of positions per unit, and returns the root channels that they
-        count for, shape ``(units, positions)``.
-        """
+        """Add sides; ``roots(n)``: root channels, ``(units, n)``, of ``n`` positions per unit."""
         # the pruner ranks groups by their first item's source: each has a node of its own
         source = self.module2node[group.graph_group.units]
         indices: dict[int, tuple[list[int], list[int]]] = {}
@@ -354,7 +313,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             group._group[-1].root_idxs = list(root_idxs)
 
     def other_sides_of(self, side: Side) -> list[Side]:
-        """Return what other groups hold of the same side of a layer: other channels."""
+        """Return the other groups' sides on the same side of the layer (other channels of it)."""
         others = [other for _, other in self.sides_of(side.module) if other is not side]
         return [o for o in others if o.module is side.module and o.out is side.out]
 
@@ -362,5 +321,5 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         return next((v for v in self._views.values() if v.owner is module), None)
 
 
-def _history_rank(module: nn.Module) -> int:
+def _history_rank(module: nn.Module) -> int:  # plain Torch-Pruning can replay layers only
     return 2 if isinstance(module, Units) else int(isinstance(module, ParameterView))

@@ -1,4 +1,4 @@
-"""A pruning group of the config graph: whole units."""
+"""A pruning group of the config graph."""
 
 from __future__ import annotations
 
@@ -11,29 +11,19 @@ from .sides import GraphGroup
 
 
 class ConfigGroup(dependency.Group):  # type: ignore[misc]
-    """A pruning group of whole units of a dependency group.
-
-    Args:
-        graph: the ``ConfigGraph`` that makes it.
-        graph_group: the dependency group.
-        units: the units to cut.
-        by_channel: every channel of the root counts by itself, for importances.
-    """
+    """Whole units of one dependency group, as Torch-Pruning's ``Group``."""
 
     def __init__(
         self, graph: Any, graph_group: GraphGroup, units: Sequence[int], by_channel: bool = False
     ):
         super().__init__()
-        self.by_channel = by_channel
+        self.by_channel = by_channel  # every channel of the root is an index: for importances
         self._DG = graph
         self.graph_group = graph_group
         self.units = list(units)
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """Prune the group's units, or those of the root's channels ``idxs``, in every layer.
-
-        They are cut as soon as a config describes what is left.
-        """
+        """Record the group's units, or those of the root's channels ``idxs``; a hook cuts them."""
         group = self
         if idxs is not None:
             root = self[0].dep

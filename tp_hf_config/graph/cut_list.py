@@ -1,7 +1,7 @@
-"""What a step of a pruner comes to: which positions of every parameter stay, and the configs.
+"""The cut list: which positions of every parameter remain, and the config before and after.
 
-A cut list is made from a live model, or from one without weights.  Whoever holds the weights makes
-the pruned model, or the pruned folder, of them by it (:func:`~tp_hf_config.apply_cuts`).
+It is made from a live model or from one on the meta device. :func:`~tp_hf_config.apply_cuts`
+applies it where the weights are.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _TABLE, _CHECKSUM = "cut_list", "sha256"
 
 @dataclass(frozen=True)
 class CutList:
-    """What was cut from a model; ``str`` gives a line.
+    """What pruning removed from a model; ``str`` gives one line.
 
     Attributes:
-        model: the name of the class.
-        before: the config before, as JSON.
-        after: the config afterwards, as JSON.
-        edits: name of a parameter or saved buffer -> what is done to it, in order. A tied weight
-            has the first of its names.
+        model: name of the model class.
+        before: config before the cuts, as JSON.
+        after: config after the cuts, as JSON.
+        edits: name of a parameter or saved buffer -> its edits, in order. A tied weight is listed
+            under the first of its names.
     """
 
     model: str
@@ -65,39 +65,36 @@ class CutList:
 
     @property
     def is_complete(self) -> bool:
-        """True if it can be saved and carried out: no weight was refitted."""
+        """True if the cut list can be saved and applied: no weight was refitted."""
         edits = (edit for edits in self.edits.values() for edit in edits)
         return not any(isinstance(edit, NotKept) for edit in edits)
 
     def check_complete(self) -> None:
-        """Raise if it cannot be saved and carried out.
+        """Raise if the cut list cannot be saved and applied.
 
         Raises:
-            ValueError: weights were refitted: a cut list holds cuts alone.
+            ValueError: weights were refitted; a cut list stores no refits.
         """
         if not self.is_complete:
             raise ValueError(REFITTED)
 
     def changes(self) -> list[tuple[tuple[Any, ...], Any, Any]]:
-        """Return the config fields that change: path, old value, new value."""
+        """Return the changed config fields: path, old value, new value."""
         new = dict(changed_values(self.before, self.after))
         old = dict(changed_values(self.after, self.before))
         return [(field, old.get(field), new.get(field)) for field in dict.fromkeys((*new, *old))]
 
     def of(self, name: str, values: Tensor) -> Tensor:
-        """Return the values that a tensor has after all cuts and refits.
+        """Return a tensor's values after all cuts and refits.
 
         Args:
-            name: the name of a parameter or saved buffer.
-            values: its values before, all of them.
+            name: name of a parameter or saved buffer.
+            values: its values before the cuts, in full.
         """
         return edited(values, self.edits.get(name, ()))
 
     def kept(self, name: str) -> dict[int, Tensor]:
-        """Return, for each dimension of a tensor that is cut, the positions that stay.
-
-        Dimensions that are not cut are left out. Positions are whole numbers, 1-D.
-        """
+        """Return dimension -> kept positions (int64, 1-D) for each dimension that is cut."""
         total: dict[int, Tensor] = {}
         for edit in self.edits.get(name, ()):
             for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
@@ -109,14 +106,14 @@ class CutList:
         """Return this cut list followed by that of the next step.
 
         Raises:
-            ValueError: the other one starts from another config.
+            ValueError: the other one is for another class or starts from another config.
         """
         if other.model != self.model or list(changed_values(self.after, other.before)):
             raise ValueError(f"{other} does not start where {self} ends")
         return self.followed_by(other)
 
     def followed_by(self, other: CutList) -> CutList:
-        """Return this cut list followed by one of the same model, which is not asked."""
+        """Return this cut list followed by another one of the same model, without a check."""
         edits = {
             name: _joined(self.edits.get(name, ()), other.edits.get(name, ()))
             for name in dict.fromkeys((*self.edits, *other.edits))
@@ -125,10 +122,10 @@ class CutList:
 
     @check_arguments
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the cut list as one safetensors file; its header says what is what, in JSON.
+        """Write the cut list to one safetensors file, whose header describes it in JSON.
 
         Raises:
-            ValueError: see :meth:`check_complete`.
+            ValueError: weights were refitted (:meth:`check_complete`).
         """
         self.check_complete()
         tensors: dict[str, Tensor] = {}
@@ -147,10 +144,11 @@ class CutList:
     @classmethod
     @check_arguments
     def load(cls, path: str | PathLike[str]) -> CutList:
-        """Read a cut list that :meth:`save` wrote, and check all of it; no code is run.
+        """Read a file that :meth:`save` wrote, and check it completely; no code is run.
 
         Raises:
-            CheckpointError: the file cannot be read, is no cut list, or is not as it was saved.
+            CheckpointError: the file cannot be read, is no cut list, or was changed since it was
+                saved.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -171,7 +169,7 @@ class CutList:
         return cls(table["model"], table["before"], table["after"], edits)
 
     def misfit(self, shapes: Shapes) -> str | None:
-        """Return why it cannot be carried out on tensors of these shapes; ``None``: it can."""
+        """Return why the edits do not fit tensors of these shapes; ``None`` if they do."""
         for name, edits in self.edits.items():
             if name not in shapes:
                 return f"it cuts {name}, which the model does not have"
@@ -188,8 +186,8 @@ class CutList:
 
 
 def _digest(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of what is what, as canonical JSON, and of the tensors in their order."""
-    plain = json.loads(json.dumps(table))  # keys are texts
+    """Return the SHA-256 of the table, as canonical JSON, and of all tensors."""
+    plain = json.loads(json.dumps(table))  # makes all keys strings
     total = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name in sorted(tensors, key=lambda key: (len(key), key)):
         values = tensors[name].contiguous()
@@ -198,7 +196,6 @@ def _digest(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _not_as_saved(table: Any, tensors: Mapping[str, Tensor], checksum: str | None) -> str | None:
-    """Return why a file is not as :meth:`CutList.save` wrote it; ``None``: it is."""
     if checksum is None:
         return f"it has no checksum ({_CHECKSUM}), which every cut list is saved with"
     found = _digest(table, tensors)
@@ -211,7 +208,6 @@ def _not_as_saved(table: Any, tensors: Mapping[str, Tensor], checksum: str | Non
 
 
 def _fault(table: Any, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with a cut list's JSON or with the tensors it names; ``None``: none."""
     kinds = {"model": str, "before": dict, "after": dict, "edits": dict}
     if not _has(table, kinds):
         return f"expected an object of {', '.join(kinds)}"
@@ -226,7 +222,6 @@ def _fault(table: Any, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with the JSON of one edit."""
     if _has(entry, {"keep": dict}):
         positions = entry["keep"]
         if not positions or not all(dim.isdecimal() for dim in positions):
@@ -236,7 +231,6 @@ def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
-    """True if data is an object of these keys with values of these types."""
     return (
         isinstance(data, dict)
         and data.keys() == kinds.keys()
@@ -245,7 +239,7 @@ def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
 
 
 def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return why a tensor does not hold positions: whole numbers from 0 on, each once, rising."""
+    """Return why a tensor is not a list of positions: int64, rising, from 0 on."""
     values = tensors.get(key) if isinstance(key, str) else None
     if values is None or values.ndim != 1 or values.dtype != torch.int64 or not len(values):
         return "expected positions, a list of whole numbers"
@@ -255,7 +249,7 @@ def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _joined(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """Return edits one after the other; selections of positions become one."""
+    """Concatenate edits; merge neighbouring selections into one."""
     edits: list[Edit] = []
     for edit in (*first, *second):
         if edits and isinstance(edit, Selection) and isinstance(edits[-1], Selection):
@@ -266,7 +260,7 @@ def _joined(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ..
 
 
 def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return an edit as JSON; its tensors are added to ``tensors``, equal positions once."""
+    """Return an edit as JSON; add its tensors to ``tensors``, equal ones once."""
 
     def stored(values: Tensor) -> str:
         values = values.detach().cpu().contiguous()
@@ -281,22 +275,15 @@ def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
-    """Return the edit that :func:`_described` described."""
     return Selection({int(dim): tensors[key] for dim, key in entry["keep"].items()})
 
 
 def edits_of(
     model: nn.Module,
-    refits: Mapping[str, Iterable[RefitInPlace]],
-    kept: Mapping[tuple[str, int], Tensor],
+    refits: Mapping[str, Iterable[RefitInPlace]],  # by first name
+    kept: Mapping[tuple[str, int], Tensor],  # kept positions, equal for tied names
 ) -> dict[str, tuple[Edit, ...]]:
-    """Return what is done to each parameter and saved buffer of a model, by its first name.
-
-    Args:
-        model: the model.
-        refits: the refits of parameters, by their first names.
-        kept: name and dimension -> the positions that stay; tied names lose the same.
-    """
+    """Return the edits of each parameter and saved buffer, by its first name."""
     first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
     positions: dict[str, dict[int, Tensor]] = {}
     for (name, dim), stays in kept.items():
@@ -307,14 +294,7 @@ def edits_of(
 def explained(
     model: nn.Module, edits: Mapping[str, Iterable[Edit]], before: Shapes, after: Shapes
 ) -> bool:
-    """True if every tensor of a model has the shape that the edits leave.
-
-    Args:
-        model: the model after its step.
-        edits: what was done, by name.
-        before: the shapes before the step.
-        after: the shapes afterwards.
-    """
+    """True if every tensor of a model has the shape that the edits of a step give."""
     others = {name for _, *tied in parameter_names(model).values() for name in tied}
     for name in after.keys() - others:
         expected = list(before.get(name, ()))

@@ -1,4 +1,4 @@
-"""What a cut does to one parameter, as functions of the parameter: select positions, refit."""
+"""The edits that a cut makes to one parameter: select positions, or refit a weight."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from ..model.tensors import select
 
 @dataclass(frozen=True)
 class Selection:
-    """Some positions of some dimensions stay.
+    """Keeps some positions along some dimensions."""
 
-    Attributes:
-        positions: dimension -> the positions that stay, 1-D.
-    """
-
-    positions: Mapping[int, Tensor]
+    positions: Mapping[int, Tensor]  # dimension -> kept positions, 1-D
 
     def of(self, values: Tensor) -> Tensor:
-        """Return a copy of a parameter's values with only what stays."""
         return select(values, self.positions)
 
     def then(self, other: Selection) -> Selection:
-        """Return what stays after this and another selection, of what this one leaves."""
+        """Combine this selection with a later one, whose positions index this one's result."""
         positions = dict(self.positions)
         for dim, kept in other.positions.items():
             positions[dim] = positions[dim][kept] if dim in positions else kept
@@ -36,34 +31,23 @@ class Selection:
 
 @dataclass(frozen=True)
 class Refit:
-    """How a weight makes up for channels that it no longer reads.
+    """How a weight that reads channels makes up for the removed ones."""
 
-    Attributes:
-        kept: the channels that stay, 1-D.
-        targets: the channels whose values are estimated from them, 1-D.
-        share: how much each target gets of each kept channel, shape ``(kept, targets)``.
-        size: how many channels there were.
-    """
-
-    kept: Tensor
-    targets: Tensor
-    share: Tensor
-    size: int
+    kept: Tensor  # kept channels, 1-D
+    targets: Tensor  # channels that are estimated from the kept ones, 1-D
+    share: Tensor  # weight of each kept channel in each target, ``(kept, targets)``
+    size: int  # number of channels before the cut
 
     def estimate(self, rows: Tensor) -> Tensor:
-        """Return all channels, made of the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
+        """Estimate all channels from the kept ones: ``(tokens, kept)`` -> ``(tokens, size)``."""
         full = plain_cut(rows, self.kept, self.size)
         share = self.share.to(rows)
         full.index_add_(1, self.targets.to(rows.device), rows @ share)
         return full
 
     def errors(self, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far the targets are from what they were, by the plain cut and estimated.
-
-        Args:
-            rows: the kept channels after the cut, shape ``(tokens, kept)``.
-            whole: all channels before, ``(tokens, size)``; for both results ``(tokens, targets)``.
-        """
+        """Return the targets' errors, ``(tokens, targets)``, without the refit and with it."""
+        # rows: the kept channels after the cut; whole: all channels before it
         exact = torch.promote_types(rows.dtype, torch.float32)
         rows, whole = rows.to(exact), whole.to(exact)
         if len(self.targets) == self.size:  # behind a norm, the kept ones change too
@@ -73,12 +57,7 @@ class Refit:
         return cut, cut - rows @ self.share.to(rows)
 
     def of(self, weight: Tensor, dim: int) -> Tensor:
-        """Return a weight that reads the kept channels alone.
-
-        Args:
-            weight: the whole weight, of any shape.
-            dim: its dimension of channels.
-        """
+        """Return the refitted weight, which reads the kept channels along ``dim`` only."""
         last = weight.movedim(dim, -1)
         exact = torch.promote_types(weight.dtype, torch.float32)
         kept = last.index_select(-1, self.kept.to(weight.device)).to(exact)
@@ -88,7 +67,7 @@ class Refit:
 
 
 def plain_cut(rows: Tensor, kept: Tensor, size: int) -> Tensor:
-    """Return ``(tokens, kept)`` with zeros for the other channels: ``(tokens, size)``."""
+    """Set the removed channels to zero: ``(tokens, kept)`` -> ``(tokens, size)``."""
     full = rows.new_zeros(len(rows), size)
     full[:, kept.to(rows.device)] = rows
     return full
@@ -96,20 +75,13 @@ def plain_cut(rows: Tensor, kept: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RefitInPlace:
-    """The channels that stay get their refitted weights; the shape is as before.
+    """Writes refitted weights to the kept channels; the parameter's shape does not change."""
 
-    Attributes:
-        dim: the parameter's dimension of channels.
-        part: the number of the matrix in a stack (an expert); ``None``: the parameter is no stack.
-        refit: the refit.
-    """
-
-    dim: int
-    part: int | None
+    dim: int  # dimension of the channels
+    part: int | None  # index of the matrix in a stack (an expert); None: no stack
     refit: Refit
 
     def apply(self, values: Tensor) -> None:
-        """Change a parameter's values in place."""
         matrix, dim = matrix_of(values, self.dim, self.part)
         kept = self.refit.kept.to(values.device)
         matrix.index_copy_(dim, kept, self.refit.of(matrix, dim))
@@ -117,10 +89,9 @@ class RefitInPlace:
 
 @dataclass(frozen=True)
 class NotKept:
-    """The channels that stay got refitted weights, and how is not kept: it is as large as they."""
+    """Marks a refit whose values are not stored, because they are as large as the weight."""
 
     def of(self, values: Tensor) -> Tensor:
-        """Raise, for whoever has not asked the cut list."""
         raise ValueError(REFITTED)
 
 
@@ -132,7 +103,6 @@ Edit = Selection | RefitInPlace | NotKept
 
 
 def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
-    """Return a parameter's values after all edits, in order."""
     own = False  # a stack is copied once for all of its matrices
     for edit in edits:
         if isinstance(edit, RefitInPlace):
@@ -145,19 +115,12 @@ def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
 
 
 def _copy(values: Tensor) -> Tensor:
-    """Return a copy of a parameter's values; while files are paged, in a file."""
-    paged = in_file(values)
+    paged = in_file(values)  # a new file-backed tensor while paging, else ``values`` itself
     return values.clone() if paged is values else paged
 
 
 def matrix_of(values: Tensor, dim: int, part: int | None) -> tuple[Tensor, int]:
-    """Return a view of one matrix in a stack, and the dimension in it.
-
-    Args:
-        values: the stack; a plain weight if ``part`` is ``None``.
-        dim: the dimension of channels, in the stack.
-        part: the number of the matrix.
-    """
+    """Return a view of one matrix of a stack, and the channel dimension in that matrix."""
     if part is None:
         return values, dim
     stacked = stack_dim(values, dim)
@@ -165,5 +128,5 @@ def matrix_of(values: Tensor, dim: int, part: int | None) -> tuple[Tensor, int]:
 
 
 def stack_dim(values: Tensor, dim: int) -> int:
-    """Return the dimension of the parts of a stack whose matrices are read along ``dim``."""
+    """Return the stacking dimension of a stack whose matrices have their channels along ``dim``."""
     return next(d for d in range(values.ndim) if d != dim)

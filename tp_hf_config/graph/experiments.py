@@ -1,4 +1,4 @@
-"""Run the experiments with a class and config once, and keep what they find on disk."""
+"""Run the experiments on a class and config once, and store the findings on disk."""
 
 from __future__ import annotations
 
@@ -41,52 +41,36 @@ from ..twin.tiny.tiny_model import (
 )
 from .full_size import instances
 
-_MOST_BUILDS = 64
-_GROUPS = "groups"
-"""The key of all findings with a tiny model in the cache on disk."""
+_MOST_BUILDS = 64  # unit counts tried at full size
+_GROUPS = "groups"  # key in the disk cache for the findings on a tiny model
 _Fields = tuple[FieldPath, ...]
 
 
 @dataclass(frozen=True)
 class Experiments:
-    """What experiments with one class and config found.
+    """What the experiments on one class and config found."""
 
-    Attributes:
-        tiny: the tiny model, or the class's refusal to run at tiny widths.
-        findings: the groups of each width in the tiny model, or why it cannot be pruned.
-        fields: the fields whose findings these are, each pruned alone; none: all that there are.
-        cached: True if they were read from the cache on disk.
-        widths: the findings carried over to full size, by the names of the model's parameters
-            (they show its ties).
-    """
-
-    tiny: TinyModel | Refusal
+    tiny: TinyModel | Refusal  # or the class's refusal to run at tiny widths
+    # groups of each width in the tiny model, or why it cannot be pruned
     findings: tuple[Finding, ...]
-    fields: _Fields = ()
-    cached: bool = False
+    fields: _Fields = ()  # that were pruned alone for ``findings``; empty: findings of all fields
+    cached: bool = False  # read from the disk cache
+    # names of the model's parameters (they show its ties) -> findings carried over to full size
     widths: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass
 class _Memory:
-    """What experiments with a class and config found in this process, by the fields asked about."""
-
     tiny: TinyModel | Refusal | None = None
     by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
 
 
 def experiments_of(
-    field_map: FieldMap, tiny: TinyModel | None = None, fields: _Fields = ()
+    field_map: FieldMap,
+    tiny: TinyModel | None = None,  # the model itself if it is tiny
+    fields: _Fields = (),  # if each can be pruned alone, other findings may be missing
 ) -> Experiments:
-    """Return what experiments with a class and config found; they run once.
-
-    If each of the ``fields`` that are asked about can be pruned alone, the findings may be those of
-    these fields only. Default: all fields. If ``tiny``, the tiny model whose own the config is, has
-    more layers than the field map looks at, another is built.
-
-    Raises:
-        UnsupportedModelError: the class does not run with what the user's ``make_inputs=`` makes.
-    """
+    """Return the experiments on a class and config, which run once; raise if no inputs work."""
     with ONE_AT_A_TIME:
         result = _remembered(field_map, tiny, fields)
     if isinstance(result.tiny, InputsRefusal):
@@ -95,7 +79,6 @@ def experiments_of(
 
 
 def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) -> Experiments:
-    """Return the experiments from memory or from the cache on disk, or run them."""
     memory = field_map.remembered.setdefault(_Memory, _Memory())
     if layer_lists(field_map.builder.model_class):
         fields = ()
@@ -113,7 +96,7 @@ def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) ->
 def _experimented(
     field_map: FieldMap, memory: _Memory, tiny: TinyModel | None, fields: _Fields
 ) -> Experiments:
-    """Run the experiments; those with a generated class are the ones with its stock class."""
+    """Run the experiments; a generated per-layer class uses those of its stock class."""
     if tiny is None and layer_lists(field_map.builder.model_class):
         return _with_own_layers(field_map)
     memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
@@ -121,7 +104,6 @@ def _experimented(
 
 
 def _with_own_layers(field_map: FieldMap) -> Experiments:
-    """Return the experiments with a class whose layers have fields of their own."""
     uniform = uniform_map(field_map.builder, field_map.data, field_map.recipe.make_inputs)
     stock = experiments_of(uniform)
     if isinstance(stock.tiny, Refusal):
@@ -132,11 +114,7 @@ def _with_own_layers(field_map: FieldMap) -> Experiments:
 
 
 def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyModel | Refusal:
-    """Return a tiny model with no more layers than the field map looks at.
-
-    A tiny model that is given may have more, if the field map is around its own config. Then its
-    widths are tiny already, and are compared at the full size that it was made from.
-    """
+    """Return a tiny model with no more layers than the field map covers."""
     if tiny is None:
         return tiny_model(field_map)
     if not field_map.depth.steps:
@@ -146,20 +124,18 @@ def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyMode
         built = tiny_model(field_map)
     if isinstance(built, Refusal):
         return built
+    # its widths are tiny already: compare at the full size that ``tiny`` was made from
     return dataclasses.replace(built, full_field_map=tiny.full_field_map)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
-    """Run the experiments with the tiny model of a class, and keep what they find on disk.
-
-    What is found in the tiny model is kept by the tiny config and how the class is run with it,
-    which models of many sizes share; what comes of it at full size by the full config.
-    """
+    """Run the experiments on all fields, and store the findings on disk."""
     if isinstance(tiny, Refusal):
         _store(field_map, *_at_full_size(field_map), entry={"reason": tiny.reason})
         return Experiments(tiny, ())
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     entries = tiny.field_map.depth.entry_names
+    # models of many sizes share a tiny config, and so its findings
     key = (_GROUPS, tiny.field_map.data, repr(tiny.recipe), pairs, entries)
     findings = _load(field_map, *key)
     if findings is None:
@@ -173,25 +149,22 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
 
 @once
 def _found_once(_: Any, tiny: TinyModel) -> list[Finding]:
-    """Return the findings with a tiny model, by the pairs that they leave out as chance."""
+    """Find the groups, once per set of field pairs that are equal only by chance."""
     return find_groups(tiny)
 
 
 def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> Experiments | None:
-    """Run the experiments with some fields alone; ``None`` if only those with all fields tell.
-
-    Those tell what has to be pruned with what, and which parts of a model no output shows where
-    another field has the same value (see :func:`_unless_shared`).
-    """
+    """Run the experiments on some fields alone; None if all fields have to be examined."""
     if isinstance(tiny, Refusal):
         return None
+    # only all fields show whether an unobserved part has this width too (_unless_shared)
     full = tiny.full_field_map.values
     equals = {f for own in fields for f, n in full.items() if f != own and n == full.get(own)}
     if any(may_be_unobserved(tiny, field) for field in equals):
         return None
     findings = []
     for field in fields:
-        finding = find_alone(tiny, field)
+        finding = find_alone(tiny, field)  # None: not proved alone
         if finding is None or _checked_at_full_size(finding, field_map).reason is not None:
             return None
         findings.append(finding)
@@ -201,14 +174,12 @@ def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> E
 def _stored_experiments(
     field_map: FieldMap, tiny: TinyModel, findings: tuple[Finding, ...], fields: _Fields = ()
 ) -> Experiments:
-    """Return the experiments with these findings, after keeping them in the cache on disk."""
     entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
     _store(field_map, *_at_full_size(field_map, fields), entry=entry)
     return Experiments(tiny, findings, fields)
 
 
 def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
-    """Return the experiments with a class and config from the cache on disk; None if none is."""
     entry = _load(field_map, *_at_full_size(field_map, fields))
     if entry is None:
         return None
@@ -220,33 +191,26 @@ def _from_disk(field_map: FieldMap, fields: _Fields = ()) -> Experiments | None:
 
 
 def _at_full_size(field_map: FieldMap, fields: _Fields = ()) -> tuple[Any, ...]:
-    """Return the key in the cache on disk of what is found at full size, with some fields alone."""
     return ("widths", str(field_map.builder.dtype), field_map.data, fields)
 
 
 def _load(field_map: FieldMap, *key: Any) -> Any:
-    """Return what the cache on disk has of a class under a key; None if it has nothing."""
     return None if field_map.digest is None else load(entry_key(field_map.digest, *key))
 
 
 def _store(field_map: FieldMap, *key: Any, entry: Any) -> None:
-    """Put what was found of a class into the cache on disk."""
     if field_map.digest is not None:
         store(entry_key(field_map.digest, *key), entry)
 
 
 def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
-    """Return the finding, refused if less of it makes the class build what pruning cannot leave.
-
-    The class is built with a quarter less and with half: some count may become 0, or a dimension
-    that is in no group may change. If it refuses both, other unit counts are tried, up to
-    ``_MOST_BUILDS`` in all; if it takes no other number, the finding is refused too.
-    """
+    """Refuse a finding if the class, built with fewer units, differs from what pruning leaves."""
     if finding.reason is not None or not set(finding.fields) <= field_map.values.keys():
         return finding
     held = {dim.place for group in finding.groups for dim in group.dims}
     units = units_of(field_map, finding.fields)
     reason, taken = "", False
+    # a quarter less and half; if the class refuses both, other counts
     unit_counts = dict.fromkeys((units - units // 4, units - units // 2, *range(units - 1, 0, -1)))
     for builds, units_left in enumerate(islice(unit_counts, _MOST_BUILDS)):
         if taken and builds > 1:
@@ -256,6 +220,7 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
         if isinstance(smaller, Refusal):
             reason = f"the class takes no other number: {smaller.reason}"
             continue
+        # a count became 0, or a dimension outside the groups changed
         misfit = count_at_zero(field_map, smaller) or ungrouped_change(
             field_map, values, smaller, held
         )
@@ -266,12 +231,9 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
 
 
 def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) -> Finding:
-    """Return the finding, refused if an unobserved part of the model is as wide and may read it.
-
-    Widths are compared at full size: in a tiny model, head counts equal other numbers by chance
-    (Chameleon). Qwen2-VL's ``vision_config.hidden_size`` has to be the text's, which text alone
-    cannot show.
-    """
+    """Refuse a finding if an unobserved part of the model is as wide and may read it."""
+    # Qwen2-VL's vision_config.hidden_size has to equal the text's, which text alone cannot show.
+    # Compared at full size: tiny head counts equal other numbers by chance (Chameleon).
     unobserved = [field for other in others if other.unobserved for field in other.fields]
     for field in unobserved:
         if field in finding.fields:
@@ -287,13 +249,7 @@ def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) 
 
 
 class LayerFindings:
-    """What is found of a class whose layers have fields of their own.
-
-    Args:
-        field_map: the field map of the generated class.
-        uniform: that of the stock class, with all layers alike.
-        tiny: the tiny model of the stock class.
-    """
+    """Carries findings of a stock class over to the generated class with per-layer fields."""
 
     def __init__(self, field_map: FieldMap, uniform: FieldMap, tiny: TinyModel):
         self.field_map, self.uniform, self.stock_tiny = field_map, uniform, tiny
@@ -302,11 +258,7 @@ class LayerFindings:
         self._names = {name: [name] for name in field_map.shapes}
 
     def tiny_model(self) -> TinyModel:
-        """Return the generated class at the stock class's tiny widths, with all its layers.
-
-        Raises:
-            UnsupportedModelError: the class does not build it.
-        """
+        """Build the generated class with all layers, at the stock class's tiny widths, or raise."""
         field_map, tiny_data = self.field_map, self.stock_tiny.field_map.data
         of_depth = {
             field for field, _ in changed_values(self.uniform.depth.data, self.uniform.data)
@@ -346,15 +298,12 @@ class LayerFindings:
         return TinyModel(lambda: tiny_map, field_map, build)
 
     def _like(self, number: int) -> int | None:
-        """Return the layer of the stock class's tiny model that a layer is like."""
+        """Return the layer of the stock class's tiny model that corresponds to a layer."""
         names = (name for name in self.field_map.shapes if self._layers.layer_of(name) == number)
         return self._layers.layer_of(self.uniform.depth.canonical(next(names, "")))
 
     def carried_over(self, finding: Finding) -> Iterator[Finding]:
-        """Yield what is found of a width in a class whose layers have own fields.
-
-        One finding for each layer if they have fields of their own for it; else one for all.
-        """
+        """Yield one finding per layer if layers have own fields for the width; else one."""
         own = [field for field in finding.fields if field in self._layers.shared]
         if not own:
             groups = tuple(group for group, _ in self._groups(finding))
@@ -377,7 +326,7 @@ class LayerFindings:
                     yield replace(finding, fields=fields, groups=groups)
 
     def _groups(self, finding: Finding) -> Iterator[tuple[TinyGroup, int | None]]:
-        """Yield each group at full depth, and the layer that it lies in; ``None``: in several."""
+        """Yield each group at full depth, with its layer; None if it spans several."""
         for group in finding.groups:
             sources = dict(zip(group.dims, group.sources, strict=True))
             for instance in instances(group, self.uniform, self._names):
@@ -392,7 +341,6 @@ class LayerFindings:
 
 
 def _with_fields(group: TinyGroup, own: dict[FieldPath, FieldPath]) -> TinyGroup:
-    """Return a group with other fields, by the fields that it has."""
     return replace(
         group,
         fields=tuple(own[field] for field in group.fields),

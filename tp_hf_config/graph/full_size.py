@@ -28,17 +28,11 @@ _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Group:
-    """A dependency group of the real model: tensor dims that lose the same units.
+    """A dependency group of the real model: tensor dims that lose the same units."""
 
-    Attributes:
-        fields: the config fields that count its units.
-        dims: its tensor dims.
-        count: its unit count before pruning.
-    """
-
-    fields: tuple[FieldPath, ...]
+    fields: tuple[FieldPath, ...]  # config fields that count its units
     dims: tuple[TensorDim, ...]
-    count: UnitCount
+    count: UnitCount  # before pruning
 
     def __repr__(self) -> str:
         fields = " + ".join(map(field_name, self.fields))
@@ -48,7 +42,7 @@ class Group:
 def expand(
     finding: Finding, tiny: TinyModel, field_map: FieldMap, model: nn.Module
 ) -> list[Group] | Refusal:
-    """Return the real model's groups of one width, or the reason why they do not carry over."""
+    """Return the real model's groups of one width, or why they do not carry over."""
     names = {names[0]: names for names in parameter_names(model).values()}
     buffers = saved_buffers(model)
     names.update({name: [name] for name in buffers})
@@ -77,14 +71,14 @@ def expand(
             if (kind, dim) in shares and (name, dim) not in covered:
                 last = field_name(finding.fields[-1])
                 return Refusal(f"{name} follows {last} but was found in no group")
-            # a layer of a deep list, which is not in the shallow model
+            # a layer that the shallow model does not have
             if kind not in field_map.shapes and tensor.shape[dim] in widths:
                 return Refusal(f"{name} is as wide, and is of no layer that was looked at")
     return result
 
 
 def _in_two_groups(groups: Sequence[Group]) -> Refusal | None:
-    """Return why groups cannot be pruned, or None: two of them hold the same channels."""
+    """Return why groups cannot be pruned if two of them hold the same channels."""
     by_place: dict[tuple[str, int], list[tuple[UnitLayout, int]]] = {}
     for group in groups:
         for dim in group.dims:
@@ -101,33 +95,29 @@ def _in_two_groups(groups: Sequence[Group]) -> Refusal | None:
 def instances(
     group: TinyGroup, field_map: FieldMap, names: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, TensorDim]]:
-    """Yield each real group that a tiny group stands for: real parameter name -> tiny tensor dim.
-
-    A group inside one layer of a list exists once in every layer like it; a group across several
-    layers holds all of them. A ``#`` and a number behind the name tell two tensor dims of one
-    parameter apart.
-    """
+    """Yield the real groups of a tiny group, each as real parameter name -> tiny tensor dim."""
     depth = field_map.depth
     by_name: dict[str, list[TensorDim]] = {}
     for dim in group.dims:
         by_name.setdefault(depth.first(dim.name), []).append(dim)
+    # a group inside one layer exists in every layer of that kind; others span all their layers
     single = _single_layers(group, field_map)
     if any(depth.first(layer) != layer for layer in single):
-        return  # the group in the first layer of its kind stands for it
+        return  # covered by the group in the first layer of this kind
     instances: dict[str, dict[str, TensorDim]] = {}
-    for name in names:  # lacks parts that this model was built without (BERT's pooler)
+    for name in names:  # only parts that this model has (BERT may lack its pooler)
         like = depth.canonical(name)
         home = max((layer for layer in single if like.startswith(f"{layer}.")), default="", key=len)
         real_home = ".".join(name.split(".")[: home.count(".") + 1]) if home else ""
         # like layers have like tensor dims: one of each dimension and layout
         distinct = {(dim.dim, dim.layout): dim for dim in by_name.get(like, [])}
         for number, dim in enumerate(distinct.values()):
-            instances.setdefault(real_home, {})[f"{name}#{number}"] = dim
+            instances.setdefault(real_home, {})[f"{name}#{number}"] = dim  # several per parameter
     yield from instances.values()
 
 
 def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
-    """Return the layers, in lists of like layers, to which a group is confined; none if to none."""
+    """Return the layers of layer lists that contain a whole group; empty if it spans layers."""
     used: dict[str, set[str]] = {}
     for dim in group.dims:
         inside = False
@@ -143,17 +133,13 @@ def _single_layers(group: TinyGroup, field_map: FieldMap) -> set[str]:
 
 def _real_group(
     group: TinyGroup,
-    instance: Mapping[str, TensorDim],
+    instance: Mapping[str, TensorDim],  # one of ``instances(group, ...)``
     tiny: TinyModel,
     field_map: FieldMap,
     shares: Shares,
-    names: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[str]],  # first name of a parameter -> all names
 ) -> Group | Refusal:
-    """Return a group at full size, or the reason why it does not carry over.
-
-    ``group`` is the tiny group, ``instance`` one of its :func:`instances`; ``names`` maps the
-    first name of a parameter to all of its names.
-    """
+    """Return a group at full size, or why it does not carry over."""
     units = units_of(field_map, group.fields)
     matched: list[tuple[str, TensorDim, Share]] = []
     sources = dict(zip(group.dims, group.sources, strict=True))
@@ -162,7 +148,7 @@ def _real_group(
         dim_shares = shares.get((field_map.depth.canonical(name), dim.dim), ())
         share = next((share for share in dim_shares if share.field == sources[dim]), None)
         if share is None and len(dim_shares) == 1 and None in (sources[dim], dim_shares[0].field):
-            (share,) = dim_shares  # the only share: one config rounds it, the other does not
+            (share,) = dim_shares  # its field differs because one config rounds the size
         if share is None:
             return Refusal(f"{name}: dimension {dim.dim} does not follow it at full size")
         matched.append((name, dim, share))
@@ -201,7 +187,7 @@ def _real_group(
 
 
 def _uneven_heads(group: Group, field_map: FieldMap) -> Refusal | None:
-    """Return why units in several parts cannot go, or None: heads would lose unequal shares."""
+    """Refuse a group whose units are not the same share of every attention head."""
     for dim in group.dims if group.count.channel_groups == 1 else ():
         splits = field_map.splits_of(dim.layer)
         if splits is None or dim.dim or dim.layout.parts == 1:
@@ -212,7 +198,7 @@ def _uneven_heads(group: Group, field_map: FieldMap) -> Refusal | None:
 
 
 def _full_runs(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> dict[int, int]:
-    """Return the runs of units that are a head of a layer: in the tiny model -> at full size."""
+    """Return run of units that form a head: in the tiny model -> at full size."""
     return {
         dim.layout.run: full[-1]
         for dim in group.dims
@@ -225,37 +211,28 @@ def _full_runs(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> dict[i
 def _splits(
     layer: str, tiny: TinyModel, field_map: FieldMap
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the head splits of a layer's output in the tiny model, each with that at full size."""
+    """Yield the head splits of a layer's output: in the tiny model, and at full size."""
     full = field_map.full_splits(layer) or ()
     return zip(tiny.field_map.splits_of(layer) or (), full, strict=False)
 
 
 @dataclass(frozen=True)
 class PartCounts:
-    """In how many parts of a dimension a unit stands, where each dimension has several.
+    """Number of parts in which each dimension holds a unit, if none holds it in one."""
 
-    Attributes:
-        tiny: how many in the tiny model, at least.
-        full: how many at full size.
-        channel_groups: how many channel groups there are then; ``None``: that is not seen.
-    """
-
-    tiny: int = 1
-    full: int = 1
-    channel_groups: int | None = None
+    tiny: int = 1  # common divisor in the tiny model
+    full: int = 1  # number at full size
+    channel_groups: int | None = None  # at full size; None: not observed
 
 
 def _full_parts(
     group: TinyGroup, dims: Sequence[TensorDim], tiny: TinyModel, field_map: FieldMap
 ) -> PartCounts | Refusal:
-    """Return in how many parts a unit stands at full size, or a refusal if that cannot be told.
-
-    One dimension of every Mamba head is a unit, in as many parts as there are heads; or of every
-    second head, in two channel groups. The field that is seen to count the heads says how many
-    there are at full size.
-    """
+    """Return in how many parts a unit is held at full size, or why that is unknown."""
     if group.per_field_unit == 1 or any(dim.layout.parts == 1 for dim in dims):
         return PartCounts()
+    # Mamba: a unit is one dimension of every head (or of every second, in two channel groups),
+    # in as many parts as heads; the field that counts the heads gives the full-size number
     parts = gcd(*(dim.layout.parts for dim in dims))
     values = dict(_numbers(field_map.data)) | field_map.values
     counting = parts_counted_by(group, tiny)
@@ -281,15 +258,11 @@ def _full_per_field_unit(
     runs: Mapping[int, int],
     part_counts: PartCounts,
 ) -> int | Refusal:
-    """Return the units per field unit at full size, or a refusal if they cannot be told.
-
-    Tensor dims that hold a unit in one part decide; where each holds it in several, ``part_counts``
-    says how many those are.
-    """
+    """Return the units per field unit at full size, or why that is unknown."""
     if group.per_field_unit == 1:
         return 1
     single = [entry for entry in matched if entry[1].layout.parts == 1]
-    # a head's width may differ at full size
+    # dims that hold a unit in one part decide; a head's width may differ at full size
     one_position = [entry for entry in single if entry[1].layout.run == 1]
     per_field_units: set[int] = set()
     for name, dim, share in one_position or single or matched:
@@ -307,16 +280,14 @@ def _full_per_field_unit(
 
 
 def _counted(group: TinyGroup) -> bool:
-    """True if some tensor dim of a group has one position for each of its units (heads)."""
+    """True if some tensor dim of a group has one position per unit (heads)."""
     return any(dim.layout.parts == dim.layout.run == 1 for dim in group.dims)
 
 
 def _full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap) -> set[int]:
-    """Return the numbers of channel groups that a group may have at full size: one if it is clear.
-
-    The heads of its own layers decide, or a field that is seen to count them. If there is neither
-    (torch splits the heads itself), all numbers that are as large in the tiny model have to agree.
-    """
+    """Return the possible numbers of channel groups at full size; one if it is clear."""
+    # the heads of its own layers decide, else a field that is seen to count them, else (torch
+    # splits the heads itself) every number that equals this one in the tiny model
     decided = {
         full[0]
         for dim in group.dims
@@ -339,7 +310,7 @@ def _full_channel_groups(group: TinyGroup, tiny: TinyModel, field_map: FieldMap)
 
 
 def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
-    """True if a layer beside the group's is split into as many heads as it has channel groups."""
+    """True if a neighbouring layer is split into as many heads as the group has channel groups."""
     around = {dim.layer.rpartition(".")[0] for dim in group.dims}
     return any(
         split[0] == group.channel_groups
@@ -352,18 +323,14 @@ def _splits_beside(group: TinyGroup, tiny: TinyModel) -> bool:
 def _full_layout(
     name: str,
     dim: TensorDim,
-    share: Share,
+    share: Share,  # at full size, as are ``per_field_unit`` and ``runs``
     per_field_unit: int,
-    runs: Mapping[int, int],
+    runs: Mapping[int, int],  # :func:`_full_runs`
     group: TinyGroup,
     tiny: TinyModel,
     field_map: FieldMap,
 ) -> UnitLayout | Refusal:
-    """Return the unit layout along a tensor dim at full size, or a refusal if it cannot be told.
-
-    ``dim`` and ``group`` are of the tiny model; ``share``, ``per_field_unit`` and ``runs`` (see
-    :func:`_full_runs`) are at full size.
-    """
+    """Return the unit layout along a tensor dim at full size, or why it is unknown."""
     per_unit = share.per_unit
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
     if dim.layout.parts == dim.layout.run == group.per_field_unit == 1 < per_unit:
@@ -398,11 +365,7 @@ def _full_layout(
 def _full_counts(
     count: int, tiny: TinyModel, field_map: FieldMap, layers: Collection[str]
 ) -> set[int]:
-    """Return the head counts at full size that a head count of the tiny model may stand for.
-
-    Heads of ``layers``, or of the layers beside them, decide first: another tower may have as many
-    in the tiny model, and another number at full size.
-    """
+    """Return the head counts at full size that a head count of the tiny model may become."""
     around = {layer.rpartition(".")[0] for layer in layers}
     candidates = [
         (layer.rpartition(".")[0] in around, full[0])
@@ -410,20 +373,20 @@ def _full_counts(
         for small, full in zip(splits, field_map.full_splits(layer) or (), strict=False)
         if small[0] == count
     ]
+    # layers beside these first: another tower may agree in the tiny model, and differ at full size
     near = {full_count for is_near, full_count in candidates if is_near}
     anywhere = {full_count for _, full_count in candidates}
     return near or anywhere or _unchanged_count(count, tiny, field_map)
 
 
 def _unchanged_count(count: int, tiny: TinyModel, field_map: FieldMap) -> set[int]:
-    """Return the number itself if fields say it in both configs (a router's groups of experts)."""
+    """Return the count itself if both configs hold it in the same fields (expert groups)."""
     small, full = dict(_numbers(tiny.field_map.data)), dict(_numbers(field_map.data))
     fields = [field for field, value in small.items() if value == count]
     return {count} if fields and all(full.get(field) == count for field in fields) else set()
 
 
 def _numbers(node: Any, field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]]:
-    """Yield each whole number in a config's JSON, with its field."""
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in items:
         if isinstance(value, (dict, list)):
@@ -434,46 +397,30 @@ def _numbers(node: Any, field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]
 
 @dataclass(frozen=True)
 class UnitCount:
-    """The unit count of one group, and what restricts it.
+    """The unit count of one group, and its limits."""
 
-    Attributes:
-        units: units before pruning.
-        channel_groups: the units are in so many equal runs, each of which loses the same number.
-        multiple: the class takes only multiples of so many units.
-        layers: for every side of a layer that loses units, the number of its channels, and channels
-            per unit. ``max_pruning_ratio`` counts these.
-        per_field_unit: units per unit of the group's fields.
-        minimum: the fewest units with which the class runs.
-        run: neighbouring channels per unit (those of a head): rounding counts channels.
-    """
-
-    units: int
-    channel_groups: int = 1
-    multiple: int = 1
+    units: int  # before pruning
+    channel_groups: int = 1  # equal runs of units, each of which loses the same number
+    multiple: int = 1  # the class accepts only multiples of this
+    # (channels, channels per unit) of each side that loses units; limited by ``max_pruning_ratio``
     layers: tuple[tuple[int, int], ...] = ()
-    per_field_unit: int = 1
-    minimum: int = 1
-    run: int = 1
+    per_field_unit: int = 1  # units per unit of the group's fields
+    minimum: int = 1  # fewest units with which the class runs
+    run: int = 1  # adjacent channels per unit (a head's); rounding counts channels
 
     def in_multiples_of(self, multiple: int) -> UnitCount:
-        """Return the same count, for fields that have to be a multiple of ``multiple``."""
         return replace(self, multiple=multiple * self.per_field_unit)
 
     def step(self, round_to: int) -> int:
-        """Return the number that every later unit count is a multiple of.
-
-        ``round_to`` is the pruner's, in channels.
-        """
+        """Return the number that divides every later unit count; ``round_to`` counts channels."""
         return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
 
     def after(
-        self, ratios: Sequence[float], round_to: int = 1, max_ratio: float = 1.0
+        self,
+        ratios: Sequence[float],  # cumulative shares of ``units``
+        round_to: int = 1,  # the pruner's, in channels
+        max_ratio: float = 1.0,  # the pruner's max_pruning_ratio
     ) -> list[int]:
-        """Return the unit count after each step.
-
-        ``ratios`` are the shares of the units before pruning that have to be gone; ``round_to``, in
-        channels, and ``max_ratio`` (``max_pruning_ratio``) are the pruner's.
-        """
         now, result = self.units, []
         for ratio in ratios:
             now = self.next(now, ratio, round_to, max_ratio)
@@ -481,17 +428,14 @@ class UnitCount:
         return result
 
     def next(self, now: int, ratio: float, round_to: int, max_ratio: float) -> int:
-        """Return the units that one step leaves of ``now`` units; arguments as in :meth:`after`."""
+        """Return how many of ``now`` units remain after one step."""
         wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
         if wanted >= now or self.exhausted(now, max_ratio):
             return now
-        return self.rounded(wanted, now, round_to) or now  # what would be emptied is skipped
+        return self.rounded(wanted, now, round_to) or now  # a group is never emptied
 
     def rounded(self, wanted: int, now: int, round_to: int) -> int:
-        """Return the most units up to ``wanted`` that may be left, at least the minimum.
-
-        ``now``: the units that there are; ``round_to`` as in :meth:`after`.
-        """
+        """Return the largest valid count up to ``wanted`` units, but at least the minimum."""
         multiple = _per_channel_group(
             self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
         )
@@ -502,44 +446,32 @@ class UnitCount:
         return wanted
 
     def exhausted(self, now: int, max_ratio: float) -> bool:
-        """True if a layer has already lost as much as it may; the pruner then skips the group."""
+        """True if a layer has lost more than ``max_ratio``; the pruner then skips the group."""
         gone = self.units - now
         sizes = [(size, size - gone * channels) for size, channels in self.layers]
         return any(size < start * (1 - max_ratio) for start, size in sizes)
 
     def ratio_for(self, kept: int, nearest: bool = False) -> float:
-        """Return a ratio that leaves ``kept`` units in one step, with few digits if possible.
-
-        With ``nearest``, the pruner leaves the nearest whole number (heads), not the one below.
-        """
+        """Return a ratio that keeps ``kept`` units in one step, with few digits if possible."""
         start, wanted = self.units // self.channel_groups, kept // self.channel_groups
         for digits in (2, 3, 4, 5):
             ratio = round(1 - wanted / start, digits)
             remaining = start * (1 - ratio)
+            # head counts are rounded to the nearest number, others down
             if (round(remaining) if nearest else int(remaining)) == wanted:
                 return ratio
         return 1 - wanted / start if nearest else 1 - (wanted + 0.5) / start
 
 
 def multiple_for_round_to(round_to: int, run: int) -> int:
-    """Return what a unit count has to be a multiple of, so that ``round_to`` divides the channels.
-
-    Args:
-        round_to: what the number of channels has to be a multiple of.
-        run: channels per unit.
-    """
+    """Return the divisor of a unit count so that ``round_to`` divides ``run`` times that count."""
     return round_to // gcd(round_to, run)
 
 
 def _per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
-    """Return what the units of each channel group have to be a multiple of.
-
-    All channel groups together are then a multiple of both ``multiple`` and ``round_to``.
-    """
-    together = lcm(multiple, round_to)
+    together = lcm(multiple, round_to)  # divides the units of all channel groups together
     return together // gcd(together, channel_groups)
 
 
 def multiple_below(kept: int, multiple: int) -> int:
-    """Return the largest multiple of ``multiple`` that is at most ``kept``."""
     return kept // multiple * multiple

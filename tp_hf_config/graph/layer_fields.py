@@ -1,4 +1,4 @@
-"""Which settings single layers may have of their own, and the model while they all have them."""
+"""Fields that single layers may have of their own, and models with entries for all layers."""
 
 from __future__ import annotations
 
@@ -30,24 +30,20 @@ from ..model.locate import find_pretrained
 from ..twin.group import TinyGroup
 from .experiments import experiments_of
 
+# a tensor's name up to the number of its outermost layer
 _OUTERMOST = re.compile(r".*?\.\d+(?=\.)")
-"""The part of a tensor's name up to the number of its outermost layer."""
+# modules that another process cannot import: Transformers' code cache, scripts
 _NO_PACKAGES = ("transformers_modules", "__main__")
-"""Where classes live that another process does not find: Transformers' cache of code, scripts."""
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
 def layers_listed(module: nn.Module, per_layer: bool = True) -> Iterator[None]:
-    """While open, every layer of the model in a module has entries of its own in the config.
+    """Give every layer its own config entries while open; afterwards, keep those that differ.
 
-    The model computes the same.  Afterwards, only what differs stays in the config; if nothing
-    does, the model is of its stock class, with the config that it had. Without ``per_layer``
-    nothing changes, unless the model's layers differ already.
-
-    Raises:
-        UnsupportedModelError: no layers of the model can have entries, or this version of
-            Transformers reads none.
+    The model computes the same. If all layers agree, it has its stock class and previous config
+    again. Without ``per_layer``, nothing happens unless the layers differ already. Raises
+    ``UnsupportedModelError`` if no layer can have entries.
     """
     model: Any = find_pretrained(module)[1]
     if model in _listed or not (per_layer or layer_lists(type(model))):
@@ -64,19 +60,16 @@ def layers_listed(module: nn.Module, per_layer: bool = True) -> Iterator[None]:
 
 
 def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
-    """Return a function: a field's name -> itself, or its names in all layers' own entries.
-
-    A name of a single layer's own stands for itself, and so does one of a field that sets a width
-    of other layers: a stock class may have entries for some (Gemma 4). That of a list with an entry
-    for each layer stands for the entries of every kind of layer (Laguna).
-    """
+    """Return a function: a field's name -> the fields it means, possibly one per layer."""
     own: dict[str, list[str]] = {}
     for field in field_map.values:
-        if isinstance(field[-1], EntryOfKind):
+        if isinstance(field[-1], EntryOfKind):  # a list with one entry per layer (Laguna)
             own.setdefault(field_name(field[:-1]), []).append(field_name(field))
         if layer_number(field) is not None:
+            # else it sets other layers' widths: a stock class may have entries for some (Gemma 4)
             if shared_field(field) not in field_map.values:
                 own.setdefault(field_name(shared_field(field)), []).append(field_name(field))
+            # users may write layer numbers without leading zeros
             unpadded = tuple(
                 key.lstrip("0") or "0" if key.isdigit() else key for key in map(str, field)
             )
@@ -85,13 +78,7 @@ def fields_named(field_map: FieldMap) -> Callable[[str], Sequence[str]]:
 
 
 def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
-    """Return the path of a config -> the settings that its layers may have of their own.
-
-    Those of widths that lie in single layers, whose layers are built from entries.
-
-    Raises:
-        UnsupportedModelError: there are none.
-    """
+    """Return config path -> fields of single layers, built from entries, with values; or raise."""
     name = type(model).__name__
     if not entries_supported():
         raise UnsupportedModelError(
@@ -123,7 +110,7 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
 
 
 def _check_importable(model: Any) -> None:
-    """Raise if the class or one of its layers' is in no package that the generated file imports."""
+    """Raise if the generated class file cannot import the model's or a layer's class."""
     layers = [cls for found in layer_lists_of(model) for cls in found.classes]
     for cls in (type(model), type(model.base_model), *layers):
         package = cls.__module__.partition(".")[0]
@@ -137,16 +124,14 @@ def _check_importable(model: Any) -> None:
 
 
 def _in_single_layer(group: TinyGroup) -> bool:
-    """True if all that a group holds is in one layer of one list.
-
-    Heads that share the first layer's position bias (T5) are in all of its list.
-    """
+    """True if all dims of a group are in one layer of one list."""
+    # T5's heads are not: all layers share the first layer's position bias
     layers = {_OUTERMOST.match(dim.name) for dim in group.dims}
     return None not in layers and len({layer[0] for layer in layers if layer is not None}) == 1
 
 
 def _fields_inside(field_map: FieldMap, model: Any, lists: Sequence[LayerList]) -> set[FieldPath]:
-    """Return the fields that set nothing outside of layers which can be built from entries."""
+    """Return the fields that set sizes only inside layers that can be built from entries."""
     prefix = model.base_model_prefix if model.base_model is not model else ""
     beginnings: dict[FieldPath, list[str]] = {}
     for found in lists:

@@ -1,4 +1,4 @@
-"""Copies on the meta device of models that FSDP2 keeps in shards: what a pruner prunes."""
+"""Meta-device copies of models sharded by FSDP2; pruners prune the copy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from .rebuild import empty_copy
 
 
 def meta_copy_of(module: nn.Module) -> nn.Module:
-    """Return the meta copy of a model that FSDP2 keeps in shards; any other module itself.
-
-    Raises:
-        UnsupportedModelError: the sharded model cannot be pruned.
-    """
+    """Return the meta copy of a model sharded by FSDP2, or raise; any other module itself."""
     if not isinstance(module, nn.Module) or not is_sharded(module):
         return module
     prefix, model = find_pretrained(module)
@@ -41,7 +37,7 @@ def meta_copy_of(module: nn.Module) -> nn.Module:
 
 
 def refresh(copy: nn.Module) -> None:
-    """Give a meta copy's parameters empty gradients where the sharded model's have some."""
+    """Copy ``requires_grad`` to a meta copy; add empty gradients where the original has some."""
     source = behind(copy)
     reshard(source)
     for name, parameter in copy.named_parameters():
@@ -51,12 +47,7 @@ def refresh(copy: nn.Module) -> None:
 
 
 def on_meta_copy(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pruner's arguments with parts of the meta copy instead of a sharded model's.
-
-    Args:
-        module: the sharded model; of any other module the arguments stay as they are.
-        arguments: the arguments; layers and parameters in lists, tuples and dicts are replaced.
-    """
+    """Replace a sharded model's layers and parameters in arguments by the meta copy's."""
     copy = meta_copy_of(module)
     if copy is module:
         return dict(arguments)
@@ -69,7 +60,6 @@ def on_meta_copy(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 def _replaced(value: Any, parts: Mapping[int, Any]) -> Any:
-    """Return a value with some objects replaced, in plain containers too."""
     if type(value) in (list, tuple, set):
         return type(value)(_replaced(item, parts) for item in value)
     if type(value) is dict:

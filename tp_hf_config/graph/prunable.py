@@ -39,20 +39,21 @@ _HEAD = ("config field", "units", "groups", "layers", "parameters a unit", "proo
 
 @dataclass(frozen=True)
 class Width:
-    """One config field, or joint fields, with its groups, or the reason why it cannot be pruned.
+    """A config field, or several joint ones, with its groups or the reason why it cannot be pruned.
 
     Attributes:
         fields: the field, or the joint fields.
-        groups: the dependency groups, proved on the tiny model and carried over to full size.
-        units: how many units the width has; 0 if it cannot be pruned.
-        layers: how many layers of the model have tensor dims in its groups.
-        parameters: how many parameters one unit holds in all of the groups.
-        reason: why it cannot be pruned; ``None`` if it can.
-        unobserved_parameters: names of parameters that no output depends on; they lose the same
-            units as the residual stream, which no experiment can show.
-        outward: an output of the model is as wide, so whatever reads it has to be pruned alike.
-        encoder_states: names of inputs that lose the same units. The encoder outside the model
-            that makes them has to be pruned alike.
+        groups: dependency groups, proved on the tiny model and carried over to full size.
+        units: number of units; 0 if the width cannot be pruned.
+        layers: number of the model's layers with tensor dims in the groups.
+        parameters: parameters that one unit holds in all groups.
+        reason: why the width cannot be pruned; ``None`` if it can.
+        unobserved_parameters: parameters that no output depends on. They lose the same units as the
+            residual stream, which no experiment can show.
+        outward: True if an output of the model has this width, so that its reader has to be pruned
+            too.
+        encoder_states: inputs that lose the same units. The encoder outside the model that computes
+            them has to be pruned too.
     """
 
     fields: tuple[FieldPath, ...]
@@ -67,12 +68,12 @@ class Width:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the fields, as people write them."""
+        """Names of the fields, as in a config (``text_config.hidden_size``)."""
         return tuple(field_name(field) for field in self.fields)
 
     @property
     def name(self) -> str:
-        """The names of the fields in one text, joined by ``" + "``."""
+        """Names of the fields, joined by ``" + "``."""
         return " + ".join(self.names)
 
     def __repr__(self) -> str:
@@ -97,7 +98,6 @@ class Width:
 
 
 def _row(width: Width) -> tuple[str, ...]:
-    """Return the width's row of the table, in the columns of ``_HEAD``."""
     numbers = (width.units, len(width.groups), width.layers, width.parameters)
     shown = [f"{n:,}" if width.reason is None else "" for n in numbers]
     proved = "units permuted: same outputs" + note_on_unobserved(width.unobserved_parameters)
@@ -105,7 +105,7 @@ def _row(width: Width) -> tuple[str, ...]:
 
 
 def _row_of(name: str, widths: Sequence[Width]) -> tuple[str, ...]:
-    """Return the row of a width, or of the widths of several layers, as ranges."""
+    """Return the table row of a width; several layers' widths become ranges."""
     rows = list(map(_row, widths))
     if len(rows) == 1:
         return rows[0]
@@ -120,9 +120,9 @@ class Prunable(Report):
     """The widths of one model; prints as a table.
 
     Attributes:
-        model: the name of the class.
+        model: name of the class.
         widths: one for each config field, or joint fields.
-        cached: True if the experiments were run earlier, and read from the cache on disk.
+        cached: True if the experiments were read from the disk cache.
     """
 
     model: str
@@ -134,14 +134,14 @@ class Prunable(Report):
         return self.model
 
     def rows(self) -> Rows:
-        """Return a row for each width; layers' own share one."""
+        """Return one row per width; per-layer widths of one field share a row."""
         alike: dict[tuple[Any, ...], list[Width]] = {}
         for width in self.widths:
             alike.setdefault((name_in_all_layers(width.name), width.reason), []).append(width)
         return [_HEAD, *(_row_of(name, widths) for (name, _), widths in alike.items())]
 
     def lines(self) -> list[str]:
-        """Return a line that says so, if the experiments were not run now."""
+        """Return a line about the disk cache if it was used."""
         return [_FROM_CACHE] if self.cached else []
 
     def __repr__(self) -> str:
@@ -156,28 +156,26 @@ def prunable(
     model_class: type[PreTrainedModel] | None = None,
     make_inputs: MakeInputs | None = None,
 ) -> Prunable:
-    """Return what can be pruned in a model through the graph made from its config.
+    """Find out what can be pruned in a model.
 
     Experiments run on a tiny model of the class with random weights, so the cost does not grow with
     the model.
 
     Args:
-        model_or_config: a model (the meta device will do), or a config.
+        model_or_config: a model (it may be on the meta device), or a config.
         model_class: the class to build from a config; default: as in :func:`~tp_hf_config.plan`.
-        make_inputs: a function of a config that returns a dict: the keyword arguments of one
-            forward pass, for a class that the library cannot feed by itself. It is called with
-            configs of this class that have fewer layers and smaller sizes too, so it has to take
-            every size from the config. Best are two samples that differ, ``(2, ...)``.
-            Floating point tensors are cast to the model's dtype and device. Nothing that is learned
-            with it is kept on disk.
+        make_inputs: a function of a config that returns the keyword arguments of one forward pass,
+            as a dict. Needed for a class whose inputs the library cannot make. It is also called
+            with smaller configs of the class, so every size has to come from the config. Two
+            samples that differ are best, ``(2, ...)``. Floating-point tensors are cast to the
+            model's dtype and device. With it, nothing is cached on disk.
 
     Returns:
-        The widths: one for each config field, or joint fields, with its groups or a reason.
+        One width for each config field, or joint fields, with its groups or a reason.
 
     Raises:
-        UnsupportedModelError: there is no single Hugging Face model that can be followed, the
-            config builds none, or ``make_inputs`` raises or returns what the class does not run
-            with.
+        UnsupportedModelError: there is not exactly one Hugging Face model that is supported, the
+            config builds no model, or ``make_inputs`` raises or returns unusable inputs.
         TypeError: ``model_or_config`` is neither a module nor a config.
     """
     model = meta_copy_of(module_of(model_or_config, model_class))
@@ -189,18 +187,10 @@ def prunable(
 def widths_of(
     model: PreTrainedModel,
     field_map: FieldMap | None = None,
-    tiny: TinyModel | None = None,
-    fields: tuple[FieldPath, ...] = (),
+    tiny: TinyModel | None = None,  # the model itself if it is tiny
+    fields: tuple[FieldPath, ...] = (),  # if each can be pruned alone, others may be missing
 ) -> tuple[Width, ...]:
-    """Return the widths of a model; the experiments run once per class and config.
-
-    Args:
-        model: the live model.
-        field_map: its field map, if it was looked up already.
-        tiny: its tiny model, if the model is one itself; else it is built.
-        fields: the fields that are asked about; if each of them can be pruned alone, other widths
-            may be left out. Default: all fields.
-    """
+    """Return the widths of a model; the experiments run once per class and config."""
     field_map = field_map or map_of(model, how=by_layers)
     experiments = experiments_of(field_map, tiny, fields)
     if isinstance(experiments.tiny, Refusal):
@@ -208,7 +198,7 @@ def widths_of(
     names = tuple(map(tuple, parameter_names(model).values()))
     with ONE_AT_A_TIME:
         if names not in experiments.widths:
-            with same_random_state(), plain_autograd():  # a layout may be looked for again
+            with same_random_state(), plain_autograd():  # may repeat a search for layouts
                 widths = tuple(
                     _width(finding, experiments.tiny, field_map, model)
                     for finding in experiments.findings
@@ -219,7 +209,7 @@ def widths_of(
 
 
 def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
-    """Return the fields of which the class takes no other value alone, as widths with a reason."""
+    """Return refused widths for fields that the class only lets change together with others."""
     return tuple(
         Width(
             (field,),
@@ -232,7 +222,7 @@ def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
 
 
 def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTrainedModel) -> Width:
-    """Return a finding as a width of the real model, with a reason if it cannot be pruned."""
+    """Return a finding as a width of the real model, refused if it does not carry over."""
     if all(field_map.values.get(field) == 1 for field in finding.fields):
         return Width(finding.fields, reason="it is 1: nothing of it can go")
     if finding.reason is not None:
@@ -258,19 +248,16 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
 
 
 def _with_minimum(group: Group, minimum: int) -> Group:
-    """Return the group with the fewest units with which the class runs."""
     return replace(group, count=replace(group.count, minimum=minimum))
 
 
 def note_on_unobserved(names: Sequence[str]) -> str:
-    """Return a text to append that names parameters no output depends on; empty for none."""
     if not names:
         return ""
     return f"; no output depends on {listed(names)}, cut alike"
 
 
 def note_on_states(names: Iterable[str]) -> str:
-    """Return a text to append that names inputs which have to lose the same channels."""
     return "".join(f"; {name} has to lose the same channels" for name in dict.fromkeys(names))
 
 

@@ -1,4 +1,4 @@
-"""Undocumented, private parts of Torch-Pruning's pruners that this library relies on."""
+"""Private parts of Torch-Pruning's pruners that this library uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
 
 
 class Graph(Protocol):
-    """The private members of a ``DependencyGraph`` that are used; ``Any``: the public ones."""
+    """The private members of ``DependencyGraph`` that are used; public ones are ``Any``."""
 
     _module2name: dict[nn.Module, str]  # names in messages, and of scopes
 
@@ -22,13 +22,13 @@ class Graph(Protocol):
 
 
 class Pruner(Protocol):
-    """The private members of a ``BasePruner`` that are used; ``Any``: the public ones."""
+    """The private members of ``BasePruner`` that are used; public ones are ``Any``."""
 
     DG: Graph
-    _layer_to_scope: dict[nn.Module, tuple[str, Any]]  # layers with a scope of their own
-    _scope_initial_channels: dict[str, int]  # ratios count from them
+    _layer_to_scope: dict[nn.Module, tuple[str, Any]]  # from ``pruning_ratio_dict``
+    _scope_initial_channels: dict[str, int]  # ratios are relative to these
 
-    def _check_pruning_ratio(self, group: Any) -> bool: ...  # max_pruning_ratio
+    def _check_pruning_ratio(self, group: Any) -> bool: ...  # applies max_pruning_ratio
 
     def _prune(self) -> Iterator[Any]: ...  # replaced: units are chosen instead of channels
 
@@ -36,7 +36,7 @@ class Pruner(Protocol):
 
 
 class Importance(Protocol):
-    """The private members of an importance of groups that are used; ``Any``: the public ones."""
+    """The private members of an importance of groups that are used; public ones are ``Any``."""
 
     def _reduce(self, values: list[Tensor], roots: list[Any]) -> Tensor: ...  # of several layers
 
@@ -45,6 +45,7 @@ class Importance(Protocol):
     def __getattr__(self, name: str) -> Any: ...
 
 
+# arguments of ``BasePruner`` that a pruner stores unchanged
 _KEPT = (
     "model",
     "importance",
@@ -59,21 +60,17 @@ _KEPT = (
     "head_pruning_ratio",
     "root_module_types",
 )
-"""The arguments of ``BasePruner`` that a pruner keeps as they were given."""
-_SCHEDULE = ("per_step_pruning_ratio", "per_step_head_pruning_ratio")
+_SCHEDULE = ("per_step_pruning_ratio", "per_step_head_pruning_ratio")  # ratio after each step
+# layer -> ratio after each step; the constructor takes the last
 _OWN_RATIOS = ("pruning_ratio_dict", "head_pruning_ratio_dict")
-"""Layer -> its ratio after every step; the constructor takes the last of them."""
 _SCOPE = "_User_Defined_Scope_"
 _LIBRARY = "torch_pruning"
 
 
 def scope_of(pruner: Pruner, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
-    """Return the name of a group's ranking scope, and its ratios from step 0 on.
-
-    As ``BasePruner._prune`` finds them (base_pruner.py, 1.6.1). A group of whole heads has a scope
-    of its own, and the head ratio.
-    """
+    """Return a group's ranking scope and its ratios from step 0 on."""
     graph_group = group.graph_group
+    # as in BasePruner._prune (base_pruner.py, 1.6.1), except for whole heads
     if graph_group.heads:
         return f"heads: {pruner.DG._module2name[graph_group.units]}", _head_ratios(pruner, group)
     for dep, _ in group:
@@ -96,11 +93,11 @@ def scope_of(pruner: Pruner, group: ConfigGroup) -> tuple[str, tuple[float, ...]
 
 
 def _head_ratios(pruner: Pruner, group: ConfigGroup) -> tuple[float, ...]:
-    """Return a group's head ratio at each step; ``head_pruning_ratio_dict`` comes first."""
     if not pruner.prune_num_heads:
         return (0.0,) * len(pruner.per_step_head_pruning_ratio)
     by_module = pruner.head_pruning_ratio_dict
     modules = (side.module for side in group.graph_group.sides)
+    # an entry of head_pruning_ratio_dict has priority
     own = next((by_module[m] for m in modules if m in by_module), None)
     return _at_most(own or pruner.per_step_head_pruning_ratio, pruner.max_pruning_ratio)
 
@@ -110,10 +107,7 @@ def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
 
 
 def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
-    """Return why a pruner that has traced its model cannot get another graph; None if it can.
-
-    ``constructor`` is that of its class, without this library's wrapper.
-    """
+    """Return why the graph of a pruner with a trace cannot be replaced; None if it can."""
     if pruner.current_step or pruner.DG.pruning_history():
         return Refusal("it has pruned by that trace already")
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
@@ -124,15 +118,11 @@ def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusa
 
 
 def arguments_of(pruner: Any) -> dict[str, Any]:
-    """Return the arguments of ``BasePruner`` with which an unused pruner was constructed.
-
-    What only a trace reads (example inputs, functions for the forward pass) is not kept by a
-    pruner, and is left out.
-    """
+    """Return the arguments that an unused pruner got, without those that only a trace reads."""
     inside = set(pruner.model.modules())
 
+    # without values that the constructor adds, and layers of other pruners (shared default dicts)
     def own(counts: Mapping[Any, int], method: str, added: Mapping[Any, int]) -> dict[Any, int]:
-        """Leave out what the constructor adds itself, and layers of other pruners' models."""
         return {
             layer: count
             for layer, count in counts.items()
@@ -159,7 +149,7 @@ def arguments_of(pruner: Any) -> dict[str, Any]:
 
 
 def _ratios_by_layer(pruner: Pruner) -> dict[Any, float]:
-    """Return a pruner's ``pruning_ratio_dict`` as it was given: layers, or tuples of layers."""
+    """Return ``pruning_ratio_dict`` as the user gave it: layers, or tuples of layers, as keys."""
     scopes: dict[int, tuple[Any, float]] = {}
     for layer, (name, scope) in pruner._layer_to_scope.items():
         number = int(name.removeprefix(_SCOPE).partition("_")[0])
@@ -169,10 +159,7 @@ def _ratios_by_layer(pruner: Pruner) -> dict[Any, float]:
 
 
 def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any]) -> None:
-    """Construct a pruner again with a graph made from the config in the place of its trace.
-
-    ``arguments`` are those of :func:`arguments_of`, adapted; :func:`restore_trace` undoes it.
-    """
+    """Construct a pruner again with ``graph`` instead of its trace, and :func:`arguments_of`."""
     before = dict(vars(pruner))
     try:
         with constructing_with(graph):
@@ -182,7 +169,7 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
             vars(pruner).update({name: before[name] for name in _SCHEDULE})
             for name in _OWN_RATIOS:
                 vars(pruner)[name].update(before[name])
-            if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and its like keep groups
+            if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and others store groups
                 pruner.update_regularizer()
     except BaseException:
         vars(pruner).update(before)
@@ -193,6 +180,6 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
 
 
 def restore_trace(pruner: Any) -> None:
-    """Restore what :func:`replace_graph` replaced, unless the pruner has pruned since."""
+    """Undo :func:`replace_graph`, unless the pruner has pruned since."""
     if not pruner.current_step and not pruner.DG.pruning_history():
         vars(pruner).update(pruner.DG.replaced)

@@ -1,4 +1,4 @@
-"""Torch-Pruning's pruner classes, their subclasses, and how one gets another dependency graph."""
+"""Torch-Pruning's pruner classes, and a way to construct one with another dependency graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _of_thread = threading.local()
 
 
 def family(cls: Any = BasePruner) -> Iterator[Any]:
-    """Yield a pruner class and all its subclasses, recursively; by default every pruner class."""
+    """Yield a pruner class and all its subclasses."""
     yield cls
     for subclass in cls.__subclasses__():
         yield from family(subclass)
@@ -24,7 +24,7 @@ def family(cls: Any = BasePruner) -> Iterator[Any]:
 
 @contextmanager
 def constructing_with(graph: Any) -> Iterator[None]:
-    """Make the pruner that this thread constructs inside ``with`` take a dependency graph."""
+    """Make the first pruner that this thread constructs inside ``with`` use ``graph``."""
     before, _of_thread.graph = awaited_graph(), graph
     try:
         yield
@@ -33,19 +33,16 @@ def constructing_with(graph: Any) -> Iterator[None]:
 
 
 def awaited_graph() -> Any:
-    """Return the graph that the next pruner constructed by this thread takes; ``None``: its own."""
     return getattr(_of_thread, "graph", None)
 
 
 def with_awaited_graph(constructor: Callable[..., None]) -> Callable[..., None]:
-    """Return ``BasePruner``'s constructor such that it takes the awaited graph, if there is one.
-
-    It looks ``dependency.DependencyGraph`` up among the globals of its module, which other threads
-    read too. So the constructor runs with globals of its own. One pruner takes the graph.
-    """
-    graph, _of_thread.graph = awaited_graph(), None
+    """Return ``BasePruner``'s constructor, changed to use the awaited graph if there is one."""
+    graph, _of_thread.graph = awaited_graph(), None  # for one pruner
     if graph is None:
         return constructor
+    # the constructor reads dependency.DependencyGraph from its module's globals, as do other
+    # threads: this copy gets globals of its own
     own: Any = inspect.unwrap(constructor)
     names = {**own.__globals__, "dependency": SimpleNamespace(DependencyGraph=lambda: graph)}
     taking = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)

@@ -1,4 +1,4 @@
-"""Carry a cut list out: build the class from the new config, and fill it parameter by parameter."""
+"""Apply a cut list: build the class from the new config, then fill it parameter by parameter."""
 
 from __future__ import annotations
 
@@ -22,24 +22,12 @@ from .cut_list import CutList
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# set by Transformers' ``gradient_checkpointing_enable``
 _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
-"""What ``gradient_checkpointing_enable`` of Transformers sets on layers."""
 
 
 def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
-    """Return the pruned model that a cut list makes of a model, which stays as it is.
-
-    No parameter is in memory twice but the one that is being cut.
-
-    Args:
-        model: a model of the cut list's class, with the config that it starts from.
-        cuts: the cut list.
-
-    Raises:
-        UnsupportedModelError: the model is another one than the cut list was made for.
-        ConfigSyncError: the class builds other shapes from the new config than the cuts leave.
-        ValueError: weights were refitted, and a cut list holds cuts alone.
-    """
+    """Return the model after a cut list, or raise; only the tensor being cut is held twice."""
     check_fits(model, cuts)
     cuts.check_complete()
     new: Any = _empty(model, cuts)
@@ -60,17 +48,8 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     return new  # type: ignore[no-any-return]
 
 
-def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class, config, ties and modes, with parameters on the meta device.
-
-    Buffers are as those of the model.
-
-    Args:
-        model: the model; also one that FSDP2 keeps in shards.
-
-    Raises:
-        UnsupportedModelError: the model's config does not build it.
-    """
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:  # also of a sharded model (FSDP2)
+    """Return a model of the same class, config, ties, modes and buffers with meta parameters."""
     builder, built = build_live(model, buffers=True)
     new: Any = whole_build(model, builder, built)
     fill(new, model, lambda _, old: torch.empty(old.shape, dtype=old.dtype, device="meta"))
@@ -82,11 +61,7 @@ def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
-    """Raise if a cut list was made for another model.
-
-    Raises:
-        UnsupportedModelError: the class or the config is another.
-    """
+    """Raise ``UnsupportedModelError`` if a cut list was made for another class or config."""
     name = stock_class(type(model)).__name__
     if name != cuts.model:
         raise UnsupportedModelError(
@@ -109,7 +84,7 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
 
 
 def _empty(model: PreTrainedModel, cuts: CutList) -> nn.Module:
-    """Return the model of the new config: parameters without data, buffers computed."""
+    """Build the class from the new config: parameters on the meta device, buffers with values."""
     builder, _ = build_live(model)
     new = _of_class_for(model, cuts, builder).build(cuts.after, buffers=True)
     if isinstance(new, Refusal):
@@ -118,7 +93,7 @@ def _empty(model: PreTrainedModel, cuts: CutList) -> nn.Module:
 
 
 def _of_class_for(model: PreTrainedModel, cuts: CutList, builder: Builder) -> Builder:
-    """Return a builder of the class that the new config needs: where layers differ, another."""
+    """Return the builder of the layerwise class if the new config has per-layer entries."""
     if layer_lists(type(model)):
         return builder
     lists = {
@@ -130,7 +105,7 @@ def _of_class_for(model: PreTrainedModel, cuts: CutList, builder: Builder) -> Bu
 
 
 def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:
-    """Give a buffer the device and dtype that it had; a saved one its values too."""
+    """Give a buffer its old device and dtype; a saved or cut one gets its old values too."""
     module, key = owner(new, name)
     built = module._buffers.get(key)
     if key not in module._non_persistent_buffers_set or name in cuts.edits or built is None:
@@ -140,7 +115,6 @@ def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:
 
 
 def take_modes(new: nn.Module, old: nn.Module) -> None:
-    """Give every part of a model the training mode and gradient checkpointing that it had."""
     parts = dict(old.named_modules())
     for name, module in new.named_modules():
         part = parts.get(name)
@@ -150,14 +124,14 @@ def take_modes(new: nn.Module, old: nn.Module) -> None:
 
 
 def _take_over(new: Any, old: Any) -> None:
-    """Give the new model what a model has beside its weights: modes, kernels, generation config."""
+    """Copy what a model has besides weights: modes, kernel choice, generation config."""
     take_modes(new, old)
     attention = getattr(old.config, "_attn_implementation", None)
     if attention:
         new.set_attn_implementation(attention)
     if hasattr(type(old.config), "_experts_implementation"):
         new.config._experts_implementation = old.config._experts_implementation
-    if hasattr(old, "_weight_conversions"):  # from the names in its files, which are written too
+    if hasattr(old, "_weight_conversions"):  # maps names in files; saving applies it in reverse
         new._weight_conversions = old._weight_conversions
     if getattr(old, "generation_config", None) is not None:
         new.generation_config = old.generation_config

@@ -1,4 +1,4 @@
-"""Prunes that were asked for and are not cut yet: the model is as it was before them."""
+"""Prunes that are recorded and not cut yet; the model is unchanged."""
 
 from __future__ import annotations
 
@@ -19,48 +19,33 @@ from .sides import GraphGroup, channels_of, is_output
 if TYPE_CHECKING:
     from .config_group import ConfigGroup
 
-Place = tuple[str, int]
-"""The name of a parameter or buffer, and one of its dimensions."""
+Place = tuple[str, int]  # name of a parameter or buffer, and a dimension
 
 
 @dataclass
 class _Prune:
-    """What is to be cut from one dependency group.
-
-    Attributes:
-        graph_group: the dependency group.
-        root: the layer at which it was asked for.
-        out: True if outputs of the root were asked for.
-        units: the units, as they are numbered now.
-        in_history: True if Torch-Pruning's history is to have it.
-    """
-
     graph_group: GraphGroup
-    root: nn.Module
-    out: bool
-    units: list[int]
-    in_history: bool
+    root: nn.Module  # the layer that was pruned
+    out: bool  # True: the root's outputs
+    units: list[int]  # with their current indices
+    in_history: bool  # True: add to Torch-Pruning's history
 
 
 class RecordedPrunes:
-    """What is to be cut, by dependency group, until it is taken.
-
-    Attributes:
-        settle: called after every prune, to carry out what can be carried out: a hook's.
-    """
+    """The recorded prunes, one per dependency group."""
 
     def __init__(self, graph: Any):
         self._graph = graph
         self._prunes: dict[int, _Prune] = {}  # by the id of the dependency group
         self._holding = 0
-        self.settle: Callable[[], None] = self.refuse
+        self.settle: Callable[[], None] = self.refuse  # called after each prune; a hook cuts here
 
     def __bool__(self) -> bool:
         return bool(self._prunes)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Settle at the end of ``with``, not inside: what is recorded there is cut together."""
+        """Settle once at the end of ``with``: what is recorded inside is cut together."""
         self._holding += 1
         try:
             yield
@@ -72,11 +57,7 @@ class RecordedPrunes:
         self._settle()
 
     def refuse(self) -> None:
-        """Forget what is recorded, and raise: without a hook, no config is updated.
-
-        Raises:
-            UnsupportedModelError: always.
-        """
+        """Drop the recorded prunes and raise ``UnsupportedModelError``: no hook is attached."""
         self.clear()
         raise UnsupportedModelError(
             "this pruner's groups are those of a config, and no HFConfigSyncHook is attached that "
@@ -88,11 +69,7 @@ class RecordedPrunes:
             self.settle()
 
     def add(self, group: ConfigGroup, in_history: bool) -> None:
-        """Record that a group is to be pruned, and settle.
-
-        Raises:
-            ValueError: some of its units are recorded already.
-        """
+        """Record a group and settle; raise ``ValueError`` if a unit is recorded already."""
         if not group.units:
             return
         dep, graph_group = group[0].dep, group.graph_group
@@ -110,18 +87,14 @@ class RecordedPrunes:
         self._settle()
 
     def groups(self) -> list[ConfigGroup]:
-        """Return a group for each dependency group that is to be pruned, as numbered now."""
+        """Return one group per recorded prune, with current indices."""
         return [self._group(prune) for prune in self._prunes.values()]
 
     def clear(self) -> None:
-        """Forget what is recorded."""
         self._prunes.clear()
 
     def take(self) -> Iterator[ConfigGroup]:
-        """Yield each group that is to be pruned, numbered as after those before it.
-
-        Then its units are gone from the graph. The history has it; the model is not touched.
-        """
+        """Yield each recorded group, with indices valid after the groups before it."""
         prunes, self._prunes = [*self._prunes.values()], {}
         sizes: dict[Place, int] = {}
         for prune in prunes:
@@ -129,19 +102,19 @@ class RecordedPrunes:
             if prune.in_history:
                 self._graph.note_in_history(group)
             yield group
-            self._renumber(prune, sizes)
+            self._renumber(prune, sizes)  # the graph loses its units; the model is not touched
 
     def _renumber(self, prune: _Prune, sizes: dict[Place, int]) -> None:
-        """Take the units of one group from the tables of its sides and of those beside them.
-
-        ``sizes``: the size of each place that lost something already; it is updated.
-        """
+        """Remove a group's units from the tables of its sides and of other groups' sides."""
         tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         graph_group, lost = prune.graph_group, prune.units
         for side in graph_group.sides:
             place, table = side.dims[0].place, side.table
             size = sizes.get(place) or _size(self._graph.pretrained, place)
-            if (id(table), size) not in tables:  # most sides share a table, whose id stays taken
+            if (
+                id(table),
+                size,
+            ) not in tables:  # most share one; stored, so that its id is not reused
                 kept = _others(table[lost], size)
                 units = _others(torch.tensor(lost), len(table))
                 tables[id(table), size] = torch.searchsorted(kept, table[units]), kept, table
@@ -152,7 +125,7 @@ class RecordedPrunes:
         graph_group.units.count -= len(lost)
 
     def numbered_now(self, module: nn.Module, out: bool, channels: Sequence[int]) -> list[int]:
-        """Return channels of a layer's side that are numbered as after all that is recorded."""
+        """Convert channels that are numbered as after all recorded prunes to current indices."""
         sides = [
             (side, prune.units)
             for prune in self._prunes.values()
@@ -180,7 +153,6 @@ class RecordedPrunes:
         ]
 
     def _share(self, graph_group: GraphGroup) -> Fraction:
-        """Return which share of its units a dependency group loses."""
         prune = self._prunes.get(id(graph_group))
         return Fraction(0 if prune is None else len(prune.units), graph_group.units.count)
 
@@ -192,17 +164,14 @@ class RecordedPrunes:
 
 
 def _name(graph_group: GraphGroup) -> str:
-    """Return a dependency group's fields, and the first layer whose outputs it cuts."""
+    """Return a group's fields and the first layer whose outputs it cuts."""
     fields = " + ".join(map(field_name, graph_group.fields))
     sides = graph_group.sides
     return f"{fields} in {next(filter(is_output, sides), sides[0]).layer}"
 
 
 def kept_positions(model: nn.Module, groups: Iterable[ConfigGroup]) -> dict[Place, Tensor]:
-    """Return which positions stay of every dimension that these groups cut, 1-D.
-
-    ``groups``: all numbered as the model is now. Dimensions that lose the same share one tensor.
-    """
+    """Return the kept positions (1-D) of every dimension that the groups cut."""
     tables: dict[Place, dict[tuple[int, int], Tensor]] = {}
     for group in groups:
         for side in group.graph_group.sides:
@@ -213,7 +182,7 @@ def kept_positions(model: nn.Module, groups: Iterable[ConfigGroup]) -> dict[Plac
     result: dict[Place, Tensor] = {}
     for place, lost in tables.items():
         size = _size(model, place)
-        key = (*sorted(lost), size)
+        key = (*sorted(lost), size)  # dimensions with equal positions share one tensor
         if key not in kept:
             kept[key] = _others(torch.cat([table.flatten() for table in lost.values()]), size)
         result[place] = kept[key]
@@ -225,7 +194,6 @@ def _size(model: nn.Module, place: Place) -> int:
 
 
 def _others(positions: Tensor, size: int) -> Tensor:
-    """Return the positions of a dimension but for some, rising."""
     stays = torch.ones(size, dtype=torch.bool)
     stays[positions.flatten()] = False
     return stays.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Layers as the config graph sees them: their sides, views of bare parameters, and cutting."""
+"""Layers as the config graph sees them: sides, views of bare parameters, and units."""
 
 from __future__ import annotations
 
@@ -22,34 +22,22 @@ _BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 @dataclass
 class Side:
-    """One side of one layer: what Torch-Pruning prunes in one call.
+    """One side of one layer: what Torch-Pruning prunes in one call."""
 
-    Attributes:
-        module: a layer that Torch-Pruning knows, or a :class:`ParameterView`, which looks like one.
-        out: True for the layer's output channels, False for its input channels.
-        table: the positions of each unit that it has now, shape ``(units, positions per unit)``.
-        dims: the tensor dims that the side cuts.
-    """
-
-    module: nn.Module
-    out: bool
-    table: torch.Tensor
+    module: nn.Module  # a layer type that Torch-Pruning knows, or a :class:`ParameterView`
+    out: bool  # True: output channels, False: input channels
+    table: torch.Tensor  # current positions of each unit, ``(units, positions per unit)``
     dims: list[TensorDim] = field(default_factory=list)
 
     @property
     def layer(self) -> str:
-        """The layer's name in the Hugging Face model."""
         return self.dims[0].layer
 
 
 class ParameterView(nn.Linear):
-    """One dimension of a parameter, which importances read as a linear layer's output channels.
+    """One dimension of a parameter, as a linear layer's outputs that importances can read."""
 
-    It makes ``Conv1D`` weights, stacked experts and bare parameters visible to them. ``weight`` is
-    a view of the current parameter, with its channels first.
-    """
-
-    owner: nn.Module
+    owner: nn.Module  # with a ``Conv1D`` weight, stacked experts or a bare parameter
     key: str
     dim: int
 
@@ -59,13 +47,12 @@ class ParameterView(nn.Linear):
 
     @property
     def parameter(self) -> torch.Tensor:
-        """The parameter or buffer behind the view."""
         parameter: torch.Tensor = getattr(self.owner, self.key)
         return parameter
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The parameter with this dimension first, and its gradient; both write through."""
+        """The current parameter, with this dimension first, and its gradient; both are views."""
         parameter = self.parameter
         view: torch.Tensor = parameter.detach().movedim(self.dim, 0)
         grad = None if parameter.grad is None else parameter.grad.movedim(self.dim, 0)
@@ -76,26 +63,22 @@ class ParameterView(nn.Linear):
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
-        """The size of the dimension."""
         return self.parameter.shape[self.dim]
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
-        """The number of values per channel."""
         return self.parameter.numel() // max(1, self.out_features)
 
     def extra_repr(self) -> str:
-        """Return the parameter's name and dimension, for ``print(group)``."""
         return f"{self.key}, dim={self.dim}, channels={self.out_features}"
 
 
 def owner_of(module: Any) -> Any:
-    """Return the module behind a view of a parameter; any other module itself."""
+    """Return the module behind a view; any other module itself."""
     return module.owner if isinstance(module, ParameterView) else module
 
 
 def is_vector(module: nn.Module) -> bool:
-    """True if a module is a view of a parameter with a single dimension."""
     return isinstance(module, ParameterView) and module.parameter.ndim == 1
 
 
@@ -116,7 +99,7 @@ def is_output(side: Side) -> bool:
 
 
 class Units(ops._CustomizedOp):  # type: ignore[misc]
-    """Stands in for the units of a group in which no output has one channel per unit (heads)."""
+    """Placeholder for a group's units if no layer has one output channel per unit (heads)."""
 
     def __init__(self, count: int):
         nn.Module.__init__(self)  # Torch-Pruning's own __init__ leaves that out
@@ -124,17 +107,15 @@ class Units(ops._CustomizedOp):  # type: ignore[misc]
 
 
 class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
-    """Torch-Pruning's pruner of :class:`Units`: counts them, and cuts no layer."""
+    """Torch-Pruning's pruner of :class:`Units`: counts units and cuts no layer."""
 
     def prune_out_channels(self, layer: Units, idxs: Sequence[int]) -> Units:
-        """Lower the unit count by as many units as ``idxs`` names; return the layer."""
         layer.count -= len(idxs)
         return layer
 
     prune_in_channels = prune_out_channels
 
     def get_out_channels(self, layer: Units) -> int:
-        """Return the unit count."""
         return layer.count
 
     get_in_channels = get_out_channels
@@ -142,34 +123,26 @@ class UnitsPruner(function.BasePruningFunc):  # type: ignore[misc]
 
 @dataclass
 class GraphGroup:
-    """A dependency group of the config graph: sides that lose the same units.
+    """A dependency group of the config graph: sides that lose the same units."""
 
-    Attributes:
-        fields: the config fields that count its units.
-        sides: its sides.
-        count: its unit count before pruning.
-        units: holds how many units there are now.
-        heads: True if it follows the head ratios.
-    """
-
-    fields: tuple[FieldPath, ...]
+    fields: tuple[FieldPath, ...]  # config fields that count its units
     sides: list[Side]
-    count: UnitCount
-    units: Units
-    heads: bool = False
+    count: UnitCount  # before pruning
+    units: Units  # holds the current number of units
+    heads: bool = False  # True: pruned by the head ratios
 
     @property
     def inward(self) -> bool:
-        """True if all its sides are inputs (of the layers that read encoder states)."""
+        """True if all sides are inputs (of the layers that read encoder states)."""
         return not any(side.out for side in self.sides)
 
     @property
     def root(self) -> Side | None:
-        """The side whose channels are the units, one to one, an output if there is one; or None.
+        """The side whose channels are exactly the units, an output if possible; None without one.
 
-        The units have to be all of its channels: beside others (the shared rotary key of latent
-        attention), importances would count from the first channel. For heads it is never an input:
-        pruners look up ratios of outputs alone, and would not find those of heads.
+        With other channels beside the units (the shared rotary key of latent attention),
+        importances would count from the first channel. For heads it is never an input, because
+        pruners look up ratios of outputs only.
         """
         for side in () if self.inward else self.ranked:
             if self.heads and not side.out:
@@ -180,15 +153,14 @@ class GraphGroup:
 
     @property
     def ranked(self) -> list[Side]:
-        """The sides that importances look at (linear layers and convolutions), outputs first."""
+        """The sides that importances read (linear and convolution layers), outputs first."""
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
         ranked = [s for s in self.sides if isinstance(s.module, kinds) and not is_vector(s.module)]
         return sorted(ranked, key=lambda side: not side.out)
 
 
 def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
-    """Return the norm of the parameters that each unit of a group holds, shape ``(units,)``."""
-    squares = torch.zeros(group.units.count)
+    squares = torch.zeros(group.units.count)  # of the parameters that each unit holds
     for side in group.sides:
         for name, axis in dict.fromkeys(dim.place for dim in side.dims):
             values = whole_tensor(model, name).movedim(axis, 0)
@@ -198,7 +170,6 @@ def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:
 
 
 def channels_of(side: Side) -> int:
-    """Return how many channels a side has."""
     if isinstance(side.module, ParameterView):
         return side.module.out_features
     layer_pruner = function.PrunerBox[ops.module2type(side.module)]
@@ -221,11 +192,8 @@ UNITS = UnitsPruner()
 
 
 def layer_side(layer: nn.Module, dim: int) -> bool | None:
-    """Return True if a dimension of a layer's parameter is its output side, False: its input side.
-
-    ``None``: it is neither, or what Torch-Pruning would set is computed from others (weight norms).
-    """
-    if parametrize.is_parametrized(layer):
+    """Return True if a dimension of a layer's parameter is its output, False: input; or None."""
+    if parametrize.is_parametrized(layer):  # weight norms: the weight cannot be assigned
         return None
     if isinstance(layer, nn.Linear) and layer.weight.shape == (
         layer.out_features,
@@ -246,11 +214,7 @@ def layer_side(layer: nn.Module, dim: int) -> bool | None:
 def sides_of(
     model: nn.Module, group: Group, views: dict[tuple[str, int], ParameterView]
 ) -> list[Side]:
-    """Return the sides of layers behind a group's tensor dims, each once.
-
-    Views of bare parameters that are missing in ``views``, (parameter, dimension) -> view, are
-    added.
-    """
+    """Return the layer sides behind a group's tensor dims; add missing views to ``views``."""
     sides: dict[tuple[int, bool], Side] = {}
     tables: dict[UnitLayout, torch.Tensor] = {}
     for dim in group.dims:
@@ -272,11 +236,7 @@ def sides_of(
 
 
 def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
-    """Return the units, each once, that some channels of a side stand for.
-
-    One channel of fused gate and up stands for both: a unit counts once a whole run of it is given.
-    ``None``: some channels belong to no unit or to a part of one.
-    """
+    """Return the units that some channels of a side belong to; None if they are not whole units."""
     if not channels:
         return []
     table, positions = side.table, torch.tensor(channels)
@@ -285,6 +245,7 @@ def units_of(side: Side, channels: Sequence[int]) -> list[int] | None:
     if positions.min() < 0 or unit_at[positions].min() < 0:
         return None
     units = unit_at[positions]
+    # a channel of a fused gate and up projection means both: a whole run in one part is enough
     counts = units.bincount(minlength=len(table))
     first = table[0].tolist()
     run = next((i for i in range(1, len(first)) if first[i] != first[i - 1] + 1), len(first))

@@ -1,4 +1,4 @@
-"""Ranks of a distributed run agree on what a pruner does, before any of them cuts."""
+"""Ranks of a distributed run compare what they are about to do, before any of them cuts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ if TYPE_CHECKING:
 
 
 class Agreement:
-    """Compares what this rank is about to do with what all others are about to do.
+    """Compares what this rank is about to do with all others; raises on all if they differ.
 
-    Every rank has to call each method at the same point, and each raises ``TrainingError`` on all
-    ranks if one is elsewhere, does not come, does something else, or cannot go on.
-
-    Args:
-        sharded: True if the ranks hold shards of one model.
-        distributed: True if each holds a copy. If neither, there is nobody to agree with.
+    All ranks have to call each method at the same point.
     """
 
     def __init__(self, sharded: bool, distributed: bool):
         self._what = "The sharded model" if sharded else "The model"
-        self._needed = sharded or distributed
+        self._needed = sharded or distributed  # distributed: each rank has a copy of the model
 
     def on_settings(self, pruner: Any) -> None:
-        """Compare the kinds of pruner and importance, and the config, before a step."""
         if self._needed:
             data = config_json(find_pretrained(pruner.model)[1].config)
             config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}
@@ -42,7 +36,7 @@ class Agreement:
     def on_groups(
         self, pruner: Any, groups: Iterable[GroupCut], failure: Exception | None = None
     ) -> None:
-        """Compare the channels that are pruned; ``failure``: why this rank cannot."""
+        """Compare the channels to be pruned; ``failure``: why this rank cannot prune them."""
         parts = (
             (group.layers[0].name, _digest([vars(layer) for layer in group.layers]))
             for group in groups
@@ -51,13 +45,12 @@ class Agreement:
         self._on(_step(pruner), parts, failure)
 
     def on_refits(self, pruner: Any, refits: Refits) -> None:
-        """Compare which weights are refitted."""
         used = [(layer.weight, layer.part) for layer in refits.layers if layer.used]
         parts = [("which weights are refitted", _digest(used))]
         self._on(f"the refits of {_step(pruner)}", parts)
 
     def on_build(self, pruner: Any, failure: Exception | None) -> None:
-        """Make sure that all ranks have built the pruned model; ``failure``: why this one not."""
+        """Check that all ranks have built the pruned model; ``failure``: why this one has not."""
         self._on(f"shard= of {_step(pruner)}", (), failure)
 
     def _on(

@@ -18,18 +18,14 @@ _MISSING = object()
 
 
 class Changes:
-    """Attribute writes that can be undone, newest first."""
-
     def __init__(self) -> None:
         self._undo: list[tuple[Any, Any, Any]] = []
 
     def set(self, target: Any, key: Any, value: Any) -> None:
-        """Set an attribute, or an item if ``target`` is a dict, and remember the old value."""
         self._undo.append((target, key, _read(target, key)))
         _write(target, key, value)
 
     def roll_back(self) -> None:
-        """Restore every old value."""
         while self._undo:
             target, key, value = self._undo.pop()
             _write(target, key, value)
@@ -37,7 +33,6 @@ class Changes:
 
 @contextmanager
 def all_or_nothing() -> Iterator[Changes]:
-    """Yield :class:`Changes`, and roll them back if the block raises."""
     changes = Changes()
     try:
         yield changes
@@ -57,7 +52,6 @@ def _read(target: Any, key: Any) -> Any:
 
 
 def _part(target: Any, key: Any) -> Any:
-    """Return a config's value of a key."""
     if isinstance(target, dict):
         return target[key if key in target else int(key)]
     return getattr(target, str(key))
@@ -77,62 +71,32 @@ def _write(target: Any, key: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain attribute of a module that has another value in the new reference build.
+    """A plain module attribute whose value differs in the new build."""
 
-    Attributes:
-        module: the module's name in the model.
-        key: the attribute.
-        value: its new value.
-    """
-
-    module: str
+    module: str  # name in the model
     key: str
     value: Any
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """An unsaved buffer, or another tensor attribute, that differs in the new reference build.
+    """A non-persistent buffer, or other tensor attribute, that differs in the new build."""
 
-    Attributes:
-        module: the module's name in the model.
-        key: the buffer's name in the module.
-        value: its new value.
-        old_dtype: its dtype in the old reference build; ``None`` if it was not there.
-    """
-
-    module: str
+    module: str  # name in the model
     key: str
     value: torch.Tensor
-    old_dtype: torch.dtype | None
+    old_dtype: torch.dtype | None  # in the old reference build; None: not there
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between a build from the new config and a build from the old one.
-
-    Attributes:
-        fields: the module that holds the config, the field and its new value.
-        attributes: the plain attributes that differ.
-        buffers: the unsaved buffers and tensor attributes that differ.
-    """
-
-    fields: Sequence[tuple[str, FieldPath, Any]]
+    fields: Sequence[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
     attributes: Sequence[Attribute]
     buffers: Sequence[Buffer]
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
-    """Return the difference between two builds of one class, made with real buffers but no weights.
-
-    Config fields are compared for every config object that a module holds (an encoder's config is
-    often a copy of the model's).
-
-    Args:
-        live: the live model; modules that it was built without are skipped.
-        old: the build from the old config.
-        new: the build from the new config.
-    """
+    """Return the difference between builds from the old and new config, with buffers computed."""
     present = {name for name, _ in live.named_modules()}
     fields: list[tuple[str, FieldPath, Any]] = []
     attributes: list[Attribute] = []
@@ -143,7 +107,7 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
         reference = before.get(name)
         if reference is None or name not in present:
             continue
-        config = vars(module).get("config")
+        config = vars(module).get("config")  # an encoder often has a copy of the model's config
         if config is not None and hasattr(config, "to_json_string") and id(config) not in compared:
             compared.add(id(config))
             changed = changed_values(
@@ -156,7 +120,6 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
 
 
 def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
-    """Yield the plain attributes of one module that the new build has with other values."""
     before = vars(old)
     for key, value in vars(new).items():
         if not is_own(key) or not is_plain(value):
@@ -167,7 +130,7 @@ def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute
 
 
 def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Buffer]:
-    """Yield the unsaved buffers and tensor attributes of one module that the new build changes."""
+    """Yield the non-persistent buffers and tensor attributes of a module that differ."""
     loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
     for key, built in {**_unsaved(new), **loose}.items():
         previous = getattr(old, key, None)
@@ -186,27 +149,19 @@ def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iter
 
 
 def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers of one module that are not saved with it."""
     buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
     return {key: value for key, value in buffers.items() if value is not None}
 
 
 def _same_number(held: Any, built: torch.Tensor) -> torch.Tensor:
-    """Return a buffer of the built one's shape that holds one number, as the live one does.
-
-    It is ``built`` itself, without data, if the live one holds several numbers.
-    """
+    """Return ``built`` filled with the live buffer's value if that has only one; else ``built``."""
     if isinstance(held, torch.Tensor) and held.numel() and bool((held == held.flatten()[0]).all()):
         return held.flatten()[:1].cpu().expand(built.shape).clone()
     return built
 
 
 def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
-    """Return the unsaved buffers with a new shape of which nothing says what they hold.
-
-    Their class fills them together with its weights, and the live ones hold several numbers. For
-    the arguments see :func:`difference`.
-    """
+    """Names of non-persistent buffers with a new shape whose values cannot be computed."""
     before, now = dict(old.named_modules()), dict(live.named_modules())
     return [
         f"{name}.{key}".lstrip(".")
@@ -214,12 +169,12 @@ def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[st
         if name in before and name in now
         for key, built in _unsaved(module).items()
         if built.is_meta and built.shape != getattr(before[name], key, built).shape
+        # filled together with the weights, and the live one holds several numbers
         if _same_number(getattr(now[name], key, None), built).is_meta
     ]
 
 
 def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
-    """Write all that differs; return the names of the attributes and of the buffers."""
     write_fields(changes, live, difference.fields)
     attributes = write_attributes(changes, live, difference.attributes)
     return attributes, write_buffers(changes, live, difference.buffers)
@@ -228,7 +183,6 @@ def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[li
 def write_fields(
     changes: Changes, live: nn.Module, fields: Sequence[tuple[str, FieldPath, Any]]
 ) -> None:
-    """Write config values into the config objects that the live modules hold."""
     entries: dict[tuple[str, FieldPath], dict[FieldPath, Any]] = {}
     for module_name, field, value in fields:
         if KEY in field:
@@ -248,10 +202,7 @@ def write_fields(
 
 
 def _config_part(changes: Changes, live: nn.Module, module_name: str, path: FieldPath) -> Any:
-    """Return the config that a module holds, or what stands in it at a path.
-
-    An object that the config leaves out is put there, empty.
-    """
+    """Return the part of a module's config at a path; create missing dicts on the way."""
     target: Any = live.get_submodule(module_name).config
     for key in path:
         if _part(target, key) is None:
@@ -263,33 +214,27 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
 def write_attributes(
     changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
 ) -> list[str]:
-    """Write plain attributes; return the names of those that had another value.
-
-    The sizes of torch's own layers (``out_features``) are written, and not named: they say no more
-    than the shapes of the weights.
-    """
+    """Write plain attributes; return the names of those that changed, without torch's layers."""
     written: list[str] = []
     for item in attributes:
         module = live.get_submodule(item.module)
         if getattr(module, item.key, _MISSING) != item.value:
             changes.set(module, item.key, item.value)
+            # sizes of torch's own layers (out_features) say no more than the weights' shapes
             if not type(module).__module__.startswith("torch.nn."):
                 written.append(f"{item.module}.{item.key}".lstrip("."))
     return written
 
 
 def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) -> list[str]:
-    """Write buffers on the devices of the live ones; return their names.
-
-    A dtype that the user chose stays.
-    """
+    """Write buffers to the devices of the live ones; return their names."""
     written: list[str] = []
     for item in buffers:
         module = live.get_submodule(item.module)
         value = item.value
         present = getattr(module, item.key, None)
         if isinstance(present, torch.Tensor):
-            same = present.dtype == item.old_dtype
+            same = present.dtype == item.old_dtype  # else the user chose the dtype: keep it
             value = value.to(present.device, value.dtype if same else present.dtype)
         holder = module._buffers if item.key in module._buffers else module
         changes.set(holder, item.key, value.clone())

@@ -1,4 +1,4 @@
-"""Keep a cut list of all that a hook's pruners cut."""
+"""Records a cut list of everything that a hook's pruners cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..model.shapes import Shapes, shapes
 
 @dataclass(frozen=True)
 class _State:
-    """A model between two syncs: the name of its class, its config as JSON, its shapes."""
+    """A model between two syncs: class name, config as JSON, shapes."""
 
     model: str
     config: dict[str, Any]
@@ -24,32 +24,22 @@ class _State:
 
     @classmethod
     def of(cls, model: Any) -> _State:
-        """Return the state of a model."""
         name = stock_class(type(model)).__name__
         return cls(name, config_json(model.config), shapes(model))
 
 
 class CutLog:
-    """What a hook's pruners cut from one model.
-
-    Attributes:
-        total: everything; ``None``: nothing yet, or not all of it is known.
-    """
+    """Records what a hook's pruners cut from one model."""
 
     def __init__(self, model: Any):
         self.model = weakref.ref(model)
-        self.total: CutList | None = None
+        self.total: CutList | None = None  # None: nothing is cut yet, or not all cuts are known
         self._known = True
 
     def begin(self) -> None:
-        """Follow the model from now on."""
         self._before = _State.of(self.model())
 
     def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
-        """Add what was cut since the last call.
-
-        ``edits``: what was done to each tensor.
-        """
         model: Any = self.model()
         before, self._before = self._before, _State.of(model)
         self._known &= explained(model, edits, before.shapes, self._before.shapes)

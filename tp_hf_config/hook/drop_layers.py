@@ -1,4 +1,4 @@
-"""Remove whole layers from a live model and bring its config in step: all of it or nothing."""
+"""Remove whole layers from a live model and update its config: all of it or nothing."""
 
 from __future__ import annotations
 
@@ -60,30 +60,29 @@ def drop_layers(
     calibration: Calibration | None = None,
     which: str | None = None,
 ) -> DroppedLayers:
-    """Remove whole layers from a model, in place, and write what is left into its config.
+    """Remove whole layers from a model, in place, and update its config.
 
-    The number of layers, lists with an entry for each layer, numbers of layers and rules about them
-    follow: the class is asked which fields those are.  The layers that stay keep their Parameters
-    and get new numbers.  Without its dropped layers the model computes what it computed with them
-    passing on what they are given.  Do this before a pruner is made of the model.
+    The class is asked which fields change: the number of layers, lists with one entry per layer,
+    layer numbers and rules about them. The remaining layers keep their Parameters and are
+    renumbered. Afterwards, the model computes what it computed with each dropped layer replaced by
+    the identity. Call this before making a pruner.
 
     Args:
         model: the model, or a module that contains it.
-        layers: the numbers of the layers to drop, from 0 on.
-        count: how many layers to drop: those that change the hidden states least on the data of
+        layers: numbers of the layers to drop, from 0 on.
+        count: number of layers to drop: those that change the hidden states least on the data of
             ``calibration`` (block influence: ShortGPT, arXiv 2403.03853).
-        calibration: what :func:`calibrate` returns for this model; for ``count``.
-        which: the list of layers, by its name or a part of it (``"encoder"``), where a model has
-            several.
+        calibration: result of :func:`calibrate` for this model; needed for ``count``.
+        which: name of the layer list, or a part of it (``"encoder"``), if there are several.
 
     Returns:
-        A report. Nothing is changed if anything fails.
+        A report. If anything fails, nothing is changed.
 
     Raises:
         ValueError: the arguments contradict each other.
-        UnsupportedModelError: no list of layers can be told, or the model cannot be followed.
-        ConfigSyncError: no config describes the model without these layers, it would compute
-            something else, or another live model holds its config.
+        UnsupportedModelError: there is no single list of layers, or the model is not supported.
+        ConfigSyncError: no config describes the model without these layers, its outputs would
+            differ, or another live model has the same config object.
         CalibrationError: the model cannot be measured on the data of ``calibration``.
     """
     _check_arguments(layers, count, calibration)
@@ -116,7 +115,6 @@ def drop_layers(
 def _check_arguments(
     layers: Sequence[int] | None, count: int | None, calibration: Calibration | None
 ) -> None:
-    """Raise if it is not said which layers to drop, or how many, or said twice."""
     if (layers is None) == (count is None):
         raise ValueError(
             "say which layers to drop, drop_layers(model, layers=[14, 25]), or how many, "
@@ -130,7 +128,7 @@ def _check_arguments(
 
 
 def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
-    """Return numbers of layers, each once and rising; raise if a layer is not there."""
+    """Return layer numbers, rising; raise if one is missing in the model or given twice."""
     total = len(dropping.modules)
     twice = [number for number, times in Counter(layers).items() if times > 1]
     if twice:
@@ -149,13 +147,6 @@ def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
 
 
 class _Dropping:
-    """A model, and the list of its layers that some are dropped of.
-
-    Attributes:
-        name: the list's name.
-        modules: its layers.
-    """
-
     def __init__(self, model: PreTrainedModel, which: str | None):
         self.model = model
         self.builder, built = build_live(model, buffers=True)
@@ -167,7 +158,7 @@ class _Dropping:
         self.modules = list(self.list.children())
 
     def _list_named(self, which: str | None) -> str:
-        """Return the name of the list of layers; raise if it is not the only one."""
+        """Return the name of the layer list that fits ``which``; raise if not exactly one does."""
         kind = type(self.model).__name__
         if which is not None and which in lists_of(self.full):
             return which
@@ -196,12 +187,7 @@ class _Dropping:
     def least(
         self, count: int, influence: Sequence[float]
     ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Return the layers of least influence that can go together, and notes on those passed by.
-
-        Raises:
-            ValueError: there are not so many layers.
-            ConfigSyncError: so many cannot go.
-        """
+        """Return the least influential layers that can be dropped together, and notes."""
         total = len(self.modules)
         if not 0 < count < total:
             raise ValueError(
@@ -234,7 +220,6 @@ class _Dropping:
         return tuple(number for number in range(len(self.modules)) if number not in dropped)
 
     def _change(self, dropped: Sequence[int]) -> Change | Refusal:
-        """Return the change of the config without some layers, or why there is none."""
         return config_without(self.builder, self.data, self.full, self.name, self._kept(dropped))
 
     def _refused(self, dropped: Sequence[int], reason: str) -> ConfigSyncError:
@@ -246,10 +231,7 @@ class _Dropping:
         )
 
     def drop(self, dropped: tuple[int, ...], notes: Sequence[str]) -> DroppedLayers:
-        """Drop layers, and return what the report says of that; change nothing if anything fails.
-
-        ``dropped``: the numbers of the layers, rising.
-        """
+        """Drop layers (rising numbers) and return the report; change nothing if anything fails."""
         change = self._change(dropped)
         if isinstance(change, Refusal):
             raise self._refused(dropped, change.reason)
@@ -273,7 +255,7 @@ class _Dropping:
         )
 
     def _proved(self, change: Change) -> tuple[dict[str, Any], nn.Module]:
-        """Return the new config, with fields that repeat a changed one, and its reference build."""
+        """Return the new config and its build, with fields updated that repeat a changed one."""
         data = with_values(self.data, change)
         built = self.builder.build(data, buffers=True)
         if isinstance(built, Refusal):  # it was built without buffers before
@@ -288,17 +270,16 @@ class _Dropping:
                 f"fewer it fails as it asks for initial weights: {refusal.reason}. "
                 "Drop fewer layers. Nothing was changed."
             )
-        # what only has the old number of layers by chance (experts) is no news here
+        # its notes are dropped: other fields may equal the old number of layers by chance (experts)
         data, built, _ = with_mirrored_fields(self.builder, self.data, data, built)
         return data, built
 
     def _write(
         self, changes: Changes, data: dict[str, Any], built: nn.Module, keep: Sequence[int]
     ) -> None:
-        """Shorten the list, and write config fields, attributes and buffers."""
         entries = _entries_kept(self.model, self.data, data, keep)
         for config, _ in entries:
-            changes.set(config, KEY, None)  # they may not name layers that are gone
+            changes.set(config, KEY, None)  # entries of removed layers are invalid
         _shorten(changes, self.list, keep)
         _shorten(Changes(), self.reference.get_submodule(self.name), keep)
         new = difference(self.model, self.reference, built)
@@ -308,7 +289,6 @@ class _Dropping:
             changes.set(config, KEY, left)
 
     def _check_written(self, keep: Sequence[int]) -> None:
-        """Raise if the config, as it is saved, does not build the layers that are left."""
         built = self.builder.build(config_json(self.model.config))
         if isinstance(built, Refusal):
             reason: str | None = built.reason
@@ -324,7 +304,7 @@ class _Dropping:
 
 
 def _build(builder: Builder, data: dict[str, Any]) -> nn.Module:
-    """Return what a class builds without data; it has been built from this config before."""
+    """Build a class on the meta device from its own config, with every default written out."""
     built = builder.build(data)
     if isinstance(built, Refusal):
         raise UnsupportedModelError(
@@ -335,7 +315,6 @@ def _build(builder: Builder, data: dict[str, Any]) -> nn.Module:
 
 
 def _shorten(changes: Changes, layers: nn.Module, keep: Sequence[int]) -> None:
-    """Leave only some layers of a list, in place, under their new numbers."""
     modules = list(layers._modules.values())
     kept = {str(new): modules[number] for new, number in enumerate(keep)}
     changes.set(layers, "_modules", kept)
@@ -344,7 +323,7 @@ def _shorten(changes: Changes, layers: nn.Module, keep: Sequence[int]) -> None:
 def _entries_kept(
     model: PreTrainedModel, old: dict[str, Any], new: dict[str, Any], keep: Sequence[int]
 ) -> list[tuple[Any, dict[int, dict[str, Any]]]]:
-    """Return the configs whose entries for single layers change, with those that are left."""
+    """Return each config whose per-layer entries change, with the remaining entries."""
     changed: list[tuple[Any, dict[int, dict[str, Any]]]] = []
     for path, config in config_nodes(model.config):
         field = (*path, KEY)
@@ -356,16 +335,16 @@ def _entries_kept(
 
 @dataclass(frozen=True, repr=False)
 class DroppedLayers(Report):
-    """The layers that a model lost; ``str`` gives a few lines of text.
+    """The layers that were removed from a model; ``str`` gives a few lines of text.
 
     Attributes:
-        layers: the name of the list of layers.
-        dropped: the numbers of the layers that went, as they were.
-        kept: the numbers of the layers that are left, as they were; the first is layer 0 now.
+        layers: name of the layer list.
+        dropped: old numbers of the removed layers.
+        kept: old numbers of the remaining layers; the first is layer 0 now.
         fields: config field -> (old value, new value).
-        parameters: the number of parameters before and after.
-        influence: of each layer, how much it changed the hidden states (1 - cosine of what went in
-            and what came out, the mean over tokens); empty if it was not measured.
+        parameters: number of parameters before and after.
+        influence: how much each layer changed the hidden states: 1 - cosine of its input and
+            output, mean over tokens. Empty if not measured.
         proof: what the config was compared with.
         notes: what else the user should know.
     """
@@ -380,13 +359,13 @@ class DroppedLayers(Report):
     notes: Sequence[str] = ()
 
     def title(self) -> str:
-        """Return which layers went, without what changed with them."""
+        """Return which layers were removed."""
         total = len(self.dropped) + len(self.kept)
         went = ", ".join(self._in_words(number) for number in self.dropped)
         return f"{self.layers}: {len(self.dropped)} of {total} layers dropped ({went})"
 
     def lines(self) -> Iterator[str]:
-        """Yield what changed with the layers, and notes."""
+        """Yield the changes of config and parameters, and the notes."""
         before, after = self.parameters
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
         yield f"  {changes or 'no config field changes'}"
@@ -394,7 +373,6 @@ class DroppedLayers(Report):
         yield from (f"  note: {note}" for note in self.notes)
 
     def _in_words(self, number: int) -> str:
-        """Return a layer's number, with its influence if that was measured."""
         if not self.influence:
             return str(number)
         return f"{number}: influence {self.influence[number]:.3f}"
@@ -407,21 +385,11 @@ _TWO_TOKENS: dict[str, Any] = {
     "max_new_tokens": 2,
     "pad_token_id": 0,
 }
-_TOLERANCE = 16  # times the dtype's epsilon: the same operations, in the same order
+_TOLERANCE = 16  # times the dtype's epsilon: the same operations run in the same order
 
 
 class OutputsWithout:
-    """What a whole model computes on small inputs while some of its layers pass on theirs.
-
-    Args:
-        model: the live model, with all its layers.
-        full: its class built from its config without data.
-        layers: the list of layers.
-        dropped: the numbers of those that pass on what they are given.
-
-    Raises:
-        ConfigSyncError: a layer gives out another shape than it is given.
-    """
+    """Outputs of a whole model on small inputs while some of its layers pass on their input."""
 
     def __init__(
         self, model: nn.Module, full: nn.Module, layers: Sequence[nn.Module], dropped: Sequence[int]
@@ -432,7 +400,7 @@ class OutputsWithout:
         with handed_on(layers) as handed:
             self._whole = self._run()
             text = text_inputs(model) if isinstance(self._whole, Refusal) else None
-            if text is not None:  # a config may say sizes with which no image fits the text
+            if text is not None:  # with some configs' sizes, no image fits the text
                 self._inputs = text
                 self._whole = self._run()
         self._expected = self._run([layers[number] for number in dropped], handed)
@@ -442,12 +410,12 @@ class OutputsWithout:
     def _run(
         self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
     ) -> dict[str, Tensor] | Refusal:
-        """Return the outputs by name while some layers pass on what they are given."""
+        """Return the outputs by name while the layers ``passing`` pass on their input."""
         if isinstance(self._inputs, Refusal):
             return self._inputs
         try:
             dtypes = {parameter.dtype for parameter in self._model.parameters()}
-            # what a class casts to float32 as it runs may not meet weights in float64
+            # a class may cast activations to float32, which do not multiply with float64 weights
             precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
             with undisturbed(self._model), precision, without_layers(passing, handed) as impossible:
                 result = self._model(**self._inputs)
@@ -462,23 +430,20 @@ class OutputsWithout:
         return dict(tensors_by_name(result, self._total))
 
     def _cannot_generate(self) -> Refusal | None:
-        """Return why the model generates no token with a cache; ``None`` if it does."""
+        """Return why the model cannot generate a token with a cache; ``None`` if it can."""
         if not getattr(self._model, "can_generate", bool)():
             return Refusal("it generates nothing")
         return self._error_of(functools.partial(self._model.generate, **_TWO_TOKENS), "decoder")
 
     def _cannot_run(self) -> Refusal | None:
-        """Return why the model fails with the cache that it makes by default; ``None``: it runs."""
+        """Return why the model fails with its default cache; ``None`` if it runs."""
         configs = [config for _, config in config_nodes(self._model.config)]
         if not any(getattr(config, "use_cache", False) for config in configs):
             return Refusal("it makes none")
         return self._error_of(functools.partial(self._model, use_cache=True))
 
     def _error_of(self, call: Callable[..., Any], *left_out: str) -> Refusal | None:
-        """Return why a call fails on the inputs that say nothing of a cache; ``None``: it works.
-
-        ``left_out``: beginnings of the names of other inputs that it does not take.
-        """
+        """Return why a call fails on the inputs without cache settings; ``None`` if it works."""
         if isinstance(self._inputs, Refusal):
             return self._inputs
         given = {k: v for k, v in self._inputs.items() if not k.startswith((*left_out, "use_"))}
@@ -491,7 +456,6 @@ class OutputsWithout:
         return None
 
     def notes(self) -> Iterator[str]:
-        """Yield a note if the model generated with a cache, and no longer does."""
         refusal = self._cannot_generate() if self._generated else None
         if refusal is not None:
             yield (
@@ -501,13 +465,7 @@ class OutputsWithout:
             )
 
     def compare(self, layers: str) -> str:
-        """Return what was compared, in words, now that the layers are gone.
-
-        ``layers``: the name of the list of layers.
-
-        Raises:
-            ConfigSyncError: the model computes something else now.
-        """
+        """Say what was compared, once the layers are removed; raise if the outputs differ."""
         expected, now = self._expected, self._run()
         if isinstance(expected, Refusal):
             return f"outputs were not compared, as small inputs were not found: {expected.reason}"
@@ -539,7 +497,6 @@ class OutputsWithout:
 
 
 def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal:
-    """Return small inputs for a model, or why there are none."""
     try:
         with torch.no_grad(), same_random_state():
             return example_inputs(model, find_recipe(full))
@@ -549,15 +506,12 @@ def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal
 
 
 def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating point tensors of an output by name; of several, each by its place.
-
-    ``layers``: how many layers there are; a tuple that may have a part for each (hidden states,
-    attentions) is left out.
-    """
+    """Yield an output's floating-point tensors by name; tuple items by index."""
     if isinstance(output, Tensor) and output.is_floating_point():
         yield name or "output", output.detach().clone()
     elif isinstance(output, Mapping):
         for key, item in output.items():
+            # a tuple with one item per layer (hidden states, attentions) is left out
             if not (isinstance(item, tuple) and 0 <= len(item) - layers <= 1):
                 yield from tensors_by_name(item, layers, ".".join(filter(None, (name, str(key)))))
     elif isinstance(output, (tuple, list)):
@@ -566,7 +520,6 @@ def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[
 
 
 def _relative_error(before: Tensor, after: Tensor | None) -> float:
-    """Return how far two outputs are apart, relative to the first; infinite for another shape."""
     if after is None or after.shape != before.shape:
         return float("inf")
     before, after = (torch.nan_to_num(unmasked(value.double())) for value in (before, after))

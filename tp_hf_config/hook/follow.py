@@ -1,4 +1,4 @@
-"""Follow one model through its prunes: read shapes, solve, prove, apply."""
+"""Find and prove the config of a pruned model, and write it."""
 
 from __future__ import annotations
 
@@ -46,30 +46,21 @@ from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
 from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
 from .report import GroupCut, SyncReport
 
+# suffix in a history of the outputs of a projection other than ``nn.Linear`` (I-BERT's)
 _ROWS = ".weight#0"
-"""How a history names the outputs of a projection that is not an ``nn.Linear`` (I-BERT's)."""
 
+# fields' values, config JSON, its reference build, notes
 _Proof = tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]
-"""The fields' values, the config's JSON, its reference build, and notes."""
 
 
 class Follower:
-    """Keeps one pruner's model and its config in step.
-
-    Attributes:
-        reference: the reference build of the config that was proved last; ``values``: its fields.
-        splits: layer -> its head splits; ``None`` if its heads lost different numbers.
-        inputs: an input for encoder states -> its channels that the model still reads.
-
-    Raises:
-        UnsupportedModelError: the model cannot be followed, or its config does not build it.
-    """
+    """Keeps the config of one pruner's model correct; raises if the model is not supported."""
 
     def __init__(self, pruner: Any, make_inputs: MakeInputs | None = None):
         self.pruner = pruner
         self.view = view_of(pruner.model, make_inputs)
         self.model, self.field_map = self.view.model, self.view.field_map
-        self.reference = self.view.reference
+        self.reference = self.view.reference  # build from the config that was proved last
         order = notes_on_layer_order(self.model, self.reference)
         self.notes = [
             *notes_on_options(self.model, self.field_map.builder),
@@ -77,9 +68,10 @@ class Follower:
         ]
         self.ties = ties_of(self.model)
         self.tensors = shapes(self.model).keys()
-        self.values = dict(self.field_map.values)
-        self._proof: tuple[Any, _Proof] | None = None  # the last: what was asked, and the answer
-        self.inputs: dict[str, tuple[int, ...]] = {}
+        self.values = dict(self.field_map.values)  # its fields
+        self._proof: tuple[Any, _Proof] | None = None  # the last question, and its answer
+        self.inputs: dict[str, tuple[int, ...]] = {}  # encoder states -> channels still read
+        # layer -> its head splits; None if its heads lost different numbers of dimensions
         self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
             name: splits
             for name, _ in self.model.named_modules()
@@ -87,11 +79,7 @@ class Follower:
         }
 
     def check_parts(self) -> None:
-        """Raise if the model gained or lost parts: the pruner's groups are then out of date.
-
-        Raises:
-            UnsupportedModelError: it did since the hook was attached.
-        """
+        """Raise if the model gained or lost parts: the pruner's groups are then out of date."""
         now, then = shapes(self.model), dict.fromkeys(self.tensors, ())
         for parts, what in ((parts_beyond(then, now), "lost"), (parts_beyond(now, then), "gained")):
             if parts:
@@ -102,18 +90,7 @@ class Follower:
                 )
 
     def follow(self, report: SyncReport, groups: Sequence[GroupCut]) -> SyncReport:
-        """Bring config, attributes, buffers and ties in step with the weights: all or nothing.
-
-        Args:
-            report: the report to complete.
-            groups: what was cut since the last time.
-
-        Returns:
-            The report with what was written, and notes on it.
-
-        Raises:
-            ConfigSyncError: no config describes the weights.
-        """
+        """Update config, attributes, buffers and ties to match the weights: all or nothing."""
         self._follow_inputs(groups)
         self._count_heads(groups)
         live = self._live_shapes(groups)
@@ -144,21 +121,15 @@ class Follower:
     def check_shapes_after(
         self, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
     ) -> None:
-        """Raise if no config could describe what a step is going to leave, or it takes no write.
-
-        ``shapes_after``: tensor name -> its shape after the step, tied ones under all names.
-
-        Raises:
-            ConfigSyncError: no config could. A setter of the user's may raise anything else.
-        """
-        splits, retied = dict(self.splits), dict(shapes_after)
+        """Raise ``ConfigSyncError`` if no config describes these shapes, or none can be written."""
+        splits, retied = dict(self.splits), dict(shapes_after)  # tied weights under all their names
         try:
             self._count_heads(groups)
             for tie in self.ties:
                 retied.update(self._tied_shapes_after(tie, groups, shapes_after))
             _, data, built, _ = self._proved(retied)
             with all_or_nothing() as changes:
-                self._write(changes, data, built)
+                self._write(changes, data, built)  # a user's setter may raise anything
                 changes.roll_back()
         finally:
             self.splits = splits
@@ -166,7 +137,7 @@ class Follower:
     def _write(
         self, changes: Changes, data: dict[str, Any], built: nn.Module
     ) -> tuple[list[str], list[str], list[str]]:
-        """Write what a proved config changes, but ties; return attributes, buffers and notes."""
+        """Write a proved config, except ties; return attributes, buffers and notes."""
         change = difference(self.model, self.reference, built)
         old = config_json(self.model.config, use_diff=False)
         changed = {
@@ -193,20 +164,16 @@ class Follower:
         return dict.fromkeys(tie.names, shapes_after[(cut or tie.names)[0]])
 
     def _proved(self, shapes: Mapping[str, tuple[int, ...]]) -> _Proof:
-        """Return the fields' values for these shapes, the config's JSON, its build, and notes.
-
-        The notes are about fields that repeat others. Raise if no config builds these shapes, if a
-        count of the class would become 0, or if nothing says what a buffer would hold.
-        """
+        """Return the config with these shapes and its proof; raise if there is none."""
         stated = config_json(self.model.config)
         asked = dict(shapes), dict(self.splits), stated
-        if self._proof is not None and self._proof[0] == asked:  # before this step's cuts
+        if self._proof is not None and self._proof[0] == asked:  # check_shapes_after asked it
             return self._proof[1]
         values = self._solve(shapes)
         data, built, mirror_notes = with_mirrored_fields(
             self.field_map.builder, stated, *self._prove(shapes, values)
         )
-        vanished = vanished_counts(self.reference, built)
+        vanished = vanished_counts(self.reference, built)  # counts that would become 0
         if vanished:
             raise explain_vanished(self.model, vanished)
         unfilled = unfilled_buffers(self.model, self.reference, built)
@@ -227,7 +194,6 @@ class Follower:
                 )
 
     def _count_heads(self, groups: Sequence[GroupCut]) -> None:
-        """Update the head splits from the channels that were pruned."""
         for group in groups:
             lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
             for layer in group.layers:
@@ -239,7 +205,7 @@ class Follower:
                 self.splits[name] = None if split is None else splits_after(split, removed)
 
     def _set_head_counts(self) -> None:
-        """Set ``pruner.num_heads`` and its channel groups to the head counts of now."""
+        """Set ``pruner.num_heads`` and its channel groups to the current head counts."""
         for name, module, count in self.view.head_layers(self.values):
             splits = self.splits.get(name)
             if splits and not self.field_map.fields_of(name, heads_of(0)):
@@ -249,7 +215,7 @@ class Follower:
                     counts[module] = count
 
     def _own_name(self, name: str) -> str | None:
-        """Return a name as the Hugging Face model has it; None for what is outside of it."""
+        """Return a name inside the Hugging Face model; None for layers outside it."""
         prefix = self.view.prefix
         if not prefix:
             return name
@@ -257,7 +223,7 @@ class Follower:
         return name.removeprefix(f"{prefix}.") if inside else None
 
     def _live_shapes(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes with each tied weight made one again; raise if it cannot be."""
+        """Return the shapes, with tied weights equal again; raise if the pruner cut them apart."""
         live = shapes(self.model)
         lost = self._lost(groups)
         for tie in self.ties:
@@ -270,14 +236,13 @@ class Follower:
         return live
 
     def _lost(self, groups: Sequence[GroupCut]) -> dict[str | None, list[tuple[int, ...]]]:
-        """Return layer -> its lost channels in each group; None: layers outside the model."""
+        """Return layer -> its removed channels in each group; None: layers outside the model."""
         lost: dict[str | None, list[tuple[int, ...]]] = {}
         for layer in (layer for group in groups for layer in group.layers):
             lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
         return lost
 
     def _untied_error(self, conflict: Refusal) -> ConfigSyncError:
-        """Return the error for tied weights that cannot be one Parameter again."""
         return ConfigSyncError(
             f"{conflict.reason}. {type(self.model).__name__} stores them once, so a reload would "
             "change one of them. Prune them in one group, keep them (ignored_layers=), or "
@@ -285,7 +250,7 @@ class Follower:
         )
 
     def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Quantity, int]:
-        """Return each quantity's size now, in full names; raise if heads lost unequal numbers."""
+        """Return each quantity's current size; raise if heads lost different dimension counts."""
         targets: dict[Quantity, int] = {
             (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
         }
@@ -300,7 +265,6 @@ class Follower:
         return targets
 
     def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
-        """Return the fields' values for these shapes and the head splits; raise if none fit."""
         pruned = {field for fields in self.pruner.DG.fields for field in fields}
         hold = [field for field in self.field_map.values if field not in pruned]
         result = fit(self.field_map, self._targets(live), hold=hold)
@@ -311,11 +275,9 @@ class Follower:
     def _prove(
         self, live: Mapping[str, tuple[int, ...]], values: dict[FieldPath, int]
     ) -> tuple[dict[str, Any], nn.Module]:
-        """Return the new config's JSON and its reference build; raise if none has these shapes.
-
-        Unset fields stay unset where that suffices.
-        """
+        """Return the new config's JSON and its build; raise if the shapes differ."""
         data = config_json(self.model.config)
+        # unset fields remain unset if possible
         proof = build_with_shapes(self.field_map, data, live, values, buffers=True)
         if isinstance(proof, tuple):
             missing = missing_parts(self.model, self.field_map.builder, proof[1], live)
@@ -330,12 +292,9 @@ class Follower:
         raise explain_mismatch(self.model, proof)
 
     def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
-        """Raise if the live config does not have the proved values.
-
-        The class may set a field itself (Swin's hidden_size), or its model may (LeViT's down_ops).
-        """
         proved = config_json(self.field_map.builder.config(data))
         after = config_json(built.config)  # type: ignore[arg-type]
+        # the config class may set a field (Swin's hidden_size), as may the model (LeViT's down_ops)
         wrong = [
             (field, value)
             for field, value in changed_values(data, config_json(self.model.config))
@@ -346,28 +305,18 @@ class Follower:
             raise ConfigSyncError(f"the config does not take the values proved for {names}")
 
 
+# sentence-transformers' names of the width that its Pooling reads
 _READ = ("embedding_dimension", "word_embedding_dimension")
-"""What the versions of sentence-transformers call the width that their Pooling reads."""
 _POOLED = (*_READ, "pooling_output_dimension")
 
 
 def _write_around(
     changes: Changes,
     model: nn.Module,
-    pruned: nn.Module,
-    changed: Mapping[FieldPath, tuple[Any, Any]],
-) -> tuple[list[str], list[str]]:
-    """Update the pooling around a model, and find other numbers that equal a field's old value.
-
-    Args:
-        changes: records the writes.
-        model: the Hugging Face model.
-        pruned: the module that the user passed, which contains it.
-        changed: field -> (old value, new value).
-
-    Returns:
-        The names of the attributes that were written, and notes on numbers that stay.
-    """
+    pruned: nn.Module,  # the user's module, which contains ``model``
+    changed: Mapping[FieldPath, tuple[Any, Any]],  # (old value, new value)
+) -> tuple[list[str], list[str]]:  # names of written attributes, notes
+    """Update sentence-transformers' pooling around a model; note other numbers to check."""
     fields = {old: f for f, (old, _) in reversed([*changed.items()]) if type(old) is int}
     inside = {id(module) for module in model.modules()}
     written: list[str] = []
@@ -393,21 +342,8 @@ def _write_around(
 
 def with_mirrored_fields(
     builder: Builder, old: dict[str, Any], new: dict[str, Any], built: nn.Module
-) -> tuple[dict[str, Any], nn.Module, list[str]]:
-    """Update the fields of the new config that repeat another field, whose value has changed.
-
-    A field repeats another one if the config's class derives it from that one when it is not given,
-    and the class builds the same with it.  A field that only has the old value is noted.
-
-    Args:
-        builder: builds the class.
-        old: the config's JSON before.
-        new: the JSON with the widths that are proved now.
-        built: the reference build of ``new``.
-
-    Returns:
-        The new JSON, its reference build, and notes for the user.
-    """
+) -> tuple[dict[str, Any], nn.Module, list[str]]:  # config JSON, its build, notes
+    """Update the fields of a new config that repeat a changed field, and note possible others."""
     before, after = (_every_default(builder, data) for data in (old, new))
     changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]
     pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
@@ -423,6 +359,7 @@ def with_mirrored_fields(
         if field[-1] in code:
             continue  # probes have covered every field that is read
         without = (_every_default(builder, without_field(data, field)) for data in (old, new))
+        # derived from the changed field by default; the class has to build the same with it
         derived = {value_at(data, field) for data in without}
         if derived == {value, pairs[value]}:
             candidate = with_values(new, {field: pairs[value]})

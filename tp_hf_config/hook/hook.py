@@ -1,4 +1,4 @@
-"""The hook that keeps a config in step with the weights after every pruning step."""
+"""The hook that updates a model's config after every pruning step."""
 
 from __future__ import annotations
 
@@ -36,55 +36,55 @@ if TYPE_CHECKING:
 
 
 class HFConfigSyncHook:
-    """Keeps ``model.config`` true to the weights while a Torch-Pruning pruner prunes.
+    """Keeps ``model.config`` correct while a Torch-Pruning pruner prunes the model.
 
-    Pass it to a pruner's constructor, ``hooks=[HFConfigSyncHook()]``, or attach it to an existing
-    pruner, ``HFConfigSyncHook().register(pruner)``. One hook follows one pruner.
+    Pass the hook to a pruner's constructor, ``hooks=[HFConfigSyncHook()]``, or attach it to an
+    existing pruner, ``HFConfigSyncHook().register(pruner)``. Each pruner needs its own hook.
 
-    Torch-Pruning's own arguments, given to the pruner, mean what they mean there: ratios, steps,
-    ``prune_num_heads``, ``round_to``, ``ignored_layers``, ``pruning_ratio_dict``, ... Example
-    inputs are not needed: ``example_inputs=None``.
+    The pruner's own arguments keep their meaning: ratios, steps, ``prune_num_heads``, ``round_to``,
+    ``ignored_layers``, ``pruning_ratio_dict``, ... Example inputs are not needed:
+    ``example_inputs=None``.
 
     Args:
-        prune: what to prune: a config field (``"intermediate_size"``), several, or ``"inner"``: the
-            inner widths of feed-forward layers and experts, which cost least (of a class without
-            any, every width). Default: the fields that ``ratios`` names; without ``ratios``, every
-            width inside the model, as in Torch-Pruning, but for numbers of experts, and if the
-            model is inside another module, for the width of what it returns. Of widths that share a
-            dimension, only the one that holds most of the model is pruned then; the first report's
-            notes name the others.
-        ratios: config field -> its own ratio. Fields of ``prune`` that are not here get the
-            pruner's ``pruning_ratio``.
-        gqa: how grouped-query heads are pruned, by the pruner's ``head_pruning_ratio``.
-            ``"query"``: the same number of query heads from every key/value group, key/value heads
-            stay; ``"group"``: whole key/value groups. Default: with ``prune_num_heads=True``, query
-            heads if a group has several.
-        per_layer: each layer may have widths of its own, as global and isomorphic ranking,
-            ``pruning_ratio_dict`` and ignored layers leave them; the config gets
-            ``per_layer_config``, the model the class that builds its layers from it (saved with the
-            model, loaded with ``trust_remote_code=True``), and both go again once all layers agree.
-        refit: what :func:`~tp_hf_config.calibrate` measured of the pruner's model: before every cut
-            the weights that read pruned channels are refitted by least squares, where held-out data
-            says that it helps. The report says by how much.
-        plan: what :func:`~tp_hf_config.plan` or :func:`~tp_hf_config.allocate` returned for this
-            model, in the place of ``prune``, ``ratios``, ``gqa``, ``per_layer`` and
-            ``make_inputs``. The pruner gets the plan's ratios and steps.
-        strict: do exactly what the settings ask for, or raise when the hook is attached, where the
-            class does not accept it. By default the hook does the nearest that the class accepts
-            and says so in the report. Settings that no config could describe raise in either case,
-            before any weight is touched.
-        make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
-            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
-        shard: for a model under FSDP2: a function that wraps the pruned model, whose parameters
-            are on the meta device then, as your own code wrapped the model (``fully_shard``).
-        distributed: every process of a run prunes a copy of the model (DistributedDataParallel):
-            before each cut all compare what they would cut. Under FSDP2 they always do.
+        prune: what to prune: a config field (``"intermediate_size"``), several fields, or
+            ``"inner"``: the inner widths of feed-forward layers and experts, which cost least for
+            each parameter (every width if the class has none). Default: the fields in ``ratios``;
+            without ``ratios``, every width inside the model, as in Torch-Pruning, except numbers of
+            experts and, if the model is inside another module, its output width. If widths share a
+            dimension, the default prunes only the one that holds most parameters; the notes of the
+            first report name the others.
+        ratios: config field -> its ratio. Other fields of ``prune`` use the pruner's
+            ``pruning_ratio``.
+        gqa: how ``head_pruning_ratio`` prunes grouped-query heads. ``"query"``: the same number of
+            query heads from every key/value group; key/value heads remain. ``"group"``: whole
+            key/value groups. Default: with ``prune_num_heads=True``, query heads if a group has
+            several.
+        per_layer: layers may end with different widths (global or isomorphic ranking,
+            ``pruning_ratio_dict``, ignored layers). The config gets ``per_layer_config``, and the
+            model a class that builds its layers from it; that class is saved with the model and
+            loaded with ``trust_remote_code=True``. Both are removed if all layers agree again.
+        refit: result of :func:`~tp_hf_config.calibrate` for the pruner's model. Before every cut,
+            the weights that read pruned channels are adjusted by least squares, so that each
+            layer's output changes as little as possible. An adjustment is kept only if it helps on
+            held-out data; the report has the numbers.
+        plan: result of :func:`~tp_hf_config.plan` or :func:`~tp_hf_config.allocate` for this model,
+            instead of ``prune``, ``ratios``, ``gqa``, ``per_layer`` and ``make_inputs``. The pruner
+            gets the plan's ratios and steps.
+        strict: raise when the hook is attached if the class does not accept exactly what the
+            settings ask for. By default, the nearest accepted value is used, and the report says
+            so. Settings that no config can describe always raise, before any weight changes.
+        make_inputs: a function of a config that returns the keyword arguments of a forward pass,
+            for a class whose inputs the library cannot make; see :func:`~tp_hf_config.prunable`.
+        shard: for a model under FSDP2: a function that makes your ``fully_shard`` calls on the
+            pruned model, whose parameters are on the meta device at that time.
+        distributed: every process prunes a copy of the model (DistributedDataParallel). All compare
+            what they are about to remove before each cut. Under FSDP2 they always do.
 
     Attributes:
         reports: one :class:`~tp_hf_config.SyncReport` per sync, the latest last.
     """
 
-    carries_out = True  # so that other hooks see the model after the step
+    carries_out = True  # its after_step runs first, so that other hooks see the pruned model
 
     @check_arguments
     def __init__(
@@ -117,52 +117,47 @@ class HFConfigSyncHook:
         self._choice: UnitChoice | None = None
         self._cut_log: CutLog | None = None
         self._sharded: ShardedModel | None = None
-        self._agreement: Agreement  # this and the next: once the hook is attached
+        self._agreement: Agreement  # set by attach(), as is the next one
         self._refits: StepRefits
         self._pending: PendingPrunes | None = None
         self._first = 0  # the first report on this model
 
     @property
     def pending(self) -> tuple[str, ...]:
-        """Return what is missing until pruned groups are cut: groups to prune, or a reason.
+        """What recorded prunes wait for: groups that also have to be pruned, or a reason.
 
-        Empty: nothing waits. ``group.prune()`` outside of a step, and in a loop over an interactive
-        one, records what to prune; model and config stay as they were until a config describes all
-        that is recorded, and the loop has ended.
+        Empty if nothing is recorded. ``group.prune()`` outside a step, or in the loop over an
+        interactive step, only records units. The model and its config change once a config
+        describes everything recorded and the loop has ended.
         """
         return () if self._pending is None else self._pending.missing
 
     @property
     def cuts(self) -> CutList | None:
-        """Return what all steps have cut (``None``: nothing, or other code changed layers)."""
+        """The cut list of all steps; ``None``: nothing was cut, or other code changed layers."""
         return None if self._cut_log is None else self._cut_log.total
 
     @property
     def sharded_model(self) -> nn.Module | None:
-        """Return a model under FSDP2 as it is now, pruned and wrapped by ``shard``.
-
-        The model that was sharded first stays as it was. ``None``: the pruner prunes in place.
-        """
+        """The pruned model under FSDP2, as wrapped by ``shard``; ``None``: pruned in place."""
         return None if self._sharded is None else self._sharded.model
 
     @property
     def last_report(self) -> SyncReport | None:
-        """Return the report of the latest sync; ``None`` before the first."""
+        """The report of the latest sync; ``None`` before the first."""
         return self.reports[-1] if self.reports else None
 
     def register(self, pruner: Any) -> registration.Handle:
         """Attach this hook to an existing pruner.
 
-        A pruner that has traced its model gets the graph made from the config in the place of that
-        trace, as if it had been constructed with this hook; its arguments keep their meaning.
+        The graph of a pruner that has traced its model is replaced by the one made from the config.
+        The pruner's arguments keep their meaning.
 
         Returns:
             A handle with ``remove()``, which is also a context manager.
 
         Raises:
-            UnsupportedModelError, ConfigSyncError: see :meth:`attach`.
-            ValueError: as there; a trace cannot be replaced if the pruner has pruned by it, or its
-                constructor is not Torch-Pruning's.
+            UnsupportedModelError, ConfigSyncError, ValueError: see :meth:`attach`.
         """
         return registration.register(pruner, self)
 
@@ -190,12 +185,13 @@ class HFConfigSyncHook:
 
         Raises:
             CalibrationError: ``refit`` was measured on another model.
-            ConfigSyncError: no config could describe what the pruner's settings leave; with
-                ``strict``, also if that is not what they ask for, or if another live model holds
-                the config.
-            UnsupportedModelError: the model cannot be followed, or not pruned.
-            ValueError: this hook follows another pruner already, the pruner has another
-                HFConfigSyncHook, or its trace cannot be replaced.
+            ConfigSyncError: no config describes the result of the pruner's settings. With
+                ``strict``, also if the result is not exactly what they ask for, or if another live
+                model has the same config object.
+            UnsupportedModelError: the model is not supported, or cannot be pruned.
+            ValueError: this hook follows another pruner, the pruner has another HFConfigSyncHook,
+                or its trace cannot be replaced: it has pruned already, or its constructor is not
+                Torch-Pruning's.
         """
         from ..graph.layer_fields import layers_listed
         from ..model.sharded import behind
@@ -222,7 +218,6 @@ class HFConfigSyncHook:
         cut_log.begin()
 
     def _attach(self, pruner: Any) -> CutLog:
-        """Attach to a pruner while its model's layers have entries of their own, where they may."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
         from ..graph.pruner_access import restore_trace
@@ -266,10 +261,7 @@ class HFConfigSyncHook:
         return self._cut_log
 
     def detach(self, pruner: Any) -> None:
-        """Stop following; called when the handle is removed.
-
-        The pruner gets the trace that was replaced back, if nothing is pruned.
-        """
+        """Stop following a pruner, and restore its replaced trace if nothing was pruned."""
         from ..graph.pruner_access import restore_trace
 
         if self._pending is not None:
@@ -281,7 +273,7 @@ class HFConfigSyncHook:
 
     @contextmanager
     def stepping(self, pruner: Any) -> Iterator[None]:
-        """Surround a step, which records what is to be cut.
+        """Surround a step, which records what to cut.
 
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
@@ -302,29 +294,30 @@ class HFConfigSyncHook:
         return self._pending.loop()
 
     def after_step(self, pruner: Any) -> None:
-        """Carry out what a step or a loop recorded; after a refused step there is nothing to do.
+        """Cut what a step or loop recorded; do nothing after a step that was refused.
 
         Raises:
-            ConfigSyncError: no config could describe what the step leaves; nothing of it is pruned.
+            ConfigSyncError: no config describes the result of the step; nothing of it is pruned.
             TrainingError: another rank would cut something else.
         """
         if self._pending is not None:
             self._pending.finish()
 
     def sync(self) -> SyncReport:
-        """Bring the config in step with the weights, now.
+        """Update the config to match the weights, now.
 
-        The hook does it after every step, and after ``group.prune()``,
-        ``pruner.manual_prune_width(...)`` or ``load_pruning_history(...)`` as soon as a config
-        describes what they leave. Call it yourself after code of yours has cut layers.
+        The hook does this after every step. After ``group.prune()``,
+        ``pruner.manual_prune_width(...)`` or ``load_pruning_history(...)``, it does so as soon as a
+        config describes the result. Call it yourself after your own code has cut layers.
 
         Returns:
             The report of this sync, which is also the last of ``reports``.
 
         Raises:
-            ConfigSyncError: no config of this class describes the weights, or what is recorded
-                (see ``pending``). Nothing is cut or written then; pruning can go on.
-            TrainingError: another rank of a sharded model did something else; it is as it was.
+            ConfigSyncError: no config of this class describes the weights, or what is recorded (see
+                ``pending``). Nothing is cut or written; pruning can continue.
+            TrainingError: another rank of a sharded model did something else; the model is
+                unchanged.
             ValueError: the hook is attached to no pruner.
         """
         if self._pending is None:
@@ -335,13 +328,7 @@ class HFConfigSyncHook:
         return self._pending.sync()
 
     def _sync(self, stepped: bool, done: Done, failure: ConfigSyncError | None) -> SyncReport:
-        """Sync; after a step that pruned nothing, the report says why.
-
-        Args:
-            stepped: True after a step.
-            done: what was cut.
-            failure: why it cannot be cut, which the report says then.
-        """
+        """Update the config and append a report, also on failure."""
         from ..graph.layer_fields import layers_listed
 
         assert self._follower is not None  # only an attached hook is called
@@ -405,9 +392,10 @@ class HFConfigSyncHook:
 
     @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
-        """Draw the widths before the first step and after the last; return matplotlib's ``Figure``.
+        """Plot the widths before the first step and after the last one.
 
-        ``path``: the file to write; its suffix sets the format, PNG without one.
+        Args:
+            path: the file to write; its suffix sets the format, PNG without one.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -421,15 +409,16 @@ class HFConfigSyncHook:
     def plot_history(
         self, path: str | PathLike[str], metrics: Mapping[str, Sequence[float]] | None = None
     ) -> Figure:
-        """Draw parameters after each step, and metrics below them; return matplotlib's ``Figure``.
+        """Plot the number of parameters after each step, and metrics below it.
 
         Args:
-            path: as for :meth:`plot`.
-            metrics: name (``"perplexity"``) -> one value per report, or one more: the first is then
-                that of the model before the first step.
+            path: the file to write; its suffix sets the format, PNG without one.
+            metrics: name (``"perplexity"``) -> one value per report, optionally preceded by the
+                value before the first step.
 
         Raises:
-            ImportError, ValueError: as there; or a metric has another number of values.
+            ImportError: matplotlib is missing.
+            ValueError: there is no report yet, or a metric has another number of values.
         """
         from ..plots import plot_history
 
@@ -437,7 +426,6 @@ class HFConfigSyncHook:
 
 
 def _check_plan_alone(*others: Any) -> None:
-    """Raise if a hook is given a plan and what a plan says too."""
     if any(others):
         raise ValueError(
             "HFConfigSyncHook(plan=...): the plan says what is pruned, so leave out prune=, "
@@ -446,7 +434,7 @@ def _check_plan_alone(*others: Any) -> None:
 
 
 def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plan's arguments of a pruner; raise if the pruner was given others."""
+    """Return the plan's arguments for the pruner; raise if the pruner was given other values."""
     from ..graph.pruner_classes import BasePruner  # imports torch_pruning, which imports hooks
 
     defaults = inspect.signature(BasePruner.__init__).parameters

@@ -1,4 +1,4 @@
-"""The config graph of a pruner that has traced its model by itself."""
+"""Gives the config graph to a pruner that has already traced its model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from .registration import constructor_of
 def replace_trace(
     pruner: Any, settings: PruneSettings, make_inputs: MakeInputs | None, cheapest: bool
 ) -> str:
-    """Put the config graph in the place of a pruner's trace; return how it was proved.
-
-    The other arguments are those of :func:`graph_for`.
-
-    Raises:
-        ValueError: the trace cannot be replaced.
-    """
+    """Replace a pruner's trace by the config graph; return how that was proved, or raise."""
     refusal = cannot_replace_trace(pruner, constructor_of(type(pruner)))
     if refusal is not None:
         name = type(pruner).__name__

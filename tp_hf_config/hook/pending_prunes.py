@@ -1,4 +1,4 @@
-"""Carry out what a pruner's graph recorded, together, once a config describes what it leaves."""
+"""Cut what a pruner's graph recorded, all at once, as soon as a config describes the result."""
 
 from __future__ import annotations
 
@@ -24,38 +24,24 @@ from .refits import StepRefits
 from .report import GroupCut, SyncReport, layers_of
 from .unit_choice import is_unmodified
 
+# dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)
 _STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
-"""The dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)."""
 
 
 @dataclass
 class Done:
-    """What is cut, or was cut last.
+    """What is cut, or was cut last."""
 
-    Attributes:
-        groups: the groups, as they were numbered before.
-        edits: what is done to each tensor.
-    """
-
-    groups: list[GroupCut] = field(default_factory=list)
-    edits: dict[str, tuple[Edit, ...]] = field(default_factory=dict)
+    groups: list[GroupCut] = field(default_factory=list)  # as numbered before the cut
+    edits: dict[str, tuple[Edit, ...]] = field(default_factory=dict)  # of each tensor
 
 
 class PendingPrunes:
-    """What is recorded: proved, refitted, cut and synced together, or not touched.
+    """Proves, refits, cuts and syncs what is recorded together, or touches nothing.
 
-    A step and a loop over an interactive step are carried out when they end. A step that is not
-    Torch-Pruning's own may read weights at any time: what it prunes is carried out as soon as a
-    config describes it, like what is pruned outside of a step.
-
-    Args:
-        pruner: the pruner.
-        follower: proves that a config describes what is left.
-        agreement: compares what the ranks are about to cut.
-        per_layer: whether each layer may get widths of its own.
-        refits: refits what a step cuts.
-        sync: makes the config follow a cut, and reports; gets True for a step, what was cut, and
-            why what is recorded cannot be carried out.
+    A step, or a loop over an interactive step, is cut when it ends. A step other than
+    Torch-Pruning's may read weights at any time, so its prunes are cut as soon as a config
+    describes the result.
     """
 
     def __init__(
@@ -65,7 +51,7 @@ class PendingPrunes:
         agreement: Agreement,
         per_layer: bool,
         refits: StepRefits,
-        sync: Callable[[bool, Done, ConfigSyncError | None], SyncReport],
+        sync: Callable[[bool, Done, ConfigSyncError | None], SyncReport],  # HFConfigSyncHook._sync
     ):
         self._pruner, self._follower, self._agreement = pruner, follower, agreement
         self._per_layer, self._refits, self._sync = per_layer, refits, sync
@@ -73,16 +59,16 @@ class PendingPrunes:
         self._undo_choice: Callable[[], None] = lambda: None
         self._reason = ""
         self._stepping = self._own_step = False
-        self._loop: object | None = None  # the one that runs
-        self._refused = False  # the step that runs
-        self._told = False  # that what is recorded now has to wait
-        self._synced = False  # something of the step that runs, or ran last, has a report
-        self._unfinished: LiveCut | None = None  # a cut that was interrupted twice
-        self._done = Done()  # what is cut and has no report yet
+        self._loop: object | None = None  # the running loop over an interactive step
+        self._refused = False  # True until the running step has completed
+        self._told = False  # the user was warned that the recorded prunes wait
+        self._synced = False  # a part of the current or last step has a report
+        self._unfinished: LiveCut | None = None  # a cut that failed twice; sync() finishes it
+        self._done = Done()  # cut, without a report yet
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What is missing until what is recorded is carried out; empty if nothing is recorded."""
+        """What the recorded prunes wait for; empty if nothing is recorded."""
         if not self.recorded:
             return ()
         names = self.recorded.missing()
@@ -91,13 +77,12 @@ class PendingPrunes:
         return tuple(names) or (self._reason,)
 
     def groups(self) -> list[GroupCut]:
-        """Return what is recorded, for reports."""
         graph = self._pruner.DG
         return [GroupCut(tuple(layers_of(graph, group))) for group in self.recorded.groups()]
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Surround a call of ``step()``; if it raises, nothing that it recorded is cut."""
+        """Surround a call of ``step()``; if it raises, drop what it recorded."""
         self._refused = True
         self.release()
         self._undo_choice = _undoing_choice(self._pruner)
@@ -114,20 +99,14 @@ class PendingPrunes:
 
     @contextmanager
     def loop(self) -> Iterator[None]:
-        """Surround a loop over the groups of an interactive step; another step ends it."""
         self._loop = this = object()
         try:
             yield
         finally:
-            self._refused = self._loop is not this
+            self._refused = self._loop is not this  # another step has ended this loop
 
     def finish(self) -> None:
-        """Carry out what a step or loop recorded; of a step that pruned nothing, say why.
-
-        Raises:
-            ConfigSyncError: no config describes what a step would leave; the step does not count.
-            TrainingError: another rank would cut something else.
-        """
+        """Cut what a step or loop recorded; report why if a step pruned nothing."""
         refused, self._refused = self._refused, False
         if refused:
             return
@@ -141,25 +120,21 @@ class PendingPrunes:
             result = self._carry_out(in_step=True, may_wait=looping)
         except BaseException:
             if not looping:
-                self._take_back()
+                self._take_back()  # the step does not count
             raise
         if isinstance(result, ConfigSyncError):
             self._wait(result)
 
     def settle(self) -> None:
-        """Carry out what is recorded if a config describes it; else wait, and say so once."""
+        """Cut what is recorded if a config describes the result; else warn once."""
         if self._loop is not None or (self._stepping and not self._own_step):
-            return  # its end comes
+            return  # it is cut when the loop or step ends
         result = self._carry_out(in_step=self._stepping, may_wait=True)
         if isinstance(result, ConfigSyncError):
             self._wait(result)
 
     def sync(self) -> SyncReport:
-        """Carry out what is recorded, and sync.
-
-        Raises:
-            ConfigSyncError: no config describes it; it stays recorded.
-        """
+        """Cut what is recorded and sync; if no config describes the result, raise and keep it."""
         if self._unfinished is not None:
             return self._cut(in_step=False)
         if not self.recorded:
@@ -170,7 +145,7 @@ class PendingPrunes:
         return result
 
     def release(self) -> None:
-        """Carry out what is recorded, or drop it and say so: a step begins, or the hook goes."""
+        """Cut what is recorded, or drop it with a warning: a step begins, or the hook detaches."""
         looping, self._loop = self._loop is not None, None
         if self._unfinished is not None:
             self._cut(in_step=False)
@@ -188,7 +163,7 @@ class PendingPrunes:
             )
 
     def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
-        """Prove, refit, cut and sync what is recorded; return why it has to wait, if it may."""
+        """Prove, refit, cut and sync what is recorded. If it may wait, return why it has to."""
         with layers_listed(self._pruner.model, self._per_layer):
             groups, pruned = self.recorded.groups(), self.groups()
             kept = kept_positions(self._follower.model, groups)
@@ -209,7 +184,7 @@ class PendingPrunes:
         return self._cut(in_step)
 
     def _cut(self, in_step: bool) -> SyncReport:
-        """Cut the weights, also those that an interrupted cut has left, and sync."""
+        """Cut the weights, also the rest of an interrupted cut, and sync."""
         assert self._unfinished is not None  # the callers looked
         try:
             self._unfinished.carry_out()
@@ -228,7 +203,6 @@ class PendingPrunes:
             raise
 
     def _failure(self, pruned: Sequence[GroupCut], remaining: Shapes) -> ConfigSyncError | None:
-        """Return why no config describes what these groups leave, or None if one does."""
         try:
             self._follower.check_shapes_after(pruned, remaining)
         except ConfigSyncError as error:
@@ -236,7 +210,6 @@ class PendingPrunes:
         return None
 
     def _of_step(self, failure: ConfigSyncError) -> ConfigSyncError:
-        """Return the error for a step that is not carried out."""
         more = " more" if self._synced else ""
         return ConfigSyncError(
             f"{type(self._pruner).__name__}: step {self._pruner.current_step} would end in this, "
@@ -245,7 +218,7 @@ class PendingPrunes:
         )
 
     def _wait(self, failure: ConfigSyncError) -> None:
-        """Note why what is recorded has to wait, and say so, once."""
+        """Keep the reason why what is recorded has to wait, and warn once."""
         self._reason = str(failure).removesuffix(AGAIN).rstrip()
         if self._told or self._stepping:
             return
@@ -262,14 +235,13 @@ class PendingPrunes:
         )
 
     def _take_back(self) -> None:
-        """Forget what a step recorded; the step does not count if nothing of it was carried out."""
         self.recorded.clear()
         self._told = False
-        if not self._synced:
+        if not self._synced:  # else the step counts, as a part of it was cut
             self._undo_choice()
 
     def _sync_quietly(self) -> None:
-        """Sync while another exception is raised: that one must surface, a failure here warns."""
+        """Sync while another exception is being raised; a failure here only warns."""
         try:
             self._sync(True, self._done, None)
         except Exception as error:
@@ -277,7 +249,7 @@ class PendingPrunes:
 
 
 def _undoing_choice(pruner: Any) -> Callable[[], None]:
-    """Return a function that undoes what a step changes of the pruner before it prunes."""
+    """Return a function that undoes what a step changes in the pruner before it prunes."""
     step = pruner.current_step
     dicts = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
 
@@ -291,7 +263,7 @@ def _undoing_choice(pruner: Any) -> Callable[[], None]:
 
 
 def shapes_left(model: nn.Module, kept: Mapping[Place, Tensor]) -> Shapes:
-    """Return the shape of every parameter and saved buffer of a model with these positions kept."""
+    """Return the shape of every parameter and saved buffer with only these positions kept."""
     return {
         name: tuple(len(kept.get((name, dim), range(size))) for dim, size in enumerate(shape))
         for name, shape in shapes(model).items()

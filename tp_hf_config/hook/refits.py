@@ -1,4 +1,4 @@
-"""Refit the weights that read what a step cuts: solved before its cut, reported after its sync."""
+"""Refit the weights that read what a step cuts: solved before the cut, reported after the sync."""
 
 from __future__ import annotations
 
@@ -26,20 +26,12 @@ if TYPE_CHECKING:
 
 
 class RefitSettings(Protocol):
-    """What a hook says of refits; it may change between steps."""
+    """The hook's ``refit``, which may change between steps."""
 
     refit: Calibration | None
 
 
 class StepRefits:
-    """The refits of one step after the other.
-
-    Args:
-        settings: whether weights are refitted.
-        follower: follows the pruner.
-        agreement: compares what the ranks refit.
-    """
-
     def __init__(self, settings: RefitSettings, follower: Follower, agreement: Agreement):
         self._settings, self._follower, self._agreement = settings, follower, agreement
         self._pruner = follower.pruner
@@ -48,10 +40,7 @@ class StepRefits:
     def solve(
         self, groups: Sequence[ConfigGroup], remaining: Shapes
     ) -> dict[str, list[RefitInPlace]]:
-        """Return the refits of each weight for the groups of a step, if they are wanted.
-
-        ``remaining``: the shapes that the step leaves.
-        """
+        """Return each weight's refits for a step's groups; ``remaining``: the shapes after it."""
         if self._settings.refit is None:
             return {}
         refitting = Refitting(self._settings.refit, groups)
@@ -65,15 +54,12 @@ class StepRefits:
         return refitting.edits
 
     def taken(self, synced: bool) -> Refits | None:
-        """Return what the refits of the step that ends came to; ``None`` if there are none.
-
-        ``synced``: True if a config describes what is left.
-        """
+        """Return the result of the current step's refits; ``None`` without any."""
         refitting, self._refitting = self._refitting, None
         return None if refitting is None else refitting.finished(synced)
 
 
-_MOST = 0.9  # of a width: as much is no alternative
+_MOST = 0.9  # of the inner widths: removing more is no alternative
 
 
 def _advice_before(
@@ -83,15 +69,7 @@ def _advice_before(
     groups: Sequence[ConfigGroup],
     remaining: Shapes,
 ) -> str | None:
-    """Return what a step costs, if that is too much, and what would cost less; else ``None``.
-
-    Args:
-        view: the model.
-        calibration: what was measured of it.
-        refitting: the refits of the step.
-        groups: the groups that it prunes.
-        remaining: the shapes that it leaves.
-    """
+    """Return a warning if a step is expected to cost too much, with what would cost less."""
     expected = refitting.result.expected
     if expected is None or expected <= TOO_MUCH:
         return None
@@ -120,11 +98,11 @@ def _from_inner_widths(
     groups: Sequence[ConfigGroup],
     gone: int,
 ) -> Iterator[str]:
-    """Yield what as many parameters cost where inner widths lose them, if that is less."""
-    try:  # as the steps before have left it
+    """Yield what it costs to remove as many parameters from the inner widths, if that is less."""
+    try:  # the model as earlier steps left it
         view = view_of(view.model, view.field_map.recipe.make_inputs)
         widths = inner_widths_of(view)
-    except UnsupportedModelError:  # a cut that no config describes yet
+    except UnsupportedModelError:  # no config describes the last cut yet
         return
     share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
     others = {group.graph_group.fields for group in groups} - {width.fields for width in widths}
@@ -143,7 +121,7 @@ def _from_inner_widths(
 def _lowest(
     view: ModelView, calibration: Calibration, widths: Sequence[Width], share: float
 ) -> Iterator[ConfigGroup]:
-    """Yield pruning groups of the units of widths that rank lowest, a share of each."""
+    """Yield pruning groups of the lowest-ranked units of some widths, a share of each."""
     graph = ConfigGraph(view.model, [group for width in widths for group in width.groups])
     graph.build_dependency(view.model)
     importance = calibration.importance()
@@ -155,7 +133,7 @@ def _lowest(
 
 
 def _spread(refitting: Refitting) -> str:
-    """Return how differently layers change, as the beginning of a sentence; empty: too few do."""
+    """Return how much outputs change, least to most, as a sentence's beginning; or ``""``."""
     layers = sorted(refitting.result.layers, key=lambda layer: layer.refit)
     if len(layers) < 2:
         return ""

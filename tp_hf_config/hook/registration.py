@@ -1,8 +1,8 @@
 """Make Torch-Pruning's pruners accept ``hooks=`` and call the hooks.
 
-Torch-Pruning has no hook API, and its subclasses list their arguments, so ``hooks=`` is taken out
-before a constructor sees it.  Only constructors are wrapped; ``step`` is wrapped only on a pruner
-that has hooks.  A pruner without hooks behaves exactly as before.
+Torch-Pruning has no hook API, and its subclasses list their arguments, so ``hooks=`` is removed
+before a constructor sees it. Only constructors are wrapped; ``step`` is wrapped only on pruners
+with hooks. A pruner without hooks behaves exactly as before.
 """
 
 from __future__ import annotations
@@ -23,44 +23,43 @@ from ..graph.pruner_classes import (
     with_awaited_graph,
 )
 
-Pruner = Any
-"""Any pruner of Torch-Pruning, which has no types."""
+Pruner = Any  # any pruner of Torch-Pruning, which has no type hints
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
 _constructing = threading.local()
 
 
 @runtime_checkable
 class PrunerHook(Protocol):
-    """What a hook must have: ``after_step``, which is called after each step.
+    """The methods of a hook; only ``after_step`` is required.
 
     A hook may also have these methods:
 
-    - ``constructing(arguments)`` returns a context manager that surrounds the pruner's constructor.
-      ``arguments`` holds every argument of Torch-Pruning's own constructor (``arguments["model"]``
-      is the model); the hook may change them before the constructor gets them.
-    - ``stepping(pruner)`` returns a context manager that surrounds each call of ``step()``.  The
-      groups of an interactive step come after it has ended.
-    - ``looping(pruner)`` returns a context manager that surrounds the user's loop over the groups
-      of an interactive step.
+    - ``constructing(arguments)`` returns a context manager around the pruner's constructor.
+      ``arguments`` are all arguments of Torch-Pruning's own constructor (``arguments["model"]`` is
+      the model); the hook may change them.
+    - ``stepping(pruner)`` returns a context manager around each call of ``step()``. The groups of
+      an interactive step are pruned after it ends.
+    - ``looping(pruner)`` returns a context manager around the user's loop over the groups of an
+      interactive step.
     - ``attach(pruner)`` and ``detach(pruner)`` are called when the hook is registered and removed.
 
-    A hook with a true attribute ``carries_out`` is one that cuts what a step recorded: its
-    ``after_step`` is called before those of all other hooks.
+    If a hook has a true attribute ``carries_out``, it cuts what a step recorded; its ``after_step``
+    is called before those of other hooks.
     """
 
     def after_step(self, pruner: Any) -> None:
-        """Run after ``step()``, and when an interactive step ends, however it ends."""
+        """Run after ``step()``, and when the loop over an interactive step ends in any way."""
         ...
 
 
 class Handle:
-    """Undoes one registration; as a context manager, at the end of its block."""
+    """Undoes one registration; also a context manager that does so at the end of its block."""
 
     def __init__(self, pruner: Any, hook: PrunerHook):
         self._pruner, self._hook = pruner, hook
 
     def remove(self) -> None:
-        """Take the hook off the pruner; a second call does nothing."""
+        """Detach the hook from the pruner; a second call does nothing."""
         hooks = hooks_of(self._pruner)
         if not any(hook is self._hook for hook in hooks):
             return
@@ -80,14 +79,7 @@ class Handle:
 
 @check_arguments
 def register(pruner: Pruner, hook: PrunerHook) -> Handle:
-    """Attach a hook to an existing pruner.
-
-    Returns:
-        A handle that takes the hook off again.
-
-    Raises:
-        TypeError: ``hook`` has no ``after_step``, or ``pruner`` is none.
-    """
+    """Attach a hook to an existing pruner; the returned handle detaches it."""
     _check(hook)
     _call(hook, "attach", pruner)
     if not hooks_of(pruner):
@@ -97,13 +89,12 @@ def register(pruner: Pruner, hook: PrunerHook) -> Handle:
 
 
 def hooks_of(pruner: Any) -> list[Any]:
-    """Return the hooks of a pruner, which are kept on the ``step`` that calls them."""
+    """Return a pruner's hooks, which are an attribute of its wrapped ``step``."""
     hooks: list[Any] = getattr(vars(pruner).get("step"), "hooks", [])
     return hooks
 
 
 def _check(hook: Any) -> None:
-    """Raise ``TypeError`` if ``hook`` is a class or has no ``after_step``."""
     if isinstance(hook, type):
         raise TypeError(f"hooks: {hook.__name__} is a class. Pass an object: {hook.__name__}()")
     if not isinstance(hook, PrunerHook):
@@ -114,13 +105,11 @@ def _check(hook: Any) -> None:
 
 
 def _call(hook: Any, name: str, *args: Any) -> Any:
-    """Call a hook's optional method and return its result; None if it has no such method."""
     method = getattr(hook, name, None)
     return method(*args) if method is not None else None
 
 
 def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
-    """Enter the context managers that the hooks' methods of this name return."""
     for hook in hooks:
         context: AbstractContextManager[Any] | None = _call(hook, name, *args)
         if context is not None:
@@ -128,7 +117,6 @@ def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
 
 
 def _stepper(pruner: Any) -> Callable[..., Any]:
-    """Return a ``step`` for one pruner that calls its hooks afterwards."""
     own_step = vars(pruner).get("step")
     step = pruner.step
 
@@ -139,7 +127,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
                 _enter(stack, hooks_of(pruner), "stepping", pruner)
                 result = step(*args, **kwargs)
         except BaseException:
-            _fire(pruner, quietly=True)
+            _fire(pruner, quietly=True)  # ``raise`` is the exception that has to surface
             raise
         if inspect.isgenerator(result):
             return _interactive(pruner, result)
@@ -152,7 +140,7 @@ def _stepper(pruner: Any) -> Callable[..., Any]:
 
 
 def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
-    """Yield an interactive step's groups; call the hooks when they, or the user's loop, end."""
+    """Yield an interactive step's groups; call the hooks when the user's loop ends."""
     try:
         with ExitStack() as stack:
             _enter(stack, hooks_of(pruner), "looping", pruner)
@@ -164,11 +152,7 @@ def _interactive(pruner: Any, groups: Iterator[Any]) -> Iterator[Any]:
 
 
 def _fire(pruner: Any, quietly: bool = False) -> None:
-    """Call ``after_step`` of every hook, whatever others raise; the first exception surfaces.
-
-    ``quietly``: another exception is raised meanwhile. That one must surface, so a hook's own
-    becomes a warning.
-    """
+    """Call every hook's ``after_step``, then raise the first exception; ``quietly``: warn only."""
     first: Exception | None = None
     for hook in sorted(hooks_of(pruner), key=lambda hook: not getattr(hook, "carries_out", False)):
         try:
@@ -183,43 +167,41 @@ def _fire(pruner: Any, quietly: bool = False) -> None:
 
 
 def _prune(self: Any) -> Iterator[Any]:
-    """Yield the groups that a step prunes; a graph that is made from a config chooses them."""
+    """Replaces ``BasePruner._prune``: a config graph chooses the groups."""
     choose = getattr(self.DG, "choose", None)
     return _own["_prune"](self) if choose is None else choose()  # type: ignore[no-any-return]
 
 
 def _estimate_importance(self: Any, group: Any) -> Any:
-    """Return the importance of a group; of a group of units, one number for each unit."""
+    """Replaces ``BasePruner.estimate_importance``: a config graph gives one value per unit."""
     estimate = functools.partial(_own["estimate_importance"], self)
     by_unit = not getattr(group, "by_channel", True)  # a ConfigGroup; its module is slow to import
     return self.DG.importance_of(group, estimate) if by_unit else estimate(group)
 
 
+# methods of ``BasePruner`` that ask the graph; other graphs get Torch-Pruning's
 _DOORS: dict[str, Any] = {"_prune": _prune, "estimate_importance": _estimate_importance}
-"""Methods of ``BasePruner`` that ask the graph; with any other graph they are Torch-Pruning's."""
 _own: dict[str, Any] = {name: getattr(BasePruner, name) for name in _DOORS}
 
 
 def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
-    """Wrap the constructor of every new subclass of ``BasePruner``."""
     super(BasePruner, cls).__init_subclass__(**kwargs)
     _wrap_init(cls)
 
 
 def constructor_of(cls: Any) -> Callable[..., None]:
-    """Return a class's constructor without the wrapper of this module."""
+    """Return a class's constructor without this module's wrapper."""
     init = cls.__init__
     original: Callable[..., None] = init.original if _is_ours(init) else init
     return original
 
 
 def _is_ours(init: Any) -> bool:
-    """True if a constructor is a wrapper of this module; a copy of its attributes is not."""
+    """True if a constructor is this module's wrapper; copying its attributes is not enough."""
     return getattr(init, "wrapper", None) is init is not None
 
 
 def _wrap_init(cls: Any) -> None:
-    """Wrap a class's constructor, its own or a mixin's, unless it is wrapped already."""
     original = cls.__init__
     if _is_ours(original):
         return
@@ -246,22 +228,14 @@ def _wrap_init(cls: Any) -> None:
 
 @dataclass
 class _Construction:
-    """A pruner whose constructor is running, and the context managers that its hooks want.
-
-    Attributes:
-        pruner: the pruner.
-        hooks: its hooks.
-        surroundings: the stack that holds the entered context managers.
-        entered: True once they are entered.
-    """
+    """A pruner whose constructor is running, and its hooks."""
 
     pruner: Any
     hooks: list[Any]
-    surroundings: ExitStack
-    entered: bool = False
+    surroundings: ExitStack  # holds the hooks' context managers
+    entered: bool = False  # True: they are entered
 
     def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
-        """Enter the hooks' context managers, once; the hooks may change the arguments."""
         if pruner is self.pruner and not self.entered:
             self.entered = True
             _enter(self.surroundings, self.hooks, "constructing", arguments)
@@ -288,7 +262,6 @@ def _construct_base(
     args: Any,
     kwargs: dict[str, Any],
 ) -> None:
-    """Run Torch-Pruning's own constructor with the arguments that the hooks may have changed."""
     construction: _Construction | None = getattr(_constructing, "now", None)
     if construction is None:
         with_awaited_graph(original)(pruner, *args, **kwargs)
@@ -301,11 +274,9 @@ def _construct_base(
 def _with_own_dicts(
     signature: inspect.Signature, pruner: Any, args: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the constructor's arguments, with dicts that belong to this pruner alone.
-
-    Torch-Pruning writes to ``num_heads`` and similar arguments.  Their defaults are shared mutable
-    dicts, so one pruner finds what another one wrote (seen in 1.6.1, base_pruner.py).
-    """
+    """Return the constructor's arguments, with dicts that belong to this pruner only."""
+    # Torch-Pruning writes to num_heads and similar arguments, whose defaults are shared dicts, so
+    # a pruner sees what another one wrote (1.6.1, base_pruner.py)
     bound = signature.bind(pruner, *args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)

@@ -1,4 +1,4 @@
-"""What one sync did, as text and as JSON."""
+"""The report of one sync, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class SyncReport(Report):
-    """One sync of a model's config with its weights.
+    """One update of a model's config to match its weights.
 
     Attributes:
-        step: the number of this sync; the hook's first is 1.
-        graph: the dependency graph that the groups come from, and why that one.
-        groups: the groups pruned since the last sync; which channels went says ``hook.cuts``.
-        fields: config field -> (old value, new value); ``None`` stands for unset.
-        attributes: the module attributes that were refreshed.
-        buffers: the unsaved buffers that were refreshed.
-        ties: the tied weights that were made one Parameter again.
+        step: number of this sync; the hook's first is 1.
+        graph: dependency graph of the groups, and why that one was used.
+        groups: groups pruned since the last sync; ``hook.cuts`` has the channels.
+        fields: config field -> (old value, new value); ``None`` means unset.
+        attributes: module attributes that were updated.
+        buffers: non-persistent buffers that were updated.
+        ties: tied weights that were made one Parameter again.
         proof: how the new config was proved; empty if it was not.
-        parameters: the model's parameter count before and after, tied weights counted once.
+        parameters: number of parameters before and after; tied weights count once.
         seconds: wall-clock time of the sync.
         notes: what else the user should know.
         error: why no config fits; ``None`` if one does.
-        inputs: an input for encoder states, which an encoder outside the model makes -> the
-            channels that the model still reads, as numbered when the hook was attached.
-        refits: what the refits of ``HFConfigSyncHook(refit=)`` come to.
+        inputs: encoder-state input (an encoder outside the model computes it) -> the channels that
+            the model still reads, as numbered when the hook was attached.
+        refits: the result of ``HFConfigSyncHook(refit=)``.
     """
 
     step: int
@@ -55,7 +55,7 @@ class SyncReport(Report):
     refits: Refits | None = None
 
     def title(self) -> str:
-        """Return what was pruned, and what the config says now."""
+        """Return what was pruned, and the config fields that changed."""
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
         head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
@@ -64,7 +64,7 @@ class SyncReport(Report):
         return f"{head}; {changes or 'no config field changes'}"
 
     def lines(self) -> Iterator[str]:
-        """Yield what else was done, and notes."""
+        """Yield what else was updated, and the notes."""
         if self.error is not None:
             return
         refreshed = ", ".join(
@@ -84,13 +84,10 @@ class SyncReport(Report):
         yield from (f"  note: {note}" for note in self.notes)
 
     def plot(self, path: str | PathLike[str]) -> Figure:
-        """Draw the widths of fields and layers before and after.
+        """Plot the widths of fields and layers before and after.
 
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
-
-        Returns:
-            The matplotlib figure.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -100,7 +97,7 @@ class SyncReport(Report):
         return plot_widths([self], path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for ``json.dumps``; of groups only their first layers."""
+        """Return the report for ``json.dumps``, with the first layer of each group only."""
         groups = [
             {
                 "root": group.root.name,
@@ -116,10 +113,7 @@ class SyncReport(Report):
 
 
 def in_words(fields: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:
-    """Return field -> its values before and after, as text.
-
-    Those of single layers stand together, as a range: ``96``, ``64..70 in 4 layers``.
-    """
+    """Return field -> its old and new value as text; per-layer values of a field are ranges."""
     result: dict[str, tuple[str, str]] = {}
     of_layers: dict[str, list[tuple[Any, Any]]] = {}
     for name, (old, new) in fields.items():
@@ -130,26 +124,24 @@ def in_words(fields: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]
             of_layers.setdefault(shared, []).append((old, new))
     for name, changes in of_layers.items():
         olds, news = zip(*changes, strict=True)
+        # "96" -> "64..70 in 4 layers"
         result[name] = as_range(olds), f"{as_range(news)} in {_count(len(changes), 'layer')}"
     return result
 
 
 def _count(number: int, word: str) -> str:
-    """Return the number with the word, in the plural unless the number is 1."""
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """One side of one layer in a pruned group, and how many channels it lost.
-
-    Which ones says the hook's cut list.
+    """One side of a layer in a pruned group, and how many channels it lost (``hook.cuts``: which).
 
     Attributes:
-        name: the layer's name in the model that the pruner prunes.
+        name: name of the layer in the model that the pruner prunes.
         out: True if output channels were pruned, False if input channels.
-        removed: the number of pruned channels.
-        before: the number of channels before this step.
+        removed: number of pruned channels.
+        before: number of channels before this step.
     """
 
     name: str
@@ -177,35 +169,25 @@ class PrunedGroup:
 
     @property
     def root(self) -> PrunedLayer:
-        """Return the layer at which the group was requested."""
+        """The layer at which the group was pruned."""
         return self.layers[0]
 
 
 @dataclass(frozen=True)
 class LayerCut:
-    """One side of one layer in a group that is cut, and the channels that it loses.
+    """One side of a layer in a group, and the channels that it loses."""
 
-    Attributes:
-        name: the layer's name in the model that the pruner prunes.
-        out: True if it loses output channels, False if input channels.
-        removed: the channels, as they are numbered before this cut.
-        before: the number of channels before this step.
-    """
-
-    name: str
-    out: bool
-    removed: tuple[int, ...]
-    before: int
+    name: str  # in the model that the pruner prunes
+    out: bool  # True: output channels
+    removed: tuple[int, ...]  # channels, as numbered before this cut
+    before: int  # channels before this step
 
 
 @dataclass(frozen=True)
 class GroupCut:
-    """A dependency group whose layers lose channels together; its first layer is the root."""
-
     layers: tuple[LayerCut, ...]
 
     def counted(self) -> PrunedGroup:
-        """Return it for a report, which keeps numbers of channels only."""
         return PrunedGroup(
             tuple(
                 PrunedLayer(layer.name, layer.out, len(layer.removed), layer.before)
@@ -215,7 +197,7 @@ class GroupCut:
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
-    """Yield the layers of a group with the channels that the group removes from each."""
+    """Yield the layers of a pruning group, with the channels that it removes from each."""
     for dep, idxs in group:
         module, out = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
         side = graph.side_of(module, out)

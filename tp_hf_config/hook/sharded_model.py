@@ -1,4 +1,4 @@
-"""Carry out on a sharded model what a pruner did to its meta copy: build the class, fill it."""
+"""Repeat on a sharded model what a pruner did to its meta copy: build the class, then fill it."""
 
 from __future__ import annotations
 
@@ -23,23 +23,11 @@ from .apply import all_or_nothing, write_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Shard = Callable[[Any], nn.Module | None]
+Shard = Callable[[Any], nn.Module | None]  # wraps a module with meta parameters, as the user does
 
 
 class ShardedModel:
-    """The model under FSDP2 whose meta copy a pruner prunes.
-
-    Args:
-        copy: the meta copy.
-        shard: wraps a new module, whose parameters are on the meta device, as the user does.
-        agreement: compares what the ranks do.
-
-    Attributes:
-        model: the sharded model as it is now.
-
-    Raises:
-        UnsupportedModelError: there is no function that wraps.
-    """
+    """The model under FSDP2 whose meta copy is pruned."""
 
     def __init__(self, copy: PreTrainedModel, shard: Shard | None, agreement: Agreement):
         if shard is None:
@@ -49,10 +37,10 @@ class ShardedModel:
                 "model, HFConfigSyncHook(shard=shard)"
             )
         self._copy, self._shard, self._agreement = copy, shard, agreement
-        self.model = behind(copy)
+        self.model = behind(copy)  # the current sharded model
 
     def before_step(self) -> None:
-        """Give the meta copy the settings of the sharded model, and empty gradients."""
+        """Copy the sharded model's config to the meta copy, and refresh its empty gradients."""
         refresh(self._copy)
         settings: Any = behind(self._copy).config
         changed = changed_values(config_json(self._copy.config), config_json(settings))
@@ -62,16 +50,7 @@ class ShardedModel:
     def carry_out(
         self, pruner: Any, edits: Mapping[str, tuple[Edit, ...]], failure: Exception | None
     ) -> None:
-        """Build the pruned model from the meta copy's config, and fill it parameter by parameter.
-
-        Args:
-            pruner: the pruner.
-            edits: what was done to each tensor of the meta copy.
-            failure: why no config describes it; nothing is carried out then.
-
-        Raises:
-            TrainingError: a rank could not build or wrap.
-        """
+        """Build the pruned model from the meta copy's config, and fill it tensor by tensor."""
         built: tuple[PreTrainedModel, nn.Module] | None = None
         try:
             if failure is None and edits:
@@ -84,7 +63,7 @@ class ShardedModel:
             self.model = built[1]
 
     def _wrapped(self) -> tuple[PreTrainedModel, nn.Module]:
-        """Return the pruned model with real but empty parameters, and what the user made of it."""
+        """Return the pruned model with allocated, unset parameters, and what ``shard`` returned."""
         old, new = behind(self._copy), empty_copy(self._copy)
         take_modes(new, old)
         buffers = dict(new.named_buffers())
@@ -98,7 +77,7 @@ class ShardedModel:
 
     @torch.no_grad()
     def _fill(self, new: PreTrainedModel, cuts: CutList) -> None:
-        """Move all weights and gradients, one in memory at a time."""
+        """Copy all weights and gradients; one of them is in memory in full at a time."""
         old = behind(self._copy)
         reshard(old)
         for name, source in old.named_parameters():

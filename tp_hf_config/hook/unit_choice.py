@@ -1,4 +1,4 @@
-"""Choose the units that a step of a pruner removes, as Torch-Pruning chooses channels."""
+"""Choose the units that a step removes, by the rules by which Torch-Pruning chooses channels."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def is_unmodified(pruner: Any) -> bool:
     """True if a pruner's step is Torch-Pruning's own.
 
-    Torch-Pruning's step asks for every importance before it prunes the first group, and reads no
-    weight afterwards.  Any other step may read weights at any time.
+    That step computes all importances before it prunes. Other steps may read weights at any time.
     """
     step = vars(pruner).get("step")
     own = getattr(step, "replaced", None) is None and "_prune" not in vars(pruner)
@@ -44,47 +43,28 @@ def is_unmodified(pruner: Any) -> bool:
 
 @dataclass
 class _Ranked:
-    """One group whose units are ranked.
-
-    Attributes:
-        group: the group, with all of its units.
-        parts: into how many equal runs the units are divided, each of which loses the same places.
-        ratio: the share of the units that is to be gone after this step.
-        values: the importance of each place, averaged over the runs, on the CPU.
-    """
-
-    group: ConfigGroup
-    parts: int
-    ratio: float
-    values: Tensor
+    group: ConfigGroup  # with all of its units
+    parts: int  # equal runs of units; each loses the same places
+    ratio: float  # share of the units removed by the end of this step
+    values: Tensor  # importance of each place, mean over the runs, on the CPU
 
 
 class UnitChoice:
-    """The choice of one pruner's units, as of ``BasePruner._prune`` (base_pruner.py, 1.6.1).
+    """Chooses units as ``BasePruner._prune`` chooses channels (base_pruner.py, 1.6.1).
 
-    Units are ranked where Torch-Pruning ranks channels: scopes, thresholds and amounts are the
-    same. What the class accepts rounds the amounts, in units of one channel group; Torch-Pruning
-    compares them with the channels of all. Groups of whole heads are ranked on their own, at the
-    pruner's head ratios; where every key/value group has to lose the same number of heads, each
-    loses its own least important ones.
-
-    Attributes:
-        preflight: what the preflight says that each step leaves; ``None`` where it is not known.
-        valued: True once the importance has given some group a value.
+    Scopes, thresholds and amounts are the same. Amounts are rounded per channel group to what the
+    class accepts; Torch-Pruning compares them with the channels of all groups. Groups of whole
+    heads are ranked alone, by the head ratios. If every key/value group has to lose the same number
+    of heads, each loses its own least important ones.
     """
 
     def __init__(self, pruner: Pruner):
         self.pruner = pruner
-        self.preflight: Preflight | None = None
-        self.valued = False
+        self.preflight: Preflight | None = None  # the units that each step leaves, if known
+        self.valued = False  # the importance has given some group a value
 
     @torch.no_grad()
     def groups(self) -> Iterator[ConfigGroup]:
-        """Yield the groups that the pruner's current step prunes.
-
-        Raises:
-            ValueError: the importance fails, and no parameter has a gradient.
-        """
         if self.pruner.current_step > self.pruner.iterative_steps:
             warnings.warn(
                 "Pruning exceed the maximum iterative steps, no pruning will be performed.",
@@ -95,7 +75,6 @@ class UnitChoice:
             yield from self._of_scope(name, members)
 
     def _scopes(self) -> dict[str, list[_Ranked]]:
-        """Return the groups that are ranked together, by the names of their scopes."""
         pruner, graph = self.pruner, self.pruner.DG
         scopes: dict[str, list[_Ranked]] = {}
         for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
@@ -115,7 +94,6 @@ class UnitChoice:
         return scopes
 
     def _of_scope(self, name: str, members: list[_Ranked]) -> Iterator[ConfigGroup]:
-        """Yield the groups of the units that rank lowest in one scope."""
         pruner, graph = self.pruner, self.pruner.DG
         together = torch.cat([ranked.values for ranked in members])
         initial = pruner._scope_initial_channels.setdefault(name, len(together))
@@ -140,7 +118,7 @@ class UnitChoice:
                 yield chosen
 
     def _rounded(self, graph_group: GraphGroup, parts: int, lost: int) -> int:
-        """Return how many of ``lost`` places go once what is left is what the class accepts."""
+        """Return how many of ``lost`` places are removed so that the class accepts the rest."""
         count, now = graph_group.count, graph_group.units.count
         of_place = parts if self._ranks_each_part(graph_group) else count.channel_groups
         units = None
@@ -152,18 +130,15 @@ class UnitChoice:
         return max(0, (now - units) // of_place)
 
     def _ranks_each_part(self, graph_group: GraphGroup) -> bool:
-        """True if each channel group loses its own least important units.
-
-        If not, all channel groups lose units at the same places.  Torch-Pruning ranks places of
-        grouped channels by their mean over the channel groups, but grouped-query heads inside each
-        key/value group.
-        """
+        """True if each channel group loses its own least important units, not the same places."""
+        # Torch-Pruning ranks places of grouped channels by their mean over the groups, but
+        # grouped-query heads within each key/value group
         pruner = self.pruner
         alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
         return graph_group.count.channel_groups > 1 and graph_group.root is None and alone
 
     def _importance_of(self, group: ConfigGroup) -> Tensor | None:
-        """Return the importance of a group's units, shape ``(units,)``; ``None`` if it has none."""
+        """Return the importance of a group's units, ``(units,)``; ``None`` if it has none."""
         try:
             values: Tensor | None = self.pruner.DG.importance_of(group, self._estimate)
         except (AttributeError, TypeError) as error:  # the importance reads a gradient that is None
@@ -186,17 +161,13 @@ class UnitChoice:
             return pruner.estimate_importance(group)
 
     def notes(self, pruned: bool) -> list[str]:
-        """Return what a step did instead of what the ratios ask for, or why it pruned nothing.
-
-        ``pruned``: whether it pruned any group.
-        """
+        """Return what a step did differently from the ratios, or why it pruned nothing."""
         step, lines = self.pruner.current_step, list[str]()
         if self.preflight is not None and (pruned or not self.preflight.changes(step)):
             lines = self.preflight.notes(step)
         return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
 
     def _why_nothing(self) -> str:
-        """Return the reason why a step pruned no group."""
         pruner, step = self.pruner, self.pruner.current_step
         if step > pruner.iterative_steps:
             return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
@@ -213,10 +184,7 @@ class UnitChoice:
 
 
 def _ranks(values: Tensor, parts: int) -> Tensor:
-    """Return each unit's rank in its part, 0 for the least important: shape ``(units,)``.
-
-    Ranked this way, the least important units of all parts go first.
-    """
+    """Return each unit's rank within its part, ``(units,)``: all parts then lose equally many."""
     return values.view(parts, -1).argsort(1).argsort(1).to(values.dtype).flatten()
 
 
@@ -227,27 +195,22 @@ _CHANNEL_BY_CHANNEL = {
     tp.importance.GroupTaylorImportance,
     tp.importance.TaylorImportance,
 }
-_BY_SLICE = {tp.importance.GroupMagnitudeImportance}  # others sort the channels that they get
-# the fewest columns of a piece; sums over rows take so many at a time, so the order of adding stays
+_BY_SLICE = {tp.importance.GroupMagnitudeImportance}  # others sort the indices: no slices
+# fewest columns of a piece: sums over rows take this many at a time, in the same order
 _COLUMNS = 64
 
 
-def _takes_pieces(importance: Any) -> bool:
-    """True if an importance is one of ``_CHANNEL_BY_CHANNEL``.
-
-    A subclass is not: it may look at more than a channel's own weights.
-    """
+def _takes_pieces(importance: Any) -> bool:  # a subclass may read more than a channel's weights
     return type(importance) in _CHANNEL_BY_CHANNEL
 
 
 def _gathered(group: ConfigGroup, items: Iterable[Any]) -> AbstractContextManager[None]:
-    """While open, the layers of some items have whole weights if FSDP2 keeps them in shards."""
+    """While open, the items' layers have whole weights if FSDP2 keeps them in shards."""
     names = (group._DG.layer_name(item.dep.target.module) for item in items)
     return gathered(group._DG.pretrained, filter(None, names))
 
 
 def _in_pieces(importance: Importance, group: Any) -> Any:
-    """Return ``importance(group)``, by the same code, without copies of whole weights."""
     each: Any = copy(importance)
     each._reduce = lambda values, roots: values  # those of each layer, not yet joined
     each._normalize = lambda values, normalizer: values
@@ -271,10 +234,7 @@ def _in_pieces(importance: Importance, group: Any) -> Any:
 
 
 def _pieces(item: Any, types: tuple[type, ...], by_slice: bool) -> Iterator[Any]:
-    """Yield a group's item as several items, each with some of its channels.
-
-    Items that need no splitting, or that cannot be split, are yielded whole.
-    """
+    """Yield an item as several items with some of its channels each, if needed and possible."""
     dep, idxs = item
     layer = dep.target.module
     weight = layer.weight if isinstance(layer, nn.Linear) and isinstance(layer, types) else None
@@ -298,26 +258,22 @@ def _pieces(item: Any, types: tuple[type, ...], by_slice: bool) -> Iterator[Any]
 
 
 def _as_slice(idxs: list[int]) -> list[int] | slice:
-    """Return channels as a slice if they follow each other: indexing by it copies nothing."""
+    """Return adjacent channels as a slice: indexing by it copies nothing."""
     if idxs[-1] - idxs[0] == len(idxs) - 1 and idxs == [*range(idxs[0], idxs[-1] + 1)]:
         return slice(idxs[0], idxs[-1] + 1)
     return idxs
 
 
 class _Columns(nn.Linear):
-    """Some columns of a linear layer's weight, with their gradient."""
-
     def __init__(self, weight: torch.Tensor):
         nn.Module.__init__(self)
         vars(self).update(weight=weight, bias=None)
 
 
 def _columns(weight: torch.Tensor, count: int) -> Iterator[_Columns]:
-    """Yield a weight's columns in order, ``count`` at a time.
-
-    The last piece has a few more where fewer than ``_COLUMNS`` would be left over.
-    """
+    """Yield a weight's columns in order, ``count`` at a time; the last piece may have more."""
     grad = weight.grad
+    # no piece has fewer than _COLUMNS
     starts = [*range(0, max(1, weight.shape[1] - _COLUMNS + 1), count)]
     for start, end in pairwise([*starts, weight.shape[1]]):
         part = weight.detach()[:, start:end]

@@ -1,1 +1,1 @@
-"""Pruning during training: an optimizer that follows it, and a ``Trainer`` callback."""
+"""Pruning during training: updating the optimizer, and a ``Trainer`` callback."""

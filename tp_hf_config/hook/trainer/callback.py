@@ -1,4 +1,4 @@
-"""Prune on a schedule while a ``transformers.Trainer`` trains."""
+"""A callback that prunes on a schedule while a ``transformers.Trainer`` trains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
 
 
 class PruningCallback(TrainerCallback, ExportableState):
-    """Prunes a model while a ``Trainer`` trains it; config and optimizer follow.
+    """Prunes a model while a ``Trainer`` trains it, and updates config and optimizer.
 
     ::
 
@@ -33,17 +33,15 @@ class PruningCallback(TrainerCallback, ExportableState):
             PruningCallback(every=100, pruning_ratio=0.3, iterative_steps=5)
         ])
 
-    The pruner steps right after an optimizer step, while the gradients of that step are still there
-    for the importance; where gradients are accumulated, after all of them. If the gradient scaler
-    skips an optimizer step, nothing is pruned then, but after the next one. Checkpoints load with
-    ``from_pretrained``. To resume from one, build the model from it and train with the same
-    callback:
+    The pruner steps right after an optimizer step, while its gradients are available to the
+    importance; with gradient accumulation, after the last micro-batch. If the gradient scaler skips
+    an optimizer step, pruning waits for the next one. Checkpoints load with ``from_pretrained``. To
+    resume, build the model from the checkpoint and train with the same callback:
     ``Trainer(from_pretrained(checkpoint), ...).train(resume_from_checkpoint=checkpoint)``.
 
     Args:
         build: makes the pruner of a model. Default: ``MetaPruner`` with Taylor importance.
-        every: prune after every so many optimizer steps, until the pruner's ``iterative_steps`` are
-            done.
+        every: number of optimizer steps between pruning steps, until ``iterative_steps`` are done.
         at: instead of ``every``: the optimizer steps after which to prune, one for each of the
             ``iterative_steps``.
         settings: arguments of :class:`~tp_hf_config.HFConfigSyncHook` (``prune``, by default
@@ -55,11 +53,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         hook: its :class:`~tp_hf_config.HFConfigSyncHook`, which has the reports.
 
     Raises:
-        ValueError: not exactly one of ``every`` and ``at``, a value of theirs that is no schedule,
-            or ``settings`` together with ``build``; when training begins, if the schedule does not
-            fit ``iterative_steps`` or the length of the training.
-        TrainingError: when training begins, if this run cannot prune; after the first optimizer
-            step, if the optimizer's state cannot follow.
+        ValueError: not exactly one of ``every`` and ``at`` is given, its value is no schedule, or
+            ``settings`` come with ``build``. When training begins: the schedule does not fit
+            ``iterative_steps`` or the length of the training.
+        TrainingError: when training begins: this run cannot prune. After the first optimizer step:
+            the optimizer's state cannot be cut.
     """
 
     @check_arguments
@@ -108,7 +106,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the pruner; on resuming, in the state that the checkpoint records."""
+        """Make the pruner; when resuming, in the state that the checkpoint records."""
         model = kwargs["model"]
         reason = _unsupported_run(args)
         if reason is not None:
@@ -146,7 +144,6 @@ class PruningCallback(TrainerCallback, ExportableState):
                 self.pruner.step()
 
     def _make_pruner(self, model: Any) -> Any:
-        """Return a pruner of the model: from ``build``, or the default one."""
         if self._build is not None:
             return self._build(model)
         defaults = {
@@ -157,11 +154,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         return tp.pruner.MetaPruner(model, **(defaults | self._settings))
 
     def _due(self, done: int) -> int:
-        """Return the optimizer step after which the pruner steps if it did ``done`` steps."""
+        """Return the optimizer step after which the pruner steps, given its ``done`` steps."""
         return self._at[done] if self._every is None else self._every * (done + 1)
 
     def _schedule_problem(self, max_steps: int) -> str | None:
-        """Return why the schedule does not fit the pruner or the training, or None if it does."""
         steps = self.pruner.iterative_steps
         if self._at and len(self._at) != steps:
             return (
@@ -178,11 +174,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
 
 def _saved_progress(state: TrainerState, name: str) -> Progress | None:
-    """Return the pruner's progress in the checkpoint that a run resumes from, or None without one.
-
-    Raises:
-        TrainingError: the Trainer has several callbacks of this name.
-    """
+    """Return the progress in the checkpoint that a run resumes from; None without one."""
     states: Any = state.stateful_callbacks
     saved = states.get(name, {})
     if isinstance(saved, list):
@@ -197,7 +189,6 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
 
 
 def _unsupported_run(args: Any) -> str | None:
-    """Return why a model cannot be pruned in a run with these arguments, or None if it can."""
     if getattr(args, "deepspeed", None):
         return (
             "DeepSpeed keeps Parameters in pieces of its own, which cannot be pruned. Prune the "

@@ -1,4 +1,4 @@
-"""Make an optimizer follow the pruning: its parameters, and their state."""
+"""Update an optimizer when its parameters are pruned."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _PLAIN = (bool, int, float, str, type(None))
 @check_arguments
 @contextmanager
 def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Make the optimizer follow a pruning step: it goes on with the pruned parameters.
+    """Update the optimizer's parameters and state when a pruning step replaces parameters.
 
     ::
 
         with optimizer_follows(model, optimizer):
             pruner.step()
 
-    Every new Parameter replaces its old one in ``param_groups``. State of a parameter's shape
-    (Adam's moments, momentum) keeps exactly the positions that the parameter keeps; single numbers
-    (step counts) stay. Schedulers and gradient scalers need nothing. If the step raises, the
-    optimizer still follows what was pruned until then.
+    Every new Parameter replaces its old one in ``param_groups``. State of the parameter's shape
+    (Adam's moments, momentum) keeps the positions that the parameter keeps; single numbers (step
+    counts) do not change. Schedulers and gradient scalers need no update. If the step raises, the
+    optimizer is updated for what was pruned until then.
 
     Args:
-        model: the module whose parameters the optimizer has; under FSDP2, the one that is sharded
-            now. The optimizer has those of ``hook.sharded_model`` afterwards.
+        model: the module whose parameters the optimizer has; under FSDP2, the currently sharded
+            one. Afterwards the optimizer has the parameters of ``hook.sharded_model``.
         optimizer: the optimizer, or accelerate's wrapper around it.
 
     Raises:
         TrainingError: before the step, if the optimizer has parameters that are not the model's or
-            have gradient hooks, or state of another shape than its parameter's; after the step, if
+            have gradient hooks, or state of another shape than its parameter's. After the step, if
             something else than pruning replaced parameters.
     """
     inner = unwrapped(optimizer)
@@ -64,7 +64,6 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the optimizer inside wrappers, each of which holds it as its ``optimizer``."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     plain: Optimizer = optimizer
@@ -72,7 +71,6 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
-    """Return why an optimizer cannot follow a model's pruning, or None if it can."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     kind = type(optimizer).__name__
     for group in optimizer.param_groups:
@@ -102,11 +100,7 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
 
 
 def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
-    """Replace the cut parameters of the optimizer; their state keeps the positions that they kept.
-
-    Returns:
-        The optimizer's parameters that are no longer the model's and have no successor.
-    """
+    """Replace the cut parameters and their state; return parameters without a successor."""
     current = dict.fromkeys(model.parameters())
     successors: dict[nn.Parameter, tuple[nn.Parameter, Origin]] = {}
     for parameter in current:
@@ -130,7 +124,6 @@ def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> li
 
 
 def _remaining_state(value: Any, old: nn.Parameter, new: nn.Parameter, origin: Origin) -> Any:
-    """Return a state value without the cut positions; unchanged if it has another shape."""
     if not (isinstance(value, torch.Tensor) and value.shape == old.shape):
         return value
     values = whole(value)
@@ -139,14 +132,12 @@ def _remaining_state(value: Any, old: nn.Parameter, new: nn.Parameter, origin: O
 
 
 def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
-    """True if a state value can follow: it has the parameter's shape, or is a single value."""
     if isinstance(value, torch.Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return isinstance(value, _PLAIN)
 
 
 def _described(value: Any) -> str:
-    """Return the shape or type of a state value, for messages."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"

@@ -1,8 +1,8 @@
 """Resume a pruner in another process, from what a checkpoint records of it.
 
-A pruner counts its ratios from the widths that it finds when it is made.  So the model is first
-made as wide as it was, without its weights; then the pruner is made and prunes again what the
-history records; then the weights are put back.
+A pruner's ratios are relative to the widths that it finds when it is made. So the model first gets
+its old widths back, without its weights. Then the pruner is made and prunes again what the history
+records. Then the weights are put back.
 """
 
 from __future__ import annotations
@@ -33,47 +33,33 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a pruner has come, as plain data.
+    """How far a pruner has come, as plain data."""
 
-    Attributes:
-        step: the number of pruner steps that are done.
-        history: what was pruned, as ``pruner.pruning_history()`` returns it.
-        fields: the config fields that pruning changed, with their values before the first step.
-        scopes: ranking scope -> the channels that the pruner counted in it at its first step.
-        per_layer: whether each layer may have widths of its own.
-        settings: the pruner's own numbers and switches, which a resumed run has to have too.
-    """
-
-    step: int
-    history: list[tuple[str, bool, list[int]]]
-    fields: list[tuple[FieldPath, Any]]
-    scopes: dict[str, int]
+    step: int  # pruner steps that are done
+    history: list[tuple[str, bool, list[int]]]  # as ``pruner.pruning_history()`` returns it
+    fields: list[tuple[FieldPath, Any]]  # that pruning changed, with values before the first step
+    scopes: dict[str, int]  # ranking scope -> channels at the first step
     per_layer: bool = False
+    # the pruner's own; a resumed run needs the same
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the progress for ``json.dumps``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Progress:
-        """Return the progress from the JSON of :meth:`to_dict`."""
         fields = [(tuple(field), value) for field, value in data["fields"]]
         per_layer, settings = data.get("per_layer", False), data.get("settings", {})
         return cls(data["step"], data["history"], fields, data["scopes"], per_layer, settings)
 
 
 def full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
-    """Return the JSON of a model's config, with every default and the entries of all layers."""
     with layers_listed(model, per_layer):
         return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
 def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
-    """Return how far a pruner has come.
-
-    ``unpruned``: the JSON of the config before the pruner's first step (:func:`full_config`).
-    """
+    """Return how far a pruner has come; ``unpruned``: :func:`full_config` before its first step."""
     hook = sync_hook_of(pruner)
     history = [
         (name, bool(out), [int(index) for index in idxs])
@@ -91,7 +77,6 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
 
 
 def settings_of(pruner: Any) -> dict[str, Any]:
-    """Return the settings of a pruner that say how much it prunes, as plain data."""
     names = {layer: name for name, layer in pruner.model.named_modules()}
     settings = {name: getattr(pruner, name) for name in _SETTINGS if hasattr(pruner, name)}
     for key in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
@@ -102,28 +87,18 @@ def settings_of(pruner: Any) -> dict[str, Any]:
 
 
 def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
-    """Return the pruner's ``HFConfigSyncHook``; register one if it has none."""
     for hook in hooks_of(pruner):
         if isinstance(hook, HFConfigSyncHook):
             return hook
-    hook = HFConfigSyncHook()
+    hook = HFConfigSyncHook()  # ``build`` made a pruner without one
     hook.register(pruner)
     return hook
 
 
 def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]) -> Any:
-    """Return a pruner in the state of another one, on a model that is pruned already.
+    """Return a pruner in a recorded state, on a model that is pruned already, or change nothing.
 
-    The model keeps its Parameters.
-
-    Args:
-        progress: the state of the other pruner.
-        model: the pruned model, or a module that contains it.
-        build: makes the pruner of a model.
-
-    Raises:
-        TrainingError: the model is not what the history leaves, or its class refuses the unpruned
-            config; nothing is changed then.
+    The model keeps its Parameters. ``build`` makes the pruner of a model.
     """
     _, pretrained = find_pretrained(model)
     names = dict(pretrained.named_parameters(remove_duplicate=False))
@@ -148,14 +123,10 @@ def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module],
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise if a pruner would go on with other settings than the checkpoint's run began with.
-
-    Raises:
-        TrainingError: it would; the run could be neither the old one nor a new one.
-    """
+    """Raise if a pruner's settings differ from those of the checkpoint's run."""
     names = dict.fromkeys((*saved, *now)) if saved else {}
     other = [f"{n}={now.get(n)}" for n in names if saved.get(n) != now.get(n)]
-    if other:
+    if other:  # the run would be neither the old one nor a new one
         old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
         raise TrainingError(
             f"the checkpoint's run pruned with {listed(old)}, and this one has {listed(other)}. "
@@ -165,13 +136,7 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _widen(changes: Changes, model: Any, progress: Progress) -> None:
-    """Give a model its unpruned shapes: in config, attributes, buffers and Parameters.
-
-    Parameters of another shape and all saved buffers are filled with zeros.
-
-    Raises:
-        TrainingError: the class refuses the current or the unpruned config.
-    """
+    """Give a model its unpruned shapes; changed Parameters and saved buffers become zeros."""
     builder, pruned_build = build_live(model, buffers=True)
     data = config_json(model.config)
     wide_build = builder.build(with_values(data, dict(progress.fields)), buffers=True)
@@ -195,11 +160,6 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
 
 
 def _check_narrow(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
-    """Raise if pruning again leaves other shapes than the loaded weights have.
-
-    Raises:
-        TrainingError: a tensor has another shape.
-    """
     for name, tensor in loaded.items():
         module, key = owner(model, name)
         replayed = getattr(module, key)
