@@ -122,7 +122,7 @@ def calibrations() -> Iterator[list[str]]:
 def main() -> None:
     """Write the table."""
     today = f"{datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}"
-    columns = ("foretold", "Gram matrices", "the process, beside a plain pass")
+    columns = ("estimated", "Gram matrices", "the process, beside a plain pass")
     made = markdown([f"measured {today}", *columns], list(calibrations()))
     text = PAGE.read_text(encoding="utf-8")
     found = between(text)

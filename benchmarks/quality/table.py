@@ -35,7 +35,7 @@ _BOTH_TEXTS = (
     "code: cut only",
     "cut and refitted",
 )
-_KL = "KL: cut, refitted (foretold), after"
+_KL = "KL: cut, refitted (estimated), after"
 
 
 @dataclass(frozen=True)
@@ -102,24 +102,28 @@ def page(rows: list[Row], head: dict[str, Any], scale: Scale) -> str:
     measured, wanted = head["rows_of_all"]
     threads = sorted({row["threads"] for row in rows})
     lines = [
-        "# How well pruned models do without training",
+        "# Quality without training",
         "",
+        "The cost of pruning with each importance, with and without refits. No model is trained.",
         f"Measured by `make quality`: {head['date']}, {named}, seed {scale.seed},",
         f"on a CPU (threads: {' or '.join(map(str, threads))}); {measured} of {wanted} rows.",
-        "Nothing is trained anywhere on this page. *Cut only*: channels are removed. *Cut and",
-        "refitted*: the weights that read them are refitted in closed form before,",
-        "`HFConfigSyncHook(refit=calibrate(model, ...))`, whichever importance chose the",
-        "channels. Everything, row by row, is in [quality.json](quality.json).",
+        "[quality.json](quality.json) has everything, row by row.",
+        "",
+        "- *Cut only*: channels are removed.",
+        "- *Cut and refitted*: before the cut, the weights that read these channels are refitted",
+        "  in closed form, whichever importance chose the channels:",
+        "  `HFConfigSyncHook(refit=calibrate(model, ...))`.",
+        *_about_measures(scale),
         "",
     ]
     other = sum(row["source"] != head["source"] for row in rows)
     if other:
         lines += [
-            f"{other} rows were measured with other code of the package than it has now"
-            " (`source` in the JSON); `--again` measures them anew.",
+            f"{other} rows were measured with another state of the package's code than now"
+            " (`source` in the JSON); `--again` measures them again.",
             "",
         ]
-    lines += _about_texts(rows, scale)
+    lines += _about_texts(rows)
     for sheet in sheets(rows):
         lines += [f"## {sheet.title}", "", _markdown([sheet.header, *sheet.lines]), ""]
     failed = [row for row in rows if "why" in row]
@@ -130,18 +134,25 @@ def page(rows: list[Row], head: dict[str, Any], scale: Scale) -> str:
     return "\n".join(lines)
 
 
-def _about_texts(rows: list[Row], scale: Scale) -> list[str]:
+def _about_measures(scale: Scale) -> list[str]:
+    return [
+        "- *Perplexity*: lower is better.",
+        "- *Rank correlation*, for the embedder: of the similarities of sentences with those of",
+        "  the original model. Higher is better.",
+        "- *KL*: how far the distribution of the next token is from that of the original model,",
+        "  on held-out windows of the calibration text: estimated for the cut only and with",
+        "  refits, then measured after the cut.",
+        "- `obs` ranks channels that are read through norms as `wanda` does.",
+        f"- Taylor and Hessian see {scale.gradients} windows. Torch-Pruning's Hessian gets the",
+        "  mean of squared gradients at once; sample by sample it keeps only the last one.",
+    ]
+
+
+def _about_texts(rows: list[Row]) -> list[str]:
     lines = [
-        "Two texts tell how good a language model is: windows of the Python reference that no",
-        "calibration text contains, and a second one, half source code of the standard library",
-        "and half licences of installed packages. Perplexities: lower is better. For the",
-        "embedder, the rank correlation of the similarities of sentences with the original's:",
-        "higher is better. `obs` ranks channels that are read through norms as `wanda` does.",
-        "*KL*: how far the distribution of the next token is from the original's on held-out",
-        "windows of the calibration text: foretold for the cut only and with refits, and measured",
-        "after the cut. Torch-Pruning's Hessian gets the mean of squared gradients at once;",
-        "sample by sample it keeps only the last one. Taylor and Hessian see",
-        f"{scale.gradients} windows.",
+        "Models are evaluated on two texts. The first, *reference*, is windows of the Python",
+        "reference that no calibration text contains. The second, *code*, is half source code of",
+        "the standard library and half licences of installed packages.",
         "",
     ]
     unpruned = next((r for r in rows if r["subject"] == "unpruned" and "why" not in r), None)
@@ -149,7 +160,7 @@ def _about_texts(rows: list[Row], scale: Scale) -> list[str]:
         ref, second = (f"{unpruned['tokens'][text]:,}" for text in TEXTS)
         most = max(share for by in unpruned["shared"].values() for share in by.values())
         lines += [
-            f"The texts have {ref} and {second} tokens. Of their runs of 13 tokens, at most",
+            f"They have {ref} and {second} tokens. Of their runs of 13 tokens, at most",
             f"{100 * most:.1f} % are in the reference's training part or in the shipped text.",
             "",
         ]
@@ -203,7 +214,7 @@ def _layers(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
         if "layers" in row:
             what = f"layers {', '.join(map(str, row['layers']))} dropped, not refitted"
         lines.append((what, f"{row['parameters'] / 1e6:.2f} M", *_plain(row, "refitted")))
-    title = "Layers that differ, and fewer layers: SmolLM2-135M, feed-forward widths, refitted"
+    title = "A width for each layer, dropped layers: SmolLM2-135M, feed-forward widths, refitted"
     yield Sheet(title, ("what", "parameters", "reference", "code and licences"), lines)
 
 
@@ -219,7 +230,7 @@ def _optipfair(rows: list[Row], good: list[Row]) -> Iterable[Sheet]:
         size = f"{row['parameters'] / 1e6:.1f} M"
         lines.append((f"{_label(row)}, cut only", size, *_plain(row)))
         lines.append((f"{_label(row)}, cut and refitted", size, *_plain(row, "refitted")))
-    title = f"Beside OptiPFair: SmolLM2-135M, {_widths(rows[0])}"
+    title = f"Compared with OptiPFair: SmolLM2-135M, {_widths(rows[0])}"
     yield Sheet(title, ("what", "parameters", "reference", "code and licences"), lines)
 
 
