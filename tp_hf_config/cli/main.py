@@ -28,10 +28,7 @@ def run() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code.
-
-    ``argv``: the command line without the program's name; default: that of the process.
-    """
+    """Run one command; ``argv`` has no program name. Return the exit code."""
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # >&-
     if find_spec("typer") is None:
         say(f"{PROGRAM} needs typer: pip install 'tp-hf-config[cli]'")

@@ -20,8 +20,7 @@ from .source import Source, cached_model, tokenizer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-LICENCES = ("LICENSE*", "NOTICE*")
-"""The files that go with a model in any form."""
+LICENCES = ("LICENSE*", "NOTICE*")  # copied with every format
 _BELONG = (
     "tokenizer*",
     "*tokenizer/*",
@@ -70,7 +69,7 @@ class Copied:
 
     Attributes:
         files: the files that were copied.
-        not_copied: the other files, without weights, hidden files and files that are written anew.
+        not_copied: the other files, except weights, hidden files and files that are written anew.
         notes: what else the user should know.
     """
 
@@ -85,17 +84,11 @@ def copy_companions(
     wanted: tuple[str, ...] = _BELONG,
     without: Collection[str] = (),
 ) -> Copied:
-    """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
+    """Copy a model's files that match ``wanted``, and its trusted code, into ``out``.
 
-    Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
-    write the tokenizer alone.  Do not overwrite files in ``out``, but for its config.json: code
-    that it names and that does not go along is named no more.
-
-    Args:
-        source: the model.
-        out: the folder to copy to.
-        wanted: patterns of the files that belong to it; code goes with its tokenizer and processor.
-        without: names of files that do not go along.
+    Links are followed only into the model's folder or the Hub's cache. Of a GGUF file, only the
+    tokenizer is written. Files in ``out`` are kept, but its config.json no longer names code that
+    is not there. ``without``: names of files not to copy.
     """
     if source.gguf is not None:
         return Copied(()) if wanted == LICENCES else _tokenizer_in_file(source, out)
@@ -129,18 +122,17 @@ def copy_companions(
 def _weights_of(folder: Path) -> tuple[str, ...]:
     try:
         return read_weights(folder).files
-    except CheckpointError:  # only the small files of a Hub model are there
+    except CheckpointError:  # a Hub model's folder has only the small files
         return ()
 
 
 def fetch_companions(source: Source) -> None:
-    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others."""
+    """Download the files of a Hub model that :func:`copy_companions` copies."""
     if source.folder is None:
         _snapshot(source)
 
 
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
-    """Write the tokenizer in a GGUF file into ``out``, where Transformers can read it."""
     try:
         files = tokenizer_of(source).save_pretrained(out)
     except PipelineError as error:
@@ -179,19 +171,14 @@ def code_files(config: PreTrainedConfig) -> set[str]:
 def notes_on_uncopied(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:
-    """Return a note for each number in a file that was not copied if a config field had this value.
+    """Return notes on numbers in uncopied files that equal the old value of a changed field.
 
-    An example is the width in the config of a pooling layer.
-
-    Args:
-        source: the model; files of a Hub model are not read.
-        copied: the files that were copied, and those that were not.
-        fields: config field -> (value before, value after), for the fields that changed.
+    An example is the width in the config of a pooling layer. Files of a Hub model are not read.
     """
     changes = {
         old: (name, new)
         for name, (old, new) in reversed(list(fields.items()))
-        if type(old) is int  # a list is no number in another file
+        if type(old) is int  # not lists
     }
     notes = []
     for file in copied.not_copied if source.folder else ():
@@ -213,16 +200,16 @@ def notes_on_uncopied(
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Match file names with patterns, of which no star goes into a folder."""
+    """True if a pattern matches; a star matches no slash."""
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )
 
 
 def _snapshot(source: Source) -> Path:
-    """Download the small files of a Hub model, and return their folder in the Hub's cache.
+    """Download the small files of a Hub model; return their folder in the Hub's cache.
 
-    Settings and texts that are not copied are among them, for :class:`Copied` names them.
+    Settings and texts that are not copied are included, because :class:`Copied` lists them.
     """
     from huggingface_hub import snapshot_download
 

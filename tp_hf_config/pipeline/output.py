@@ -17,18 +17,14 @@ from ..errors import PipelineError, in_one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OF_A_MODEL = ("config.json", "model.gguf")
-"""A folder with one of these files holds a model."""
+_OF_A_MODEL = ("config.json", "model.gguf")  # a folder with one of these files holds a model
 
 
 @contextmanager
 def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder to write to; it becomes ``target`` at the end and is removed after a failure.
+    """Yield a folder to write to; it becomes ``target`` at the end, and is removed after a failure.
 
-    Args:
-        target: the final folder; empty or not there, unless ``overwrite``.
-        source: a folder that has to stay.
-        overwrite: replace a model folder that is there, at the end.
+    ``overwrite``: replace a model folder at ``target``, but never one that holds ``source``.
     """
     check_target(target, source=source, overwrite=overwrite)
     check = partial(check_target, target, overwrite=overwrite)
@@ -40,7 +36,7 @@ def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) 
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise if :func:`output_folder` would refuse ``target``, before there is anything to write."""
+    """Raise now if :func:`output_folder` would refuse ``target``."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
@@ -77,7 +73,6 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
 
 
 def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
-    """Return why replacing ``target`` would destroy ``source``, or ``None``."""
     if source is None:
         return None
     source = source.resolve()
@@ -87,10 +82,9 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raise if :func:`save_model` would refuse a model's generation config, before it is pruned.
+    """Raise before pruning if :func:`save_model` would refuse a model's generation config.
 
-    Transformers up to 5.0, for one, saves none whose fields contradict each other, as published
-    ones do.
+    Transformers up to 5.0 refuses fields that contradict each other, which published models have.
     """
     generation = getattr(model, "generation_config", None)
     if generation is None:
@@ -109,19 +103,11 @@ def check_savable(model: PreTrainedModel) -> None:
 def save_model(
     model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
 ) -> tuple[str, ...]:
-    """Write a model's config and weights into a folder.
+    """Write a model's config, with the rotary fields that Transformers 4 reads, and its weights.
 
-    The config has the rotary fields that Transformers 4 reads too.
-
-    Args:
-        model: the model.
-        folder: the folder; files of other names in it stay.
-        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
-
-    Returns:
-        What the config cannot say to Transformers 4, and why, one sentence each.
+    Return a sentence for everything that the config cannot express for Transformers 4.
     """
-    # with torch, which no check of a job needs
+    # imports torch, which the checks of a job do not need
     from ..checkpoint.building import Classes
     from ..checkpoint.loading import main_dtype
     from ..checkpoint.rotary import write_for_transformers_4
@@ -135,7 +121,7 @@ def save_model(
 
 
 def _correct_dtype(folder: Path, dtype: str) -> None:
-    """Write into config.json with which dtype the model is to be loaded, if it says another."""
+    """Correct the dtype in config.json with which the model is to be loaded."""
     data = json.loads((folder / CONFIG).read_bytes())
     name = "torch_dtype" if "torch_dtype" in data else "dtype"  # Transformers 4 and 5
     if data.get(name, dtype) != dtype:
@@ -145,7 +131,7 @@ def _correct_dtype(folder: Path, dtype: str) -> None:
 
 @contextmanager
 def writing_weights() -> Iterator[None]:
-    """Raise a full disk, as safetensors reports it, as a ``PipelineError``."""
+    """Raise safetensors' error about a full disk as a ``PipelineError``."""
     from safetensors import SafetensorError
 
     try:
