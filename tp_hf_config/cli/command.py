@@ -20,7 +20,6 @@ from ..model.shortage import is_out_of_memory
 from ..schema import dated
 from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 
-# typer's base class of usage errors: click's, or that of a copy of click
 UsageError: Any = typer.BadParameter.__base__  # click's; new versions have a copy of click
 Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code
 _dumps = partial(json.dumps, indent=2, default=str)
@@ -54,9 +53,8 @@ class Command(TyperCommand):
     """A command whose function returns a report and an exit code."""
 
     def invoke(self, ctx: Any) -> Outcome:
-        """Run the function; nothing that libraries print reaches standard output."""
         try:
-            with redirect_stdout(sys.stderr), _few_warnings():
+            with redirect_stdout(sys.stderr), _few_warnings():  # standard output is for the report
                 report, code = super().invoke(ctx)
         except KeyboardInterrupt as error:
             return _failed(ctx, error, INTERRUPTED, "interrupted")
@@ -92,7 +90,7 @@ def _failed(ctx: Any, error: BaseException, code: int, text: str) -> Outcome:
 
 @contextmanager
 def _few_warnings() -> Iterator[None]:
-    """Print this library's warnings as lines; hide those of libraries, meant for programmers."""
+    """Print this library's warnings as lines; hide those of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", PrunerSettingsWarning)

@@ -15,7 +15,7 @@ from .output import INTERRUPTED, PROGRAM, UNKNOWN, UNREAD, discard, say
 
 
 def run() -> int:
-    """Run one command as the main function of a process; return the exit code."""
+    """Run one command as a process's main function; return the exit code."""
     for name in ("SIGTERM", "SIGHUP"):  # an exception, so that half-written files are removed
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # no nohup

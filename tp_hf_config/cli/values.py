@@ -119,10 +119,7 @@ def _wrong(text: str, expected: str) -> typer.BadParameter:
 
 
 def widths_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments for ``tp_hf_config.plan`` from the options of plan or prune.
-
-    None are returned if layers are dropped and no width is pruned.
-    """
+    """Return the arguments of ``tp_hf_config.plan``; none if only layers are dropped."""
     unset = {"steps": 1, "ranking": "local"}
     given = {k: v for k, v in options.items() if v not in (None, False, unset.get(k))}
     for message in _contradictions(given):

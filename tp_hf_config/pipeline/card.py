@@ -95,7 +95,6 @@ def base_model(source: Source) -> str:
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    """Return the licence, language and task from the unpruned model's card, if it has one."""
     if source.gguf is not None:
         return {}
     try:

@@ -84,11 +84,10 @@ def copy_companions(
     wanted: tuple[str, ...] = _BELONG,
     without: Collection[str] = (),
 ) -> Copied:
-    """Copy a model's files that match ``wanted``, and its trusted code, into ``out``.
+    """Copy a model's files that match ``wanted``, and its trusted code, to ``out``.
 
-    Links are followed only into the model's folder or the Hub's cache. Of a GGUF file, only the
-    tokenizer is written. Files in ``out`` are kept, but its config.json no longer names code that
-    is not there. ``without``: names of files not to copy.
+    Links are followed only into the model's folder or the Hub's cache. Existing files are kept, but
+    config.json no longer names code that is not there.
     """
     if source.gguf is not None:
         return Copied(()) if wanted == LICENCES else _tokenizer_in_file(source, out)
@@ -127,7 +126,6 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
 
 
 def fetch_companions(source: Source) -> None:
-    """Download the files of a Hub model that :func:`copy_companions` copies."""
     if source.folder is None:
         _snapshot(source)
 
@@ -160,7 +158,7 @@ def _forget_missing_code(folder: Path) -> None:
 
 
 def code_files(config: PreTrainedConfig) -> set[str]:
-    """Return the names of the Python files with the classes of a config and its model."""
+    """Return the names of the files with the code of a config's class and its model's."""
     return {
         f"{reference.rpartition('--')[2].partition('.')[0]}.py"  # "us/model--file.Class"
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()
@@ -171,16 +169,14 @@ def code_files(config: PreTrainedConfig) -> set[str]:
 def notes_on_uncopied(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:
-    """Return notes on numbers in uncopied files that equal the old value of a changed field.
-
-    An example is the width in the config of a pooling layer. Files of a Hub model are not read.
-    """
+    """Return notes on numbers in uncopied files that equal the old value of a changed field."""
     changes = {
         old: (name, new)
         for name, (old, new) in reversed(list(fields.items()))
         if type(old) is int  # not lists
     }
     notes = []
+    # such as the width in a pooling layer's config; a Hub model's files are not read
     for file in copied.not_copied if source.folder else ():
         path = Path(source.place, file)
         if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
@@ -200,23 +196,21 @@ def notes_on_uncopied(
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """True if a pattern matches; a star matches no slash."""
+    """True if a pattern matches; stars match no slash."""
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )
 
 
 def _snapshot(source: Source) -> Path:
-    """Download the small files of a Hub model; return their folder in the Hub's cache.
-
-    Settings and texts that are not copied are included, because :class:`Copied` lists them.
-    """
+    """Download the small files of a Hub model; return their folder in the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
                 source.place,
+                # settings and texts: Copied lists them
                 allow_patterns=[*_BELONG, _CODE, "README.md", "*.json", "*.txt"],
                 ignore_patterns=["*.index.json"],
             )

@@ -1,7 +1,7 @@
 """Export to ``"gguf"``: one file with weights, widths by layer and tokenizer, for llama.cpp.
 
-llama.cpp supports byte-level BPE, with a name for each way to split text before it, and
-SentencePiece's BPE. What a tokenizer does is read from the JSON of its fast version.
+llama.cpp supports SentencePiece's BPE and byte-level BPE, with a name for each way to split text
+before it. What a tokenizer does is read from the JSON of its fast version.
 """
 
 from __future__ import annotations
@@ -63,11 +63,7 @@ Vocabulary = dict[str, Any]
 def prepare(
     model: PreTrainedModel, source: Source | None, multiple_of: int | None
 ) -> Ready | Refusal:
-    """Prove that a model is a Llama, whose layers may differ, and that GGUF can express all of it.
-
-    Return the export, or what llama.cpp does not compute. ``source``: where the model and its
-    tokenizer are. ``multiple_of``: pad each layer's feed-forward to a multiple of this.
-    """
+    """Prove that a model is a Llama, whose layers may differ, and that GGUF can express it."""
     if source is None:
         return Refusal(_NO_TOKENIZER)
     llama = llama_layers(model, multiple_of)
@@ -113,10 +109,6 @@ def prepare(
 def write_file(
     path: Path, llama: LlamaLayers, vocabulary: Vocabulary, factors: Tensor | None, name: str
 ) -> None:
-    """Write a GGUF file.
-
-    ``factors``: the rotary frequencies are divided by these; ``None``: by 1.
-    """
     writer: Any = gguf.GGUFWriter(path, _architecture(llama.layers))
     writer.add_name(name)
     writer.add_file_type(_TYPES[llama.weights["model.embed_tokens.weight"].dtype][1])
@@ -135,7 +127,7 @@ def write_file(
 
 
 def _difference(path: Path, llama: LlamaLayers, factors: Tensor | None) -> str | None:
-    """Return how a file differs from what was to be written, if it does."""
+    """Read a file back; return how it differs from what was to be written, if it does."""
     reader = gguf.GGUFReader(path)
     arch = _architecture(llama.layers)
     for key, value in _by_layer(llama.layers).items():
@@ -174,7 +166,6 @@ def _add_widths(writer: Any, llama: LlamaLayers) -> None:
 
 
 def _by_layer(layers: list[Layer]) -> dict[str, int | list[int]]:
-    """Return key in the file, without the architecture -> its value, or one for each layer."""
     values = {
         "feed_forward_length": [layer.ffn for layer in layers],
         "attention.head_count": [layer.queries for layer in layers],
@@ -184,11 +175,7 @@ def _by_layer(layers: list[Layer]) -> dict[str, int | list[int]]:
 
 
 def _tensors(llama: LlamaLayers, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and values of each tensor, as llama.cpp expects them.
-
-    llama.cpp rotates neighbouring channels of a head together, Transformers those half a head
-    apart. Norms and biases have to be float32, which represents the other dtypes exactly.
-    """
+    """Yield name and values of each tensor, as llama.cpp expects them."""
     if factors is not None:
         yield _ROTARY_FACTORS, factors
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(llama.layers))
@@ -197,21 +184,21 @@ def _tensors(llama: LlamaLayers, factors: Tensor | None) -> Iterator[tuple[str, 
         parts = key.split(".")
         if parts[-2] in ("q_proj", "k_proj"):
             layer = llama.layers[int(parts[2])]
+            # llama.cpp rotates neighbouring channels together, Transformers those half a head apart
             weight = _in_pairs(weight, layer.queries if parts[-2] == "q_proj" else layer.keys)
+        # norms and biases have to be float32, which represents the other dtypes exactly
         yield name, weight.float() if weight.dim() == 1 else weight
 
 
 def _in_pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Interleave the two halves of each head's channels."""
     halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
-    """Return the factor by which llama.cpp divides each rotary frequency; ``None``: all are 1.
+    """Return llama.cpp's divisors of the rotary frequencies (Llama 3 scales them).
 
-    Scaled embeddings (Llama 3) have factors. Those that depend on the length of the text or scale
-    attention are refused.
+    ``None``: all 1.
     """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -249,10 +236,7 @@ def _rope_theta(config: LlamaConfig) -> float:
 def vocabulary_of(
     tokenizer: PreTrainedTokenizerBase, size: int
 ) -> tuple[Vocabulary, tuple[str, ...]] | Refusal:
-    """Return a tokenizer as llama.cpp reads it, with notes on small differences, or refuse it.
-
-    ``size``: the model's number of embeddings.
-    """
+    """Return a tokenizer as llama.cpp reads it, with notes on small differences, or refuse it."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return Refusal(f"its tokenizer ({type(tokenizer).__name__}) has no fast form to read")
@@ -307,7 +291,6 @@ _Cutting = tuple[str, dict[str, float], bool, tuple[str, ...]]
 
 
 def _why_another_bpe(model: Mapping[str, Any]) -> str | None:
-    """Return why llama.cpp's BPE differs from a tokenizer's, if it does."""
     kind = model.get("type")
     if kind != "BPE":
         return (
@@ -365,7 +348,7 @@ def _byte_level(
 
 
 def _steps(pre: Any) -> tuple[Any, ...]:
-    """Return a pre-tokenizer's steps in short; steps with unknown settings as JSON."""
+    """Return a pre-tokenizer's steps in short; those with unknown settings as JSON."""
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
@@ -452,7 +435,7 @@ def _what(name: str, value: Any) -> str:
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | Refusal:
-    """Return whether bos is put before a text, and eos after it."""
+    """Return whether bos is put before a text and eos after it, or refuse."""
     eos = tokenizer.eos_token_id
     if eos is None:
         return Refusal(

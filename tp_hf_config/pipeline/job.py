@@ -48,27 +48,29 @@ class Job:
 
     source: Source
     out: Path
-    widths: Mapping[str, Any]
+    widths: Mapping[str, Any]  # arguments of plan(); none: only layers are dropped
+    # None: wanda if there is a text, else magnitude
     importance: Importance | None = None
+    # None: the shipped text for a causal language model
     calibration: Path | Literal["own"] | None = None
-    recover: int = 0
+    recover: int = 0  # updates of distillation from the unpruned model, spread over the steps
     device: str = "cpu"
-    dtype: str | None = None
-    refit: bool = True
+    dtype: str | None = None  # None: as stored
+    refit: bool = True  # if there is a text
     seed: int = 0
     max_shard_size: str | None = None
     overwrite: bool = False
-    drop_layers: int = 0
-    drop_from: str | None = None
+    drop_layers: int = 0  # layers of least influence to drop before widths are pruned
+    drop_from: str | None = None  # the list of layers to drop from, if the model has several
+    # put computed weights into mapped files; None: if the model is large (is_large)
     stream: bool | None = None
-    ranking: Ranking = "local"
-    allocate: bool = False
-    tokens: int | None = None
-    command: str = ""
+    ranking: Ranking = "local"  # rank units by layer, globally, or across layers of one structure
+    allocate: bool = False  # find each layer's width by sensitivity, for the target in widths
+    tokens: int | None = None  # to measure on; None: the default of calibrate
+    command: str = ""  # the typed command line, for the model card
 
     @property
     def per_layer(self) -> bool:
-        """True if each layer may get widths of its own."""
         return bool(self.widths.get("per_layer"))
 
     @property
@@ -77,7 +79,7 @@ class Job:
 
 
 def calibration_text(job: Job) -> str | None:
-    """Return the text in a job's calibration file, if it has one; raise if it is no UTF-8 text."""
+    """Return the text in a job's calibration file, if it has one."""
     path = job.calibration
     if path is None or path == "own":
         return None
@@ -96,8 +98,6 @@ def calibration_text(job: Job) -> str | None:
 
 @dataclass(frozen=True)
 class Layerwise:
-    """How a saved model whose layers differ is loaded."""
-
     widths: Mapping[str, tuple[Any, ...]]  # config field -> its value in each layer
     auto_class: str  # its from_pretrained loads the model
     file: str
@@ -112,19 +112,20 @@ class Pruned(Report):
 
     model: str
     out: Path
-    plan: Plan | None
+    plan: Plan | None  # None if only layers were dropped
     steps: tuple[SyncReport, ...]
     parameters: tuple[int, int]
     proof: Proof
     copied: Copied
+    # before and after, on the two TEXTS; None: not measured
     perplexity: tuple[float, float] | None = None
     perplexity_second_text: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
     dropped_layers: DroppedLayers | None = None
-    allocation: Allocation | None = None
-    layers_differ: Layerwise | None = None
+    allocation: Allocation | None = None  # None if there was a plan
+    layers_differ: Layerwise | None = None  # None if they do not
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
@@ -134,7 +135,7 @@ class Pruned(Report):
 
     @property
     def perplexities(self) -> dict[str, tuple[float, float]]:
-        """Text, in words -> the perplexity on it before and after, of those measured."""
+        """Text -> the perplexity on it before and after, of those measured."""
         measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
         return {text: values for text, values in measured if values is not None}
 
@@ -171,7 +172,6 @@ class Pruned(Report):
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
-    """Return config field -> (value before the first report, value after the last)."""
     changes: dict[str, tuple[Any, Any]] = {}
     for report in reports:
         for name, (old, new) in report.fields.items():
@@ -181,15 +181,13 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
-    """An export that is proved and can be written."""
-
-    write: Callable[[Path], None]
-    fields: ByLayer
+    write: Callable[[Path], None]  # into an empty folder
+    fields: ByLayer  # those that were padded, or by which layers differ
     parameters: int
     proof: SameOutputs
-    loading: str
+    loading: str  # how it is loaded, for the model card
     notes: tuple[str, ...] = ()
-    holds_tokenizer: bool = False
+    holds_tokenizer: bool = False  # its files are not copied, what is written contains it
 
 
 @dataclass(frozen=True, repr=False)

@@ -71,8 +71,8 @@ class DeciLMConfig(LlamaConfig):
 def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
     """Return the config with which a Llama computes the same from the same weights, and the proof.
 
-    All layers have to be alike. A bias that only the Llama has is zero. Refuse a model with other
-    tensors or outputs, or with a setting of its own that can change what it computes.
+    All layers have to be alike. Refused: other tensors or outputs, or settings of its own that can
+    change what it computes.
     """
     data = config_json(model.config, use_diff=False)
     llama = _built(model, data)
@@ -111,10 +111,7 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
 def _at_the_end(
     model: PreTrainedModel, inputs: Mapping[str, Any], config: LlamaConfig
 ) -> Iterator[dict[str, Any]]:
-    """Yield inputs with the last positions that a config allows, if the model takes positions.
-
-    They show what depends on positions alone, such as queries that are scaled from one on.
-    """
+    """Yield inputs with the last positions: there, position-dependent scaling of queries shows."""
     ids = inputs.get("input_ids")
     if ids is None or "position_ids" not in signature(model.forward).parameters:
         return
@@ -124,7 +121,7 @@ def _at_the_end(
 
 
 def _outputs(model: Any, passes: Sequence[dict[str, Any]], recipe: RunRecipe) -> list[Tensor]:
-    """Return the outputs of several passes of a model in float64, one after the other."""
+    """Return the float64 outputs of several passes."""
     twin = in_float64(model, recipe)
     # frequencies that a class computes once and keeps (longrope) become float32, as in a model
     # that ran before
@@ -154,7 +151,7 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
         reason = reason or f"a Llama has other tensors: {listed(sorted({*apart, *lacking}))}"
         if not apart and not lacking:
             llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
-            zeros = {
+            zeros = {  # biases that only the Llama has
                 n: torch.zeros(wanted[n], dtype=model.dtype) for n in wanted if n not in weights
             }
             _give_weights(llama, {**weights, **zeros})
@@ -169,8 +166,6 @@ def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 class Layer(NamedTuple):
-    """The widths of one layer: feed-forward, query heads, key/value heads."""
-
     ffn: int
     queries: int
     keys: int
@@ -178,10 +173,10 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaLayers:
-    """A model that computes what a Llama does, layer by layer."""
+    """A model that computes what a Llama does; its weights have a Llama's names."""
 
-    config: LlamaConfig
-    weights: dict[str, Tensor]
+    config: LlamaConfig  # with the largest widths of all layers
+    weights: dict[str, Tensor]  # on the CPU, without a tied head
     layers: list[Layer]
     fields: ByLayer  # those in which layers differ, before and after padding
     proof: SameOutputs
@@ -196,10 +191,7 @@ class LlamaLayers:
 
 
 def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
-    """Prove that a model is a Llama, whose layers may differ, and return its parts; or refuse.
-
-    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
-    """
+    """Prove that a model is a Llama, whose layers may differ, and return its parts; or refuse."""
     differ = bool(layer_lists(type(model)))
     if multiple_of is not None and not differ:
         return Refusal(
@@ -244,7 +236,6 @@ def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel |
 
 
 def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[Layer]:
-    """Return the widths of each layer, by the shapes of a Llama's tensors."""
     layers: list[Layer] = []
     head_dim = _head_dim(config)
     for number in range(config.num_hidden_layers):
@@ -273,10 +264,7 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
 
 
 def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
-    """Prove that a model is a Llama of several widths, and return the export; or refuse.
-
-    ``multiple_of``: 256: layers are padded to it, and their widths are given as ratios.
-    """
+    """Prove that a model is a Llama of several widths, and return the export; or refuse."""
     if multiple_of not in (None, MULTIPLE):
         return Refusal(
             f"multiple_of={multiple_of}: DeciLM's ratios stand for multiples of "
@@ -325,7 +313,6 @@ def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
 def _deci_config(
     llama: LlamaConfig, layers: list[Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return config.json: a Llama's with the largest widths, and an entry for each layer."""
     return {
         **config_json(llama),
         "architectures": ["DeciLMForCausalLM"],

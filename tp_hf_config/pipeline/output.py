@@ -22,10 +22,7 @@ _OF_A_MODEL = ("config.json", "model.gguf")  # a folder with one of these files 
 
 @contextmanager
 def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder to write to; it becomes ``target`` at the end, and is removed after a failure.
-
-    ``overwrite``: replace a model folder at ``target``, but never one that holds ``source``.
-    """
+    """Yield a folder that becomes ``target`` at the end, and is removed after a failure."""
     check_target(target, source=source, overwrite=overwrite)
     check = partial(check_target, target, overwrite=overwrite)
     try:
@@ -36,7 +33,7 @@ def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) 
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise now if :func:`output_folder` would refuse ``target``."""
+    """Raise now if :func:`output_folder` would refuse ``target``, before anything is computed."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
@@ -82,7 +79,7 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raise before pruning if :func:`save_model` would refuse a model's generation config.
+    """Raise before pruning if the generation config cannot be saved.
 
     Transformers up to 5.0 refuses fields that contradict each other, which published models have.
     """
@@ -103,9 +100,9 @@ def check_savable(model: PreTrainedModel) -> None:
 def save_model(
     model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
 ) -> tuple[str, ...]:
-    """Write a model's config, with the rotary fields that Transformers 4 reads, and its weights.
+    """Write a model's weights and its config, with the rotary fields that Transformers 4 reads.
 
-    Return a sentence for everything that the config cannot express for Transformers 4.
+    Return what the config cannot express for Transformers 4, one sentence each.
     """
     # imports torch, which the checks of a job do not need
     from ..checkpoint.building import Classes
@@ -121,7 +118,6 @@ def save_model(
 
 
 def _correct_dtype(folder: Path, dtype: str) -> None:
-    """Correct the dtype in config.json with which the model is to be loaded."""
     data = json.loads((folder / CONFIG).read_bytes())
     name = "torch_dtype" if "torch_dtype" in data else "dtype"  # Transformers 4 and 5
     if data.get(name, dtype) != dtype:
@@ -131,10 +127,9 @@ def _correct_dtype(folder: Path, dtype: str) -> None:
 
 @contextmanager
 def writing_weights() -> Iterator[None]:
-    """Raise safetensors' error about a full disk as a ``PipelineError``."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise PipelineError(f"the weights cannot be written: {error}") from error
+        raise PipelineError(f"the weights cannot be written: {error}") from error  # a full disk

@@ -1,12 +1,11 @@
 """Pad layers that differ with zeros, so that a class with one width for all can hold them.
 
-The wider class is built, and the dependency groups of the build show which units a layer lacks; its
-weights fill the others. Units are added at the end: query heads after those of their key/value
-group, key/value groups after the others.
+The wider class is built, and its dependency groups show which units a layer lacks; its weights fill
+the others. Query heads are added after those of their key/value group, groups after the others.
 
 Equal outputs do not prove that zeros are neutral: an expert of zeros may just not be chosen for a
-few tokens. So the weights that compute the added units are also set to noise, one side of a layer
-after the other.
+few tokens. So the weights that compute added units are also set to noise, one side of a layer at a
+time.
 """
 
 from __future__ import annotations
@@ -77,11 +76,7 @@ def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
 def padded_alike(
     model: PreTrainedModel, multiple_of: int = 1
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
-    """Pad every layer to the widest, and prove that the stock class then computes the same.
-
-    Return the model, the changed fields with their values by layer, and the comparison; or refuse.
-    ``multiple_of``: padded widths are multiples of this, unless they count heads.
-    """
+    """Pad every layer to the widest, and prove that the stock class then computes the same."""
     widths = layer_widths(model)
     values = _largest(widths, multiple_of)
     if isinstance(values, Refusal):
@@ -101,9 +96,7 @@ def padded_alike(
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """The widths that single layers of a model have of their own."""
-
-    data: dict[str, Any]
+    data: dict[str, Any]  # config.json with an entry for every layer
     widths: tuple[Width, ...]  # the proved ones, each of one layer
     values: dict[FieldPath, int]  # of their fields
 
@@ -112,12 +105,11 @@ class LayerWidths:
         return [group for width in self.widths for group in width.groups]
 
     def values_of(self, shared: FieldPath) -> list[int]:
-        """Return the values that layers have of a field, in their order."""
         return [v for field, v in self.values.items() if shared_field(field) == shared]
 
 
 def layer_widths(model: PreTrainedModel) -> LayerWidths:
-    """Return the widths that single layers of a model have of their own, weights not needed."""
+    """Return the widths that single layers of a model (weights or not) have of their own."""
     with layers_listed(model):
         view = view_of(model, weights=False)
         widths = tuple(
@@ -141,10 +133,7 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
 
 
 def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
-    """Return field for all layers -> the least value that every layer can be padded to.
-
-    Heads need not be multiples of ``multiple_of``. Refuse if the layers have no common value.
-    """
+    """Return field for all layers -> the least value that every layer can be padded to."""
     found: dict[FieldPath, int] = {}
     for field in dict.fromkeys(map(shared_field, widths.values)):
         values = set(widths.values_of(field))
@@ -166,11 +155,7 @@ def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] 
 
 
 def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
-    """Return the value of a field that is pruned with another one that counts its units, if any.
-
-    It is the most units of a layer times the most that a unit holds (key/value heads, and query
-    heads for each).
-    """
+    """Return the value of a field pruned together with one that counts its units, if any."""
     for width in widths.widths:
         shared = _shared(width.fields)
         if len(shared) > 1 and field in shared:
@@ -181,6 +166,7 @@ def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
             own = widths.values_of(field)
             if all(value % count == 0 for value, count in zip(own, units, strict=True)):
                 per_unit = [value // count for value, count in zip(own, units, strict=True)]
+                # key/value heads, and the query heads of each
                 return max(units) * max(per_unit)
     return None
 
@@ -191,10 +177,7 @@ def pad(
     model_class: type[PreTrainedModel],
     data: dict[str, Any],
 ) -> tuple[PreTrainedModel, SameOutputs] | Refusal:
-    """Build a class from a config with wider layers (``data``), with a model's weights and zeros.
-
-    Return the padded model on the CPU, and the proof that it computes the same; or refuse.
-    """
+    """Build a wider class with a model's weights and zeros; prove that it computes the same."""
     builder = Builder(model).of_class(model_class)
     try:
         config = builder.config(data)
@@ -241,7 +224,6 @@ def _is_around(outer: Group, group: Group) -> bool:
 
 
 def _units(group: Group, new: Mapping[FieldPath, int], old: Mapping[FieldPath, int]) -> int:
-    """Return how many units a group has if its fields have the old values."""
     field = min(group.fields, key=lambda field: (new[field], old[field]))  # units hold the others'
     return group.count.units * old[field] // new[field]
 
@@ -283,7 +265,7 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
 
 
 def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> SameOutputs | Refusal:
-    """Compare a padded model with the model, and check that zeros are neutral in every width."""
+    """Compare a padded model with the model; refuse a field in which zeros are not neutral."""
     recipe = map_of(model).recipe
     inputs = runnable_inputs(model, recipe)
     if isinstance(inputs, Refusal):

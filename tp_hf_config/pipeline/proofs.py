@@ -28,8 +28,6 @@ ROUNDING = 1e-9  # largest relative difference of float64 outputs that counts as
 
 @dataclass(frozen=True)
 class Proof:
-    """A proof that a folder holds a model: the outputs of both are identical."""
-
     tensors: int  # output tensors that were compared
     numbers: int
 
@@ -41,7 +39,7 @@ class Proof:
 
 
 def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> Proof:
-    """Compare a model with what a fresh process loads from its folder; raise if they differ.
+    """Raise unless a fresh process loads ``folder`` and computes the same as ``model``.
 
     ``recipe``: how the class was run before it was pruned.
     """
@@ -60,7 +58,6 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
 
 
 def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
-    """Return keyword arguments of a forward pass with which a model runs, or why there are none."""
     refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
         outputs = _outputs(model, inputs)
@@ -71,7 +68,6 @@ def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]
 
 
 def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments with which a model may run, the likeliest first."""
     yield example_inputs(model, recipe)
     yield from input_forms(model, recipe)
 

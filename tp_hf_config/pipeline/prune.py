@@ -104,10 +104,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
 
 
 def _streams(job: Job) -> bool:
-    """True if a job puts the weights that it computes into mapped files instead of memory.
-
-    Weights that are only read are always mapped. The result is the same, byte for byte.
-    """
+    """True if computed weights go into mapped files, not memory; the result is the same."""
     return is_large(job.source) if job.stream is None else job.stream
 
 
@@ -137,14 +134,11 @@ def _check_device(name: str) -> None:
 def planned_widths(
     job: Job, config: PreTrainedConfig, model_class: type[PreTrainedModel]
 ) -> Plan | None:
-    """Return the plan; ``None`` if no width is pruned, or widths are decided later.
-
-    In both cases, raise if a width that the job names cannot be pruned.
-    """
+    """Return the plan, checked; ``None`` if no width is pruned, or widths are decided later."""
     if not job.widths:
         return None
     if job.drop_layers or job.allocate:
-        # the target is reached later, with other widths by layer or with fewer layers
+        # only a check: the target is reached later, with widths by layer or with fewer layers
         widths = {name: value for name, value in job.widths.items() if name != "target_params"}
         plan_for(job.source, config, model_class, widths)
         return None
@@ -202,7 +196,7 @@ def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
 def _gathered(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> tuple[Choice, Material | None]:
-    """Return the texts to run the model on, or a choice without text if it does not run on any."""
+    """Return the texts to run the model on, or a choice that needs none."""
     if choice.origin is None:
         return choice, None
     material = gather(job, choice, model, progress)
@@ -217,8 +211,6 @@ def _gathered(
 
 
 class Measured(NamedTuple):
-    """A model's number of parameters, and its perplexity on each of ``TEXTS``."""
-
     parameters: int
     perplexities: tuple[float | None, float | None]
 
@@ -233,12 +225,10 @@ def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut."""
-
     widths: Plan | Allocation | None
     dropped: DroppedLayers | None
-    reports: tuple[SyncReport, ...]
-    recipe: RunRecipe
+    reports: tuple[SyncReport, ...]  # one for each step
+    recipe: RunRecipe  # how the class was run before widths were pruned
 
 
 def _cut(
@@ -331,10 +321,7 @@ def run_steps(
     material: Material | None,
     progress: Progress,
 ) -> tuple[SyncReport, ...]:
-    """Prune in steps, with gradients before and recovery after each; return their reports.
-
-    Without ``widths`` the model only recovers.
-    """
+    """Prune in steps, with gradients before and recovery after each; return their reports."""
     recovers = material is not None and material.teacher is not None
     if widths is None:
         if material is not None and recovers:
@@ -365,10 +352,8 @@ def run_steps(
 
 
 def _check_ranking(model: PreTrainedModel, planned: Plan, job: Job) -> None:
-    """Raise if layers that are ranked together would end with widths that no config describes.
-
-    The constructor of a pruner that is never used checks this before the model is run on a text.
-    """
+    """Raise if layers ranked together would end with widths that no config describes."""
+    # the constructor of a pruner checks it, before the model is run on a text
     hook = HFConfigSyncHook(plan=planned)
     _pruner(job, model, tp.importance.GroupMagnitudeImportance(), hook)
 
@@ -396,10 +381,7 @@ def _write(
     work: Path,
     progress: Progress,
 ) -> Pruned:
-    """Write the model, its companions and its card into ``work``.
-
-    Prove that it loads from there.
-    """
+    """Write model, companions and card into ``work``; prove that it loads from there."""
     rotary_notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
     progress.say("a fresh process loads what was written")
@@ -447,7 +429,6 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
 
 
 def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
-    """Yield a note on each text on which the pruned model's perplexity is not finite."""
     for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
         if old is not None and new is None:
             yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"

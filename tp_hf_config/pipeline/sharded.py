@@ -86,7 +86,7 @@ def save_sharded(
 
 @contextmanager
 def _together(when: str) -> Iterator[None]:
-    """Raise on all ranks at the end of ``with`` if one failed inside."""
+    """Raise on all ranks if one failed inside the block."""
     failure: PipelineError | None = None
     try:
         yield

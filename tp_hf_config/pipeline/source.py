@@ -1,8 +1,4 @@
-"""Find a model (a folder, a GGUF file, a Hub id), and read it.
-
-Packed weights, adapters and files that Transformers reads only in part are refused: pruning them
-would not prune the model.
-"""
+"""Find a model (a folder, a GGUF file, a Hub id), and read it."""
 
 from __future__ import annotations
 
@@ -32,8 +28,6 @@ _SCALES = "gpt-oss"  # the only architecture whose scaling Transformers reads (u
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from."""
-
     name: str
     place: str
     gguf: str | None = None
@@ -56,10 +50,7 @@ class Source:
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
-    """Return the source that a folder, a file or a name means, without torch.
-
-    A name may be a Hub id; whether the Hub has it is not checked.
-    """
+    """Return the source that a folder, a file or a Hub id means, without torch or a request."""
     try:
         return _source(name, trust_remote_code)
     except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
@@ -123,13 +114,12 @@ def _without_config(folder: Path) -> str:
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """Return the model's config; read no weights."""
     from transformers import AutoConfig
 
     from ..model.build import too_many_layers
 
     data = None if source.gguf or source.folder is None else read_config(source.folder).data
-    reason = too_many_layers(data or {})  # transformers would make a list with an entry for each
+    reason = too_many_layers(data or {})  # a list with an entry for each would never end
     if reason is not None:
         raise PipelineError(f"{source.name}: {reason}. Correct config.json")
     try:
@@ -140,10 +130,7 @@ def config_of(source: Source) -> PreTrainedConfig:
 
 
 def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that the config names, or the auto classes' class for it.
-
-    Trusted code that comes with the model is preferred to a stock class.
-    """
+    """Return the class that the config names, or the auto classes' class for it."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -155,6 +142,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
         {"auto_map": getattr(config, "auto_map", None), "architectures": named}
     )
     is_stock = any(hasattr(transformers, name) for name in named)
+    # trusted code is preferred to a stock class
     goes_first = source.trust_remote_code and str(reference).rpartition(".")[2] in named
     if named and not is_stock and reference is None:
         raise UnsupportedModelError(
@@ -173,11 +161,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
 
 
 def check_source(source: Source, config: PreTrainedConfig) -> None:
-    """Raise if pruning what ``from_pretrained`` loads would not prune the model.
-
-    So it is if the weights are quantised or have an adapter, if Transformers reads only a part of a
-    GGUF file, or if Transformers 5 wrote the config and Transformers 4 is installed.
-    """
+    """Raise if what Transformers would load is not the whole model, or cannot be pruned."""
     if source.gguf is not None:
         _check_gguf(source)
         return
@@ -229,7 +213,7 @@ def _check_gguf(source: Source) -> None:
             f"{source.name} is one of {int(parts.contents())} files of a model, and Transformers "
             "would read this one alone. Merge them first: llama-gguf-split --merge"
         )
-    unread = list(_unread(reader))
+    unread = list(_unread(reader))  # tensors and fields that scale rotary embeddings
     if unread:
         raise UnsupportedModelError(
             f"{source.name} scales its rotary embeddings ({listed(unread)}), which Transformers "
@@ -239,7 +223,6 @@ def _check_gguf(source: Source) -> None:
 
 
 def _unread(reader: Any) -> Iterator[str]:
-    """Yield the names of tensors and fields in a GGUF file that scale rotary embeddings."""
     yield from (t.name for t in reader.tensors if t.name.startswith(_ROTARY_TENSORS))
     for name, field in reader.fields.items():
         architecture, scaling, kind = name.partition(_SCALING)
@@ -256,11 +239,7 @@ def load(
     device: str = "cpu",
     complete: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load a model in eval mode, and return it with notes, such as missing tensors.
-
-    On the CPU, weights that are used as stored are mapped. ``dtype``: default: as stored; from a
-    GGUF file, float32. ``complete``: raise if the folder lacks tensors of the class.
-    """
+    """Load a model in eval mode, with notes; on the CPU, weights used as stored are mapped."""
     import torch
 
     from ..model.paging import conversions_in_files

@@ -1,7 +1,6 @@
 """Try which widths of a class can be pruned, saved and loaded again, at tiny size.
 
-``supports`` tries all of a class; ``benchmarks/`` use the parts for the table of all architectures
-and the search for faults.
+``benchmarks/`` use the parts, for the table of all architectures and the search for faults.
 """
 
 from __future__ import annotations
@@ -204,7 +203,6 @@ def supports(
 def prepared(
     model: PreTrainedModel, seed: int, make_inputs: MakeInputs | None = None
 ) -> Subject | Refusal:
-    """Return the model to prune with its tiny model, or why no tiny model of the class runs."""
     tiny = tiny_model(map_of(model, make_inputs=make_inputs))
     if isinstance(tiny, InputsRefusal):
         raise UnsupportedModelError(tiny.reason)
@@ -215,8 +213,6 @@ def prepared(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to prune copies of."""
-
     model: nn.Module
     tiny: TinyModel
 
@@ -227,15 +223,13 @@ class Subject:
 
 
 def subject(tiny: TinyModel, seed: int) -> Subject:
-    """Return the class at the tiny model's widths, in float64, with random weights from ``seed``.
-
-    Other weights than the tiny model's expose what experiments with those found by chance.
-    """
+    """Return the class at the tiny model's widths, in float64, with random weights."""
     with same_random_state(seed + 1):
         model = tiny.field_map.builder.build_real(tiny.field_map.data)
         if isinstance(model, Refusal):  # the tiny model itself was built from the same config
             raise RuntimeError(model.reason)
         model.tie_weights()  # type: ignore[operator]
+        # not the tiny model's weights: this exposes what experiments found by chance
         randomise(model)
         scale_convolutions(model, tiny.inputs, tiny.recipe)
     with torch.no_grad():
@@ -246,11 +240,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
 
 
 def _load_computed_buffers(model: Any, recipe: RunRecipe) -> None:
-    """Give buffers that are not saved the values that loading computes.
-
-    Loading computes GPT-J's tables in another precision. If a class does not load, nothing changes,
-    and each trial reports it.
-    """
+    """Give buffers that are not saved their values after loading (GPT-J's precision differs)."""
     saved = saved_buffers(model)
     computed = [name for name, _ in model.named_buffers() if name not in saved]
     if not computed:
@@ -259,7 +249,7 @@ def _load_computed_buffers(model: Any, recipe: RunRecipe) -> None:
         try:
             model.save_pretrained(folder)
             loaded = type(model).from_pretrained(folder, **_options(recipe))
-        except Exception:
+        except Exception:  # each trial says why
             return
     buffers = dict(loaded.named_buffers())
     with torch.no_grad():
@@ -286,10 +276,7 @@ Tried = tuple[WidthSupport, tuple[Path, ...]]
 
 
 def trials(case: Subject, folder: Path) -> Iterator[Tried]:
-    """Try every width that the library lists for a model, in new copies of the model.
-
-    A width that cannot be pruned is left out if one of its fields is in a width that can.
-    """
+    """Try every width that the library lists for a model, in new copies of the model."""
     model: Any = case.model
     field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
     widths = widths_of(model, field_map, case.tiny)
@@ -329,10 +316,7 @@ def attempt(
     prune: str | Sequence[str] = INNER,
     **given: Any,
 ) -> tuple[Outcome, str]:
-    """Prune a copy of the case's model and save it.
-
-    Return the outcome, and why it does not work.
-    """
+    """Prune a copy and save it; return the outcome, and why it does not work."""
     import torch_pruning as tp
 
     tiny = case.tiny
@@ -393,13 +377,10 @@ def save(
     model: Any,
     inputs: Mapping[str, Any] | Refusal,
     folder: Path,
-    watched: Sequence[PassResult] = (),
+    watched: Sequence[PassResult] = (),  # results that count as outputs
     recipe: RunRecipe = PLAIN,
 ) -> Refusal | None:
-    """Save a model with inputs and its outputs; return why that failed, if it did.
-
-    ``watched``: results that count as outputs.
-    """
+    """Save a model with inputs and its outputs; return why that failed, if it did."""
     if isinstance(inputs, Refusal):
         return inputs
     try:

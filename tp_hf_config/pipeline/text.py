@@ -1,7 +1,4 @@
-"""The text that a job runs its model on, and what the model is asked about it.
-
-Also: perplexities, gradients for Taylor importance, and the distillation after a step.
-"""
+"""The text that a job runs its model on, and what the model is asked about it."""
 
 from __future__ import annotations
 
@@ -48,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Origin = Literal["file", "shipped", "own"]
+# second half: an encoder-decoder predicts it from the first; own answer: the model's own answers
+# count as right; nothing: the model has no logits and is only run
 Task = Literal["next token", "masked token", "second half", "own answer", "nothing"]
 CALIBRATED = get_args(Kind)
 TEXTUAL = (*CALIBRATED, "taylor")
@@ -59,7 +58,7 @@ _WARM_UP = 5  # updates
 
 @dataclass(frozen=True)
 class Choice:
-    """How a job ranks channels, and which text it runs a model of one class on."""
+    """How a job ranks channels, and which text it runs a model on."""
 
     importance: Importance
     origin: Origin | None = None  # None: the model is not run
@@ -74,22 +73,20 @@ class Choice:
 
     @property
     def calibrates(self) -> bool:
-        """True if the model is run on the text for an importance, refits or influences."""
+        """True if the model is run on the text for importances, refits or influences."""
         return self.measures or (self.origin is not None and self.drops)
 
     @property
     def measures(self) -> bool:
-        """True if what weights read of the text is measured, for an importance or refits."""
+        """True if what weights read is measured, for importances or refits."""
         return self.origin is not None and (self.refit or self.importance in CALIBRATED)
 
     def without_text(self, reason: str) -> Choice:
-        """Return what the job does if no text can be used, with a note that says why."""
         importance = "magnitude" if self.importance in CALIBRATED else self.importance
         note = f"channels are ranked by {importance}, and no weight is refitted: {reason}"
         return Choice(importance, notes=(*self.notes, note))
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return what was done, by name, without what is not set."""
         text: str | None = "shipped text" if self.origin == "shipped" else self.origin
         if isinstance(job.calibration, Path):
             text = job.calibration.name
@@ -118,8 +115,7 @@ def choose(
     """Return how a job ranks channels, and which text it uses.
 
     By default, a causal language model is calibrated on the shipped text; other models are ranked
-    by magnitude unless there is a calibration file. ``text``: the content of that file. Raise if
-    the user asked for something that needs a text, and there is none or no tokenizer.
+    by magnitude unless there is a calibration file.
     """
     need = _need(job)
     asked = bool(need) or job.calibration is not None
@@ -156,7 +152,6 @@ def choose(
 
 
 def _need(job: Job) -> str:
-    """Return the argument that needs a text, if any."""
     if job.allocate:
         return "--allocate"
     if job.importance in TEXTUAL:
@@ -169,7 +164,6 @@ def _need(job: Job) -> str:
 
 
 def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes: bool) -> None:
-    """Raise if a job needs a text, and there is none that its class could be run on."""
     name = model_class.__name__
     if job.allocate and job.importance not in (None, *CALIBRATED):
         raise PipelineError(
@@ -227,7 +221,7 @@ class Objective:
     """What a model is asked about a window."""
 
     task: Task
-    mask_token: int | None = None
+    mask_token: int | None = None  # the id that replaces masked tokens
 
     def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         """Return the logits for windows ``(windows, tokens)``, shape ``(answers, classes)``."""
@@ -243,7 +237,6 @@ class Objective:
         return logits.flatten(0, -2)
 
     def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the answers for windows ``(windows, tokens)``."""
         logits, ids = self.logits(model, ids).float(), ids.to(model.device)
         if self.task == "masked token":
             return cross_entropy(logits, ids[_masked(ids)])
@@ -256,9 +249,9 @@ class Objective:
     def perplexity(
         self, model: PreTrainedModel, windows: Tensor, together: int = 1
     ) -> float | None:
-        """Return exp of the mean loss over windows ``(windows, tokens)``, ``together`` at a time.
+        """Return exp of the mean loss.
 
-        ``None``: there are no windows, the task has no right answers, or the result is not finite.
+        ``None``: no windows, a task without right answers, or NaN.
         """
         if not len(windows) or self.task in ("own answer", "nothing"):
             return None
@@ -274,9 +267,9 @@ def _masked(ids: Tensor) -> Tensor:
 
 
 def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the forward pass's arguments for windows ``(windows, tokens)``.
+    """Return the forward pass's arguments.
 
-    An encoder-decoder's encoder gets the first half, its decoder the second.
+    An encoder gets the first half, its decoder the second.
     """
     arguments = inspect.signature(model.forward).parameters
     # an encoder on its own may have the config of an encoder-decoder
@@ -290,10 +283,7 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 def objective_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
 ) -> Objective | Refusal:
-    """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``.
-
-    A ``Refusal``: the model does not run on text alone.
-    """
+    """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``."""
     given = batch_of(model, window.to(model.device))
     try:
         logits = getattr(model(**given), "logits", None)
@@ -320,7 +310,7 @@ def objective_of(
 
 @dataclass(frozen=True)
 class Material:
-    """What a model is run on, and what is needed for that."""
+    """What a model is run on, and what that needs."""
 
     objective: Objective
     batches: Iterator[Tensor]  # windows (1, tokens) for gradients and recovery, without end
@@ -333,7 +323,6 @@ class Material:
     together: int = 1  # windows per batch
 
     def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
-        """Return the perplexities on the held-out windows and on the second text."""
         texts = self.held_out, self.second
         held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
         return held_out, second
@@ -342,7 +331,7 @@ class Material:
 def gather(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> Material | Refusal:
-    """Return what a job runs its model on, or why the model does not run on text alone."""
+    """Return what a job runs its model on, or why it does not run on text alone."""
     try:
         text = _windows(job, choice, model, progress)
     except TPHFConfigError:
@@ -404,14 +393,10 @@ def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
 def _calibration(
     job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
 ) -> Calibration:
-    """Calibrate a model on the job's number of tokens.
-
-    If layers are dropped, do not measure yet.
-    """
     chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
     batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
     calibration = calibrate(model, batches, measure=False, refits=job.refit)
-    if not job.drop_layers:
+    if not job.drop_layers:  # else it is measured once they are dropped
         measure(calibration, progress)
     return calibration
 
@@ -426,7 +411,7 @@ def measure(calibration: Calibration, progress: Progress) -> None:
 def accumulate_gradients(
     model: PreTrainedModel, material: Material, progress: Progress, what: str
 ) -> None:
-    """Sum the gradients of eight windows in the parameters' ``grad``, for Taylor importance."""
+    """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
     model.zero_grad()
     for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
         material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -435,10 +420,7 @@ def accumulate_gradients(
 def recover(
     model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
 ) -> None:
-    """Distil the outputs of the unpruned model into the pruned one, in place; a window an update.
-
-    The targets are its outputs and not the text, because training on the text would teach the text.
-    """
+    """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
     objective, teacher = material.objective, material.teacher
     assert teacher is not None  # only then does a job recover
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
@@ -448,6 +430,7 @@ def recover(
     )
     for batch in progress.track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
+            # not the text: training on the text would teach the text
             target = objective.logits(teacher, batch).float().log_softmax(-1)
         guess = objective.logits(model, batch).float().log_softmax(-1)
         loss = kl_div(guess, target, log_target=True, reduction="batchmean")
