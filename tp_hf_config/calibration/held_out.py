@@ -41,7 +41,7 @@ class Difference:
         self._sums: list[float] = []
 
     def note(self, number: int, result: Any) -> None:
-        """Keep a batch's output, on the CPU, in the model's dtype; raise if it is not finite."""
+        """Keep a batch's output, on the CPU, in the model's dtype; raise if it holds NaN or inf."""
         output = _output_of(result)
         if not bool((output < math.inf).all()):  # false for NaN; -inf may mask a class
             raise CalibrationError(

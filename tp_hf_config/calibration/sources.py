@@ -192,7 +192,7 @@ def _selects_rows(select: Select, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
-    """Return a copy of a leaf module with the kept channels alone, of ``size``."""
+    """Return a copy of a leaf module that takes only the kept ones of its ``size`` channels."""
     plain: Any = plain_class(type(layer))
     duplicate: nn.Module = plain.__new__(plain)  # copy.copy would construct FSDP2's wrapper
     vars(duplicate).update(vars(layer))

@@ -98,6 +98,8 @@ def calibration_text(job: Job) -> str | None:
 
 @dataclass(frozen=True)
 class Layerwise:
+    """How a saved model whose layers differ is loaded."""
+
     widths: Mapping[str, tuple[Any, ...]]  # config field -> its value in each layer
     auto_class: str  # its from_pretrained loads the model
     file: str
@@ -140,7 +142,7 @@ class Pruned(Report):
         return {text: values for text, values in measured if values is not None}
 
     def title(self) -> str:
-        from ..hook.report import in_words  # with torch, which no check of a job needs
+        from ..hook.report import in_words  # imports torch, which checks do not need
 
         changes = (f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
         return f"{self.model}: {', '.join(changes)}"
@@ -181,6 +183,8 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
+    """An export that is proved and can be written."""
+
     write: Callable[[Path], None]  # into an empty folder
     fields: ByLayer  # those that were padded, or by which layers differ
     parameters: int

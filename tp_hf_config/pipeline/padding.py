@@ -96,6 +96,8 @@ def padded_alike(
 
 @dataclass(frozen=True)
 class LayerWidths:
+    """The widths that single layers of a model have of their own."""
+
     data: dict[str, Any]  # config.json with an entry for every layer
     widths: tuple[Width, ...]  # the proved ones, each of one layer
     values: dict[FieldPath, int]  # of their fields

@@ -28,9 +28,11 @@ _SCALES = "gpt-oss"  # the only architecture whose scaling Transformers reads (u
 
 @dataclass(frozen=True)
 class Source:
-    name: str
-    place: str
-    gguf: str | None = None
+    """Where a model is read from."""
+
+    name: str  # as the user wrote it
+    place: str  # a local folder or a Hub id
+    gguf: str | None = None  # name of the GGUF file in place, if the model is one
     trust_remote_code: bool = False
 
     @property

@@ -73,7 +73,7 @@ class WidthSupport:
             folder computes the same bits; ``refused``: an error came before anything was pruned or
             written, or no unit may be removed; ``failed``: anything else.
         why: why it does not work; empty if it does.
-        graph: ``config`` if the config graph pruned it; empty if nothing was pruned.
+        graph: ``config``, the dependency graph of the experiment; empty if it was refused.
         units: number of units in the tiny model.
     """
 

@@ -261,7 +261,7 @@ class Objective:
 
 
 def _masked(ids: Tensor) -> Tensor:
-    """Return a mask of every seventh token of ``(1, tokens)``, always the same: models compare."""
+    """Return a mask of every seventh token of each window, the same for all models."""
     positions = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
     return positions.expand_as(ids)
 

@@ -66,7 +66,7 @@ def plan(
 ) -> Plan:
     """Compute what pruning with these settings gives, without pruning and without weights.
 
-    A pruner's arguments mean here what they mean there; ``prune`` and ``ratios`` are those of
+    Arguments that a pruner has too mean the same as there. ``prune`` and ``ratios`` are those of
     ``HFConfigSyncHook``.
 
     Args:

@@ -132,7 +132,7 @@ class Plan(Report):
         if self.refusal is not None:
             words = " ".join(line.strip() for line in refusal_lines(self.refusal))
             raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
-        # where layers may differ, they have entries (layers_listed)
+        # the caller has listed an entry for each layer if layers may differ (layers_listed)
         view = view_of(model, self.make_inputs)
         name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:

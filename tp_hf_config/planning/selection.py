@@ -21,6 +21,8 @@ from .settings import Gqa
 
 @dataclass(frozen=True)
 class Wanted:
+    """What the user asks to prune."""
+
     # names of config fields; None: see cheapest
     fields: tuple[str, ...] | None = None
     heads: bool = False  # prune whole attention heads, by Torch-Pruning's head ratios
@@ -42,6 +44,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Chosen:
+    """The widths that one pruner prunes."""
+
     widths: tuple[Width, ...]  # no two share a tensor dim
     heads: tuple[Width, ...] = ()  # those of them that follow the head ratios
     how: str = ""  # how the heads are pruned, in words
@@ -101,6 +105,7 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
 
 
 def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
+    """Yield a message for each width that is asked for, but kept."""
     if not wanted.stays:
         return
     going = {field for width in chosen for field in width.fields}
@@ -310,6 +315,7 @@ def _check_apart(view: ModelView, chosen: Sequence[Width]) -> None:
 
 
 def inner_widths_of(view: ModelView) -> tuple[Width, ...]:
+    """Return the proved widths inside single layers, of feed-forward layers and experts."""
     layers = _Layers(view)
     widths = widths_of(view.model, view.field_map)
     local = [width for width in widths if width.groups and all(map(layers.hold, width.groups))]
