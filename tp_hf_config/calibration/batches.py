@@ -31,7 +31,7 @@ _IGNORED = -100  # label that the loss ignores; as a decoder's label it marks pa
 
 
 def models_in(module: nn.Module) -> list[PreTrainedModel]:
-    """Return the outermost Transformers models in a module; the module alone if it is one."""
+    """Return the outermost Transformers models in a module; the module itself if it is one."""
     from transformers import PreTrainedModel
 
     found: list[PreTrainedModel] = []
@@ -66,7 +66,7 @@ def runs_on_text(model: nn.Module) -> bool:
 @dataclass(frozen=True)
 class Text:
     train: Tensor  # (windows, tokens)
-    held_out: Tensor  # likewise
+    held_out: Tensor  # (windows, tokens)
 
 
 def shipped_text() -> str:
@@ -268,7 +268,7 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
         for name, mask in masks.items():
             places = mask[row].nonzero().flatten()
             if not len(places):
-                break  # a row of padding alone
+                break  # a row that is all padding
             cut = [
                 key
                 for key, value in single.items()

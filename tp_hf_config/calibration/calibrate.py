@@ -119,7 +119,7 @@ def calibrate(
         tokenizer: tokenizer of the texts; default: the one that the model's folder or repository
             has.
         tokens: tokens to measure (rows, of images and sounds), in addition to held-out ones.
-            Reading stops after the batch with the last of them, but not after one batch alone: a
+            Reading stops after the batch with the last of them, but not after a single batch: a
             second one is held out. Default: 12,288 for texts; all of batches with a length (a list,
             a DataLoader); else (a generator, an ``IterableDataset``) 12,288 tokens or 512 rows.
         ridge: pulls refits towards the plain cut, relative to the mean square of the channels;

@@ -295,11 +295,11 @@ class Refits:
         cut: the change by the plain cut; ``None`` if nothing is held out. Estimated before the cut
             by running the model as if it were cut, except for products of queries and keys of fewer
             dimensions.
-        refit: the change with refits, estimated likewise.
+        refit: the change with refits, estimated in the same way.
         after: the change measured after the cut; ``None`` also if the output is narrower, or if the
             pruned model does not run on the held-out data (a note says so).
         seconds: time to solve and compare.
-        notes: what the user should know.
+        notes: notes for the user.
     """
 
     layers: list[Refitted] = field(default_factory=list)

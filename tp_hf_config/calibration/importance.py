@@ -194,7 +194,7 @@ class _Remaining:
         self.table = part.table.to(gram.device)
 
     def costs(self, units: Tensor) -> Tensor:
-        """Return the squared error that removing each unit alone would cost, shape ``(units,)``."""
+        """Return the squared error of removing each unit by itself, shape ``(units,)``."""
         table = self.table[units]
         if table.shape[1] == 1:
             channels = table[:, 0]

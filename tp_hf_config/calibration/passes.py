@@ -43,7 +43,7 @@ class Ranks:
     spare: Batch | None = None
 
     def gathered(self, value: _T) -> list[_T]:
-        """Return each rank's value, in rank order; this one's alone if all have the same data."""
+        """Return each rank's value, in rank order; only this one's if all have the same data."""
         return gathered(value) if self.own_data else [value]
 
     def summed(self, values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class InputStatistics:
     # sum of each channel's squares, float64
     squares: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Sums of products of two channels, ``(channels, channels)``, in float32 (float64 for a float64
-    # model); None: not asked for.
+    # model); None: not measured.
     gram: Tensor | None = None
     _waiting: list[Tensor] = field(default_factory=list, repr=False)
 

@@ -51,7 +51,7 @@ def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:
 def refit_from_products(own: Tensor, cross: Tensor, kept: Tensor, ridge: float) -> Refit | None:
     """Return the refit of weights behind a norm.
 
-    ``own``: products of its outputs from the kept channels alone, ``(kept, kept)``; ``cross``: of
+    ``own``: products of its outputs from only the kept channels, ``(kept, kept)``; ``cross``: of
     these with its outputs from all channels, ``(kept, channels)``.
     """
     size = cross.shape[1]
@@ -79,7 +79,7 @@ def _solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
     return None
 
 
-# leader -> layer -> its copy with the kept channels alone
+# leader -> layer -> its copy with only the kept channels
 Copies = dict[Consumer, dict[str, nn.Module]]
 
 

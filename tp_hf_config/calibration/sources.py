@@ -113,7 +113,7 @@ class Sources:
     def after_cut(
         self, values: Tensor, size: int, chain: Chain, kept: Tensor, copies: dict[str, nn.Module]
     ) -> Tensor | None:
-        """Return what a weight reads if its norm gets the kept channels alone, ``(tokens, kept)``.
+        """Return what a weight reads if its norm gets only the kept channels, ``(tokens, kept)``.
 
         ``None``: other layers than those of ``chain`` ran. Missing copies are added to ``copies``.
         """

@@ -70,7 +70,7 @@ class Copied:
     Attributes:
         files: the files that were copied.
         not_copied: the other files, except weights, hidden files and files that are written anew.
-        notes: what else the user should know.
+        notes: further notes for the user.
     """
 
     files: tuple[str, ...]

@@ -207,7 +207,7 @@ class Exported(Report):
         proof: the comparison of the outputs before and after.
         copied: the files that were copied, and those that were not.
         loading: how it is loaded.
-        notes: what else the user should know.
+        notes: further notes for the user.
         seconds: wall-clock time.
     """
 

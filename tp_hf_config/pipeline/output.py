@@ -39,7 +39,7 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
         if reason is None:
             hidden_beside(path).exists()  # raises if this longer name is too long
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no home folder, bad name
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     if reason is not None:
         raise PipelineError(reason)

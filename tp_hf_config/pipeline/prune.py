@@ -72,7 +72,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     config.dtype = dtype or config.dtype
     model_class = class_for(source, config)
 
-    # plan: all that follows from the config alone
+    # plan: all that follows from the config
     planned = planned_widths(job, config, model_class)
     choice = choose(job, text, config, model_class)
 

@@ -55,7 +55,7 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """Return the source that a folder, a file or a Hub id means, without torch or a request."""
     try:
         return _source(name, trust_remote_code)
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no home folder, bad name
         raise PipelineError(f"{name} cannot be read: {error}") from error
 
 

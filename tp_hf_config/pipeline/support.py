@@ -297,7 +297,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Tried:
         if outcome == "works":
             continue
         if outcome == "refused":
-            counts = [group.count for group in width.groups]  # one stays in each channel group
+            counts = [group.count for group in width.groups]  # one is kept in each channel group
             least = max((max(c.minimum, c.channel_groups) for c in counts), default=0)
             why = width.reason or why or f"{least} of {width.units} have to stay"
         elif steps > 1:

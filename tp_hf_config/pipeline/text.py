@@ -331,7 +331,7 @@ class Material:
 def gather(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> Material | Refusal:
-    """Return what a job runs its model on, or why it does not run on text alone."""
+    """Return what a job runs its model on, or why it does not run on only text."""
     try:
         text = _windows(job, choice, model, progress)
     except TPHFConfigError:

@@ -91,7 +91,7 @@ class Allocation(Report):
 
     @property
     def settings(self) -> PruneSettings:
-        """What to ask of a hook that carries the allocation out."""
+        """The settings of a hook that carries the allocation out."""
         ratios = self.ratios
         return PruneSettings(tuple(ratios), ratios=ratios, per_layer=True)
 

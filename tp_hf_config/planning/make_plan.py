@@ -315,7 +315,7 @@ def _settings_of(
     }
     of_heads = [moving.ratio for moving in trajectory.moving_widths if moving.fields in heads]
     prune = settings.prune
-    if others and prune is None:  # ratios alone would mean these fields and no others
+    if others and prune is None:  # without prune=, ratios= would name the only fields to prune
         prune = tuple(field_name(moving.fields[0]) for moving in free)
     return replace(
         settings,

@@ -87,7 +87,7 @@ class Plan(Report):
         target: the number of parameters asked for; ``None`` if none was.
         why_not_exactly: why fewer are left; ``None`` if they are not.
         tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).
-        notes: what else the user should know.
+        notes: further notes for the user.
         time: how long calibrating and a step with refits take in memory; ``None`` if the class
             refuses the widths, does not run at tiny ones, or takes no tokens.
     """

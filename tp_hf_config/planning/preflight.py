@@ -23,7 +23,7 @@ from .trajectory import MovingWidth, Trajectory
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a pruner on the config graph is going to leave."""
+    """The widths after each step of a pruner, computed before it starts."""
 
     trajectory: Trajectory
     # id of a group -> its width's fields, and index of its unit count in unit_counts
@@ -51,12 +51,12 @@ class Preflight:
             return None
         fields, index = kind
         before, after = states[step - 1][fields][index], states[step][fields][index]
-        # else the group was pruned otherwise
+        # else something else pruned the group
         return after if before == graph_group.units.count else None
 
 
 def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
-    """Return what a pruner on the config graph is going to leave; raise if no config describes it.
+    """Return the widths after each step of a pruner; raise if no config describes them.
 
     ``strict``: also raise if the class accepts only something near what is asked for. ``None``:
     importances decide how much of a field is removed, or the pruner has already begun.
@@ -80,7 +80,7 @@ class _PrunedGroup:
     graph_group: GraphGroup
     layer: str  # name of one of its layers, for messages
     scope: str  # in which the pruner ranks its units
-    ratios: tuple[float, ...]  # share of its units that is gone after each step
+    ratios: tuple[float, ...]  # share of its units removed after each step
     unit_count: UnitCount
 
 

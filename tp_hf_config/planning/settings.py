@@ -54,7 +54,7 @@ class PruneSettings:
         if prune == INNER or (prune is None and ratios is None):
             names = None  # inner widths
         else:
-            fields = prune or ratios or ()  # ratios alone name the fields to prune
+            fields = prune or ratios or ()  # without prune=, ratios= names the fields
             names = (fields,) if isinstance(fields, str) else tuple(fields)
         if prune_num_heads is None:
             prune_num_heads = bool(gqa or head_pruning_ratio)

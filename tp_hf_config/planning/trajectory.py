@@ -89,7 +89,7 @@ class Trajectory:
 
     @cached_property
     def ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
-        """Fields of each width -> the share of its units that is gone after each step."""
+        """Fields of each width -> the share of its units removed after each step."""
         result: dict[tuple[FieldPath, ...], tuple[float, ...]] = {}
         for moving in self.moving_widths:
             most = self.max_ratio if moving.clamped else 1.0
@@ -179,7 +179,7 @@ class Trajectory:
             yield {moving.fields: tuple(number * c.per_field_unit for c in moving.unit_counts)}
 
     def _numbers(self, moving: MovingWidth) -> range:
-        """Return the numbers of field units that rounding alone can leave."""
+        """Return the numbers of field units that rounding can leave."""
         grid = lcm(*(c.step(self.round_to) // c.per_field_unit or 1 for c in moving.unit_counts))
         fewest = max(-(-c.minimum // c.per_field_unit) for c in moving.unit_counts)
         return range(-(-fewest // grid) * grid, moving.units + 1, grid)
@@ -328,7 +328,7 @@ class Trajectory:
         return rounded or range(count.units, count.units + 1)
 
     def nearest(self) -> list[Trajectory]:
-        """Return accepted trajectories near this one: with one ratio changed, or else several."""
+        """Return accepted trajectories near this one: with one ratio changed, or several."""
         if not self.steps():
             return []
         near = {moving.fields: self._near(moving) for moving in self.moving_widths}
