@@ -1,4 +1,4 @@
-"""The data that a model is measured on: batches of the user's, or windows of a text."""
+"""The data that a model is measured on: the user's batches, or windows of a text."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 _LEAST = 8  # tokens
-TOKENS = 12_288  # of texts, and of batches that come without a length
-ROWS = 512  # of batches that come without a length and are no tokens (images, sounds)
-HELD_OUT = 8  # one batch in so many is held out
+TOKENS = 12_288  # default for texts, and for batches without a length
+ROWS = 512  # default for batches without a length that hold images or sounds
+HELD_OUT = 8  # every eighth batch is held out
 _MOST_HELD_OUT = 8  # batches
-_AT_ONCE = 8  # windows that the model writes side by side
+_AT_ONCE = 8  # windows that the model writes in one batch
 Batch = Mapping[str, Any]
 _PADDING_MASKS = ("attention_mask", "features_mask", "padding_mask")
-_IGNORED = -100
-"""The label of no token, which an encoder-decoder reads as padding."""
+_IGNORED = -100  # label that the loss ignores; as a decoder's label it marks padding
 
 
 def models_in(module: nn.Module) -> list[PreTrainedModel]:
-    """Return the outermost models of Transformers in a module; the module alone if it is one."""
+    """Return the outermost Transformers models in a module; the module itself if it is one."""
     from transformers import PreTrainedModel
 
     found: list[PreTrainedModel] = []
     inside: set[nn.Module] = set()
-    for each in module.modules():  # a module comes before its parts
+    for each in module.modules():  # a module comes before its submodules
         if isinstance(each, PreTrainedModel) and each not in inside:
             found.append(each)
             inside.update(each.modules())
@@ -45,11 +44,8 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
-    """True if a module is, or contains, a model with an encoder and a decoder.
-
-    A class on the encoder alone (``T5ForTokenClassification``) may have the config of both.
-    """
     return any(
+        # T5ForTokenClassification has the config of both, but no decoder
         any(name.startswith("decoder") for name in inspect.signature(each.forward).parameters)
         for each in models_in(module)
         if getattr(each.config, "is_encoder_decoder", False)
@@ -57,12 +53,11 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 
 
 def takes_token_ids(model: nn.Module) -> bool:
-    """True if the main input of a model of Transformers is token ids; False for other modules."""
     return getattr(model, "main_input_name", None) == "input_ids"
 
 
 def runs_on_text(model: nn.Module) -> bool:
-    """True if a model needs nothing but the token ids of a text: no images, no decoder's ids."""
+    """True if a model needs only token ids: no images, no decoder ids."""
     kinds = getattr(model, "input_modalities", "text")
     alone = kinds == "text" or tuple(kinds) == ("text",)
     return takes_token_ids(model) and alone and not is_encoder_decoder(model)
@@ -70,45 +65,27 @@ def runs_on_text(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of token ids, each ``(windows, tokens)``.
-
-    Attributes:
-        train: windows to measure and to train on.
-        held_out: windows for measuring only.
-    """
-
-    train: Tensor
-    held_out: Tensor
+    train: Tensor  # (windows, tokens)
+    held_out: Tensor  # (windows, tokens)
 
 
 def shipped_text() -> str:
-    """Return the text that comes with the package for calibration: short passages of many kinds."""
     return "\n\n".join(_passages()[0])
 
 
 def second_text() -> str:
-    """Return the text that comes with the package for perplexities: nothing is calibrated on it."""
     return "\n\n".join(_passages()[1])
 
 
 def _passages() -> tuple[list[str], list[str]]:
-    """Return the passages of the shipped file: the first 70 %, and the others."""
     text = (files(__package__) / "shipped_text.txt").read_text(encoding="utf-8")
     passages = [passage.strip("\n") for passage in text.split("\n----\n")]
-    first = len(passages) * 7 // 10
+    first = len(passages) * 7 // 10  # the rest is for perplexities
     return passages[:first], passages[first:]
 
 
 def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:
-    """Tokenise a text and split it into windows.
-
-    Every eighth window is held out, eight at most; of fewer than eight windows, the last.
-
-    ``model``: the model; windows are no longer than its positions, and 256 tokens at most.
-
-    Raises:
-        CalibrationError: the text has too few tokens, or tokens that the model does not have.
-    """
+    """Tokenize a text and split it into windows; some are held out."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < _LEAST:
         raise CalibrationError(
@@ -128,7 +105,6 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
 
 
 def _split(windows: Tensor) -> Text:
-    """Return windows, every eighth held out; of fewer than eight, the last, if there are two."""
     held_out = _held_out(len(windows))
     in_train = torch.ones(len(windows), dtype=torch.bool)
     in_train[held_out] = False
@@ -136,27 +112,20 @@ def _split(windows: Tensor) -> Text:
 
 
 def _held_out(count: int) -> list[int]:
-    """Return every eighth place of so many; of fewer than eight, the last, if there are two."""
+    """Return every eighth index below ``count``; if there are two to seven, the last."""
     every = min(HELD_OUT, count)
     return list(range(every - 1, count, every)) if every > 1 else []
 
 
 def window_size(model: PreTrainedModel) -> int:
-    """Return how many tokens a window has: as many as the model's positions, 256 at most."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 2:  # XLNet says -1
         return WINDOW
-    return min(WINDOW, positions - 2)  # RoBERTa's first two positions stand for no token
+    return min(WINDOW, positions - 2)  # RoBERTa never uses its first two positions
 
 
 def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
-    """Let a causal language model write its own windows, each from a random first token.
-
-    Args:
-        model: the model.
-        tokens: how many tokens to write, at least.
-        seed: of the first tokens and of the sampling.
-    """
+    """Let a model write at least ``tokens`` tokens, each window from a random first token."""
     size = window_size(model)
     rows = max(2, -(-tokens // size))
     embeddings: Any = model.get_input_embeddings()
@@ -181,7 +150,6 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
 
 
 def writes_text(model: Any) -> bool:
-    """Return True if a model is a causal language model that takes token ids."""
     return (
         takes_token_ids(model)
         and bool(getattr(model, "can_generate", bool)())
@@ -190,18 +158,14 @@ def writes_text(model: Any) -> bool:
 
 
 def with_held_out(tokens: int) -> int:
-    """Return how many tokens there have to be so that this many are not held out."""
+    """Return how many tokens to read so that ``tokens`` remain once every eighth is held out."""
     return tokens + tokens // (HELD_OUT - 1)
 
 
 def joined_texts(
     texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, tokens: int | None
 ) -> str:
-    """Return texts as one, read until they have so many tokens; ``None``: all of them.
-
-    Raises:
-        CalibrationError: something among them is no text.
-    """
+    """Join texts, reading until they have ``tokens`` tokens; ``None``: all."""
     read: list[str] = []
     count = 0
     for text in texts:
@@ -226,17 +190,10 @@ def split_batches(
     tokens: int | None = None,
     whole: bool = True,
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the user's batches, those to measure and those held out, without padding.
+    """Return the user's batches without padding: those to measure, and those held out.
 
-    Args:
-        data: dicts of a forward pass's keyword arguments, or tensors for its first one.
-        model: the model.
-        may_be_empty: True if there may be no batch, as on one rank of several.
-        tokens: how many tokens to measure; default: ``TOKENS``, or ``ROWS`` of other inputs.
-        whole: read all of the data instead.
-
-    Raises:
-        CalibrationError: there is no batch, or one is neither a dict nor a tensor.
+    Unless ``whole``, reading stops after ``tokens`` tokens (default: ``TOKENS``, or ``ROWS`` rows).
+    ``may_be_empty``: one rank of several may have no batch.
     """
     batches: list[Batch] = []
     count, decodes = 0, is_encoder_decoder(model)
@@ -271,17 +228,12 @@ def split_batches(
 
 
 def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
-    """Yield a batch as it is or, where a mask says that some tokens are padding, row by row.
+    """Yield a batch whole or, if a mask marks padding, row by row without its padding tokens.
 
-    A row loses the tokens that its mask does not name, in every argument that has as many, and
-    those of the decoder whose ``labels`` are -100 if no mask names them. Frames that stand behind
-    other numbers stay. A batch whose rows share out numbers in a way that only the model knows
-    (patches of all images in one tensor) stays as it is, and a warning says so.
-
-    Args:
-        batch: the batch.
-        decodes: True if the model is an encoder-decoder, whose ``labels`` are the decoder's tokens;
-            those of other models are cut as the tokens are.
+    They are removed along dimension 1 of every argument that is as long there as the mask; audio
+    frames in a later dimension are kept. In an encoder-decoder (``decodes``), ``labels`` of -100
+    are the decoder's padding unless a mask names it. If an argument has no row for each input
+    (patches of all images in one tensor), the batch is yielded whole, with a warning.
     """
     masks = {
         key: value
@@ -316,7 +268,7 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
         for name, mask in masks.items():
             places = mask[row].nonzero().flatten()
             if not len(places):
-                break  # a row of padding alone
+                break  # a row that is all padding
             cut = [
                 key
                 for key, value in single.items()
@@ -330,7 +282,6 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
 
 
 def _not_by_rows(batch: Batch, rows: int) -> str | None:
-    """Return an argument that does not have one entry for each of several rows; ``None``: none."""
     for key, value in batch.items():
         numbers = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
         if numbers and rows > 1 and len(value) not in (1, rows):
@@ -339,7 +290,7 @@ def _not_by_rows(batch: Batch, rows: int) -> str | None:
 
 
 def tokens_in(batches: Sequence[Batch]) -> int:
-    """Return how many tokens batches have; for other inputs, how many rows (images, sounds)."""
+    """Count tokens; of images and sounds, rows."""
     return sum(
         len(_main_input(batch)) if _is_in_rows(batch) else _main_input(batch).numel()
         for batch in batches
@@ -353,19 +304,18 @@ def _main_input(batch: Batch) -> Tensor:
 
 
 def _is_in_rows(batch: Batch) -> bool:
-    """True if what a batch holds is counted by rows: numbers, not tokens."""
     return _main_input(batch).is_floating_point()
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """Return a batch on the model's device, floating point inputs in the model's dtype."""
+    """Move a batch to the model's device, and its floating-point inputs to the model's dtype."""
     first = next(model.parameters())
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.is_inference():
-            value = value.clone()  # what inference_mode made does not tell whether it is changed
+            value = value.clone()  # tensors of inference_mode have no version counter
         return value.to(first.device, first.dtype if value.is_floating_point() else None)
 
     return {key: moved(value) for key, value in batch.items()}

@@ -42,10 +42,21 @@ Data = Iterable[Any] | str | Literal["own"] | None
 
 
 class Calibration(MeasuredModel):
-    """What a model's weights read on some data; :func:`calibrate` makes it.
+    """What a model's weights read on some data; made by :func:`calibrate`.
 
-    It measures again by itself, on the same data, once the model's weights have changed (after a
-    pruning step, after training).
+    Once pruning or training has changed the weights, it measures again on the same data.
+
+    Attributes:
+        model: the model.
+        train: the batches that are measured.
+        held_out: the batches that decide whether a refit is used.
+        ridge: the ridge of refits, relative to the mean square of the channels.
+        max_memory: bytes that the Gram matrices may take together; ``None``: half of the free
+            memory.
+        refits: False: Gram matrices are measured only once something asks for them.
+        readings: the measured sums.
+        ranks: the ranks that measure; ``train`` and ``held_out`` are this rank's.
+        seconds: duration of the latest measurement.
     """
 
     @check_arguments
@@ -55,14 +66,14 @@ class Calibration(MeasuredModel):
         """Return an importance for any Torch-Pruning pruner of this model.
 
         Args:
-            kind: how channels are ranked. ``"wanda"``: the norm of what a channel carries times the
-                norm of the weights that read it (Wanda, arXiv 2306.11695, summed over each channel
-                as in Wanda-sp). ``"activation"``: the first factor alone (Minitron, arXiv
-                2407.14679). ``"flap"``: the channel's variance times the squared norm of those
-                weights (FLAP, arXiv 2312.11983). ``"obs"``: channels go one block after the other,
-                those first whose loss costs least once the others are refitted (SlimGPT, arXiv
-                2412.18110; OSSCAR, arXiv 2403.12983).
-            normalizer: as for Torch-Pruning's ``GroupMagnitudeImportance``.
+            kind: ``"wanda"``: a channel's norm times the norm of the weights that read it (Wanda,
+                arXiv 2306.11695, summed over each channel as in Wanda-sp). ``"activation"``: the
+                channel's norm alone (Minitron, arXiv 2407.14679). ``"flap"``: the channel's
+                variance times the squared norm of those weights (FLAP, arXiv 2312.11983).
+                ``"obs"``: channels are removed in small blocks, always those that cost the least
+                loss after the remaining weights are refitted (SlimGPT, arXiv 2412.18110; OSSCAR,
+                arXiv 2403.12983).
+            normalizer: as in Torch-Pruning's ``GroupMagnitudeImportance``.
 
         Raises:
             ValueError: ``kind`` is unknown.
@@ -70,7 +81,10 @@ class Calibration(MeasuredModel):
         return CalibratedImportance(self, kind, normalizer)
 
     def measure(self) -> None:
-        """Measure what weights read; warn of inputs that the data tells too little about."""
+        """Measure if the weights have changed.
+
+        Warn of inputs and experts that get too few tokens.
+        """
         readings = self.current()
         if self.refits:
             _warn_of_few_tokens(readings)
@@ -94,47 +108,44 @@ def calibrate(
     """Measure what a model's weights read, in one pass over data.
 
     Args:
-        model: any model: one of Transformers, or a plain module. Under FSDP2 every rank has to call
-            this: each runs the sharded model on its own data, and all have the same sums
-            afterwards.
-        data: batches (dicts of the forward pass's arguments, or tensors for its first one), one
-            such dict, or texts. For a causal language model it may be left out: a small text that
-            ships with the package is taken then; ``"own"``: what the model writes itself, for
-            languages and domains that the shipped text does not know (it is worth less than real
-            text). Every eighth batch is held out, eight at most, to tell whether refits are any
-            good. Padding is left out: what a padding mask does not name, and decoder tokens whose
-            ``labels`` are -100.
-        tokenizer: for texts; default: that of the folder or the repository that the model came
-            from.
-        tokens: how many tokens to measure, beside those held out; of images and sounds, how many
-            rows. Data is read no further, but for the batch that has the last of them, and a second
-            one to hold out. Default: 12,288 of texts; batches with a length (a list, a DataLoader)
-            whole; of those without (a generator, an ``IterableDataset``) 12,288, or 512 rows.
-        ridge: how strongly refits stay with the plain cut, relative to what channels carry;
-            default: 0.1 for causal language models, which meet other text than they were measured
-            on, else 0.01.
-        max_memory: how many bytes Gram matrices may take together (4 x channels x channels for
-            every input); what does not fit takes further passes. Default: half of what is free.
-        seed: of what the model writes itself.
-        measure: False: hold the data only. What weights read is measured once something asks for
-            it, which ``drop_layers(model, count=...)`` does not.
-        refits: False: the calibration is for importances alone. What refits and ``"obs"`` need
-            beside (the Gram matrices, most of the time and memory) takes another pass then,
-            once something asks for it.
-        distributed: True: every process of a run has a copy of the model (DistributedDataParallel),
-            all of them call this, and what they measure of their own data is added up. Under FSDP2
-            it always is. Ranks may have different numbers of batches, or none. If all have the same
-            data, each measures all of it, and nothing is counted twice.
+        model: a Transformers model or any other module. Under FSDP2 every rank has to call this,
+            with its own data; all get the same sums.
+        data: batches (dicts of the forward pass's arguments, or tensors for its first argument),
+            one such dict, or texts. ``None``, for causal language models only: a small text that
+            ships with the package. ``"own"``: text that the model writes itself, for languages and
+            domains that the shipped text lacks; real text is better. Every eighth batch, at most
+            eight, is held out, to decide whether refits help. Padding is ignored: tokens that a
+            padding mask leaves out, and decoder tokens whose ``labels`` are -100.
+        tokenizer: tokenizer of the texts; default: the one that the model's folder or repository
+            has.
+        tokens: tokens to measure (rows, of images and sounds), in addition to held-out ones.
+            Reading stops after the batch with the last of them, but not after a single batch: a
+            second one is held out. Default: 12,288 for texts; all of batches with a length (a list,
+            a DataLoader); else (a generator, an ``IterableDataset``) 12,288 tokens or 512 rows.
+        ridge: pulls refits towards the plain cut, relative to the mean square of the channels;
+            default: 0.1 for causal language models, whose later text differs from the calibration
+            text, else 0.01.
+        max_memory: bytes that the Gram matrices may take together (4 x channels x channels for each
+            input); more are measured in further passes. Default: half of the free memory.
+        seed: seed of the text that the model writes itself.
+        measure: False: only keep the data, and measure on first use; ``drop_layers(model,
+            count=...)`` needs no measurement.
+        refits: False: measure for importances only. If a refit or ``"obs"`` is used later, another
+            pass measures the Gram matrices, which take most of the time and memory.
+        distributed: True: every process of a run has a copy of the model (DistributedDataParallel)
+            and calls this; the sums over all data are added up, as always under FSDP2. Ranks may
+            have different numbers of batches, or none. If all ranks have the same data, nothing is
+            counted twice.
 
     Returns:
-        The calibration: its ``importance()`` is for pruners, itself for
+        The calibration. Pass its ``importance()`` to a pruner, and itself to
         ``HFConfigSyncHook(refit=...)``.
 
     Raises:
-        CalibrationError: the data does not fit the model, there is none where it is needed, or
-            activations are not finite; of several ranks, one cannot measure or does not come.
+        CalibrationError: the data does not fit the model, is missing where it is needed, or gives
+            activations that are not finite; or another rank cannot measure or does not call this.
         UnsupportedModelError: the model is a DistributedDataParallel, offloaded by accelerate, or
-            sharded by something else than FSDP2.
+            sharded by something other than FSDP2.
     """
     check_unwrapped(model)
     model = meta_copy_of(model)
@@ -148,7 +159,7 @@ def calibrate(
     empty = distributed or behind(model) is not model
     try:
         train, held_out = _batches_of(model, data, tokenizer, tokens, seed, may_be_empty=empty)
-    except Exception as error:  # also of the user's data; the other ranks have to know
+    except Exception as error:  # also from the user's data: the other ranks must be told
         failure = error
     settings = {"ridge": ridge, "max_memory": max_memory}
     ranks = agreed_ranks(model, [*train, *held_out], settings, distributed, failure)
@@ -188,9 +199,8 @@ def _batches_of(
 
 
 def _has_length(data: Any) -> bool:
-    """True if data says how many items it has, so it ends; a ``DataLoader`` may raise instead."""
     try:
-        return len(data) >= 0
+        return len(data) >= 0  # a DataLoader of an IterableDataset raises
     except TypeError:
         return False
 
@@ -223,7 +233,7 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     place = getattr(model.config, "_name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(place)  # type: ignore[no-any-return]
-    except Exception as error:  # whatever it raises for what it does not find
+    except Exception as error:  # of any type: no tokenizer there
         raise CalibrationError(
             f"{type(model).__name__} was read from {place or 'nowhere'!r}, where there is no "
             "tokenizer: pass calibrate(model, tokenizer=...)"
@@ -242,7 +252,6 @@ def _check_writes(model: Any, data: Any) -> None:
 
 
 def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
-    """Warn of experts that no token of the data reached: they are cut as ever, not refitted."""
     for (name, dim), consumers in readings.by_place().items():
         reached = {consumer.part for consumer in consumers}
         if None in reached:

@@ -1,4 +1,4 @@
-"""Refit a step's weights where held-out data says that it helps."""
+"""Refit a step's weights, where held-out data shows that it helps."""
 
 from __future__ import annotations
 
@@ -24,36 +24,26 @@ from .readings import Sums
 from .refit import Copies, StepRefits
 from .sources import Sources
 
+# KL divergences on held-out data, in nats; `in_words` says what they mean
 NOTICEABLE, TOO_MUCH = 0.1, 0.5
-"""KL divergences on held-out data, in nats: under the first, over the second (`in_words`)."""
 _RELATIVE = "squared error"
-_AT_ONCE = 16  # tokens: no float32 copy of all logits is made
+_AT_ONCE = 16  # tokens; avoids a float32 copy of all logits
 
 
 class Difference:
-    """Keeps a model's outputs, batch by batch, and compares others with them.
-
-    ``ranks``: the ranks that compare, each on batches of its own.
-
-    Attributes:
-        measure: what is computed: ``"KL"`` where the outputs have logits of several classes, for
-            each input or for each of its tokens, else ``"squared error"``.
-    """
+    """Compares a model's outputs with those that it kept, batch by batch."""
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
+        # "KL": of logits of several classes, for each input or token; else "squared error"
         self.measure = "KL"
         self._outputs: list[Tensor] = []
         self._sums: list[float] = []
 
     def note(self, number: int, result: Any) -> None:
-        """Keep the output for a batch, on the CPU, in the model's own dtype.
-
-        Raises:
-            CalibrationError: it has numbers that are NaN or infinite.
-        """
+        """Keep a batch's output, on the CPU, in the model's dtype; raise if it holds NaN or inf."""
         output = _output_of(result)
-        if not bool((output < math.inf).all()):  # NaN is not; -inf may be a class ruled out
+        if not bool((output < math.inf).all()):  # false for NaN; -inf may mask a class
             raise CalibrationError(
                 f"the model's output on held-out batch {number + 1} of the calibration data is NaN "
                 "or infinite. Load the model in float32 or bfloat16, and check that it runs on "
@@ -64,14 +54,12 @@ class Difference:
         self._outputs.append(output.detach().cpu())
 
     def begin(self) -> None:
-        """Forget what was compared."""
         self._sums = []
 
     def compare(self, number: int, result: Any) -> None:
-        """Compare the output for a batch with the one that was kept."""
         before, now = self._outputs[number], _output_of(result).detach().cpu()
         if before.shape != now.shape:
-            self._sums.append(math.nan)  # an output as wide as what is pruned
+            self._sums.append(math.nan)  # the pruning narrowed the output
             return
         if self.measure == "KL":
             self._sums.append(_divergence(before.flatten(0, -2), now.flatten(0, -2)))
@@ -81,9 +69,9 @@ class Difference:
             self._sums.append(float((now - before).square().sum()) / scale)
 
     def mean(self) -> float:
-        """Return the mean over all batches that were compared; NaN if some had another shape.
+        """Return the mean over all batches; NaN if an output changed its shape.
 
-        All ranks have to call this; ``measure`` is what they have compared then.
+        All ranks call this.
         """
         if _RELATIVE in self._ranks.gathered(self.measure):
             self.measure = _RELATIVE  # a rank without batches does not know
@@ -92,7 +80,7 @@ class Difference:
 
 
 def _divergence(before: Tensor, now: Tensor) -> float:
-    """Return the mean KL divergence of logits, ``(tokens, classes)``; some tokens at a time."""
+    """Return the mean KL divergence of logits, shape ``(tokens, classes)``."""
     total = 0.0
     parts = (torch.split(one, _AT_ONCE) for one in (before, now))
     for some, same in zip(*parts, strict=True):
@@ -107,19 +95,12 @@ def _logits_of(result: Any) -> Tensor | None:
 
 
 def _has_classes(logits: Tensor | None) -> bool:
-    """True if logits have several classes along the last axis; those of images have them along 1.
-
-    A single logit is the same after a softmax whatever it is.
-    """
+    """True if logits have several classes along the last axis (images have them along axis 1)."""
+    # a softmax of one logit is always 1
     return logits is not None and 2 <= logits.ndim <= 3 and logits.shape[-1] > 1
 
 
 def _output_of(result: Any) -> Tensor:
-    """Return a model's logits, or the first tensor that it returns.
-
-    Raises:
-        CalibrationError: it returns none.
-    """
     logits = _logits_of(result)
     output = next(tensors_in(result), None) if logits is None else logits
     if output is None:
@@ -132,17 +113,11 @@ def _output_of(result: Any) -> Tensor:
 
 @dataclass
 class Errors:
-    """Squared errors of a layer's output over the held-out data.
-
-    Attributes:
-        cut: without a refit.
-        refit: with it.
-        output: the squared output itself.
-    """
+    """Squared errors of a layer's output over the held-out data."""
 
     cut: float = 0.0
     refit: float = 0.0
-    output: float = 0.0
+    output: float = 0.0  # the squared output itself
 
 
 def run_as_cut(
@@ -151,16 +126,10 @@ def run_as_cut(
     after_batch: Callable[[int, Any], None],
     what: str = "",
 ) -> None:
-    """Run the model on held-out data, every weight reading what the step leaves of its inputs.
+    """Run the model on held-out data, with each weight reading its inputs as the step leaves them.
 
-    What is computed without a weight (products of queries and keys of fewer dimensions) is as in
-    the whole model.
-
-    Args:
-        step: the refits of the step.
-        using: the consumers whose refits are used.
-        after_batch: gets the number of each batch and the model's result.
-        what: the title of the progress bar; empty: there is none.
+    Only consumers in ``using`` are refitted. Operations without a weight (products of shorter
+    queries and keys) run as in the whole model.
     """
     sources, copies = step.sources(_leaders(step)), Copies()
     latest: tuple[Any, Tensor, Tensor] | None = None
@@ -184,12 +153,10 @@ def run_as_cut(
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
 ) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data, and return each refit's errors there, of all ranks.
+    """Run the whole model on held-out data; return each refit's errors there, over all ranks.
 
-    The errors of a layer's output follow from products of the errors of what it reads, which the
-    weights that read the same have in common. A convolution with a kernel is run again instead.
-
-    ``after_batch``: gets the number of each batch and the model's result.
+    They are computed from products of the input errors, which weights with the same inputs share. A
+    convolution with a kernel is run again instead.
     """
     errors = {consumer: Errors() for consumer in step.refits}
     sizes = {first: 8 * len(step.refits[first].targets) ** 2 for first in step.alike.values()}
@@ -206,7 +173,7 @@ def _add_errors(
     firsts: Collection[Consumer],
     after_batch: Callable[[int, Any], None],
 ) -> None:
-    """Add the errors of all weights that read what some consumers read, in one pass."""
+    """Add the errors of the weights that read the same as ``firsts``, in one pass."""
     model = step.calibration.model
     sources, copies, sums = step.sources(_leaders(step)), Copies(), Sums()
     with_kernel = {c for c in step.refits if _has_kernel(model, c)}
@@ -247,7 +214,7 @@ def _add_errors(
 
 
 def _has_kernel(model: nn.Module, consumer: Consumer) -> bool:
-    """True if a weight reads several places at once, so that its error follows from no product."""
+    """True if a weight reads several positions at once, so no product gives its error."""
     layer = model.get_submodule(consumer.parameter.rpartition(".")[0])
     return isinstance(layer, nn.modules.conv._ConvNd) and math.prod(layer.kernel_size) > 1
 
@@ -255,7 +222,6 @@ def _has_kernel(model: nn.Module, consumer: Consumer) -> bool:
 def run_held_out(
     calibration: MeasuredModel, after_batch: Callable[[int, Any], None], what: str = ""
 ) -> None:
-    """Run a measured model as it is now on its held-out data."""
     _held_out_pass(calibration, lambda op: op.run(), None, after_batch, what)
 
 
@@ -271,7 +237,6 @@ def _held_out_pass(
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:
-    """Return an operation's inputs with zeros in the place of channels that are cut."""
     return plain_cut(rows, step.kept[op.consumer], op.inputs.shape[op.axis])
 
 
@@ -280,7 +245,7 @@ def _leaders(step: StepRefits) -> set[Consumer]:
 
 
 def _same(values: Tensor, others: Tensor) -> bool:
-    """True if two tensors are the same values in memory."""
+    """True if two tensors are the same memory, not written to in between."""
     places = (
         (each.data_ptr(), each.shape, each.stride(), each._version) for each in (values, others)
     )
@@ -302,14 +267,14 @@ def _nothing(number: int, result: Any) -> None:
 
 @dataclass
 class Refitted:
-    """What a refit comes to for one weight, on held-out data.
+    """The effect of a refit on one weight, on held-out data.
 
     Attributes:
         weight: the parameter's name.
-        part: the number of the expert, if the parameter stacks several.
-        cut: the squared error of the layer's output without a refit, relative to the output.
-        refit: the same with it.
-        used: True if the weight is refitted: the refit is no worse than the plain cut.
+        part: index of the expert, if the parameter stacks several.
+        cut: squared error of the layer's output without the refit, relative to the output.
+        refit: the same with the refit.
+        used: True if the refit is used: its error is not greater than the plain cut's.
     """
 
     weight: str
@@ -321,19 +286,20 @@ class Refitted:
 
 @dataclass
 class Refits:
-    """What the refits of one step come to; ``str`` gives a line or two.
+    """The effect of the refits of one step; ``str`` gives a line or two.
 
     Attributes:
-        layers: what each refit comes to.
-        measure: what the changes of the whole model's output on held-out data are: ``"KL"`` of the
-            logits, or a relative ``"squared error"``.
-        cut: the change by the plain cut; ``None`` if nothing is held out.
-        refit: the change with refits. Both are foretold before the cut, by running the model as if
-            it were cut; products of queries and keys of fewer dimensions are not in them.
-        after: the change that was measured after the cut; ``None`` also if the output is narrower,
-            or if the pruned model does not take the held-out data (a note says so).
-        seconds: how long solving and trying took.
-        notes: what the user should know.
+        layers: the effect on each weight.
+        measure: how the model's outputs on held-out data are compared: ``"KL"`` of the logits, or a
+            relative ``"squared error"``.
+        cut: the change by the plain cut; ``None`` if nothing is held out. Estimated before the cut
+            by running the model as if it were cut, except for products of queries and keys of fewer
+            dimensions.
+        refit: the change with refits, estimated in the same way.
+        after: the change measured after the cut; ``None`` also if the output is narrower, or if the
+            pruned model does not run on the held-out data (a note says so).
+        seconds: time to solve and compare.
+        notes: notes for the user.
     """
 
     layers: list[Refitted] = field(default_factory=list)
@@ -358,16 +324,16 @@ class Refits:
 
     @property
     def expected(self) -> float | None:
-        """The KL divergence by the cut with its refits; ``None``: it is not known."""
+        """The KL divergence after the cut with its refits; ``None``: unknown."""
         return self.refit if self.measure == "KL" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for ``json.dumps``."""
+        """Return the fields for ``json.dumps``."""
         return asdict(self)
 
 
 def in_words(change: float) -> str:
-    """Return what a KL divergence on held-out data means for whoever uses the model."""
+    """Say what a KL divergence on held-out data means for a user of the model."""
     if change < NOTICEABLE:
         return f"hardly noticeable (under {NOTICEABLE})"
     if change <= TOO_MUCH:
@@ -376,16 +342,7 @@ def in_words(change: float) -> str:
 
 
 class Refitting:
-    """Refits one step of a pruner: solve and try now, apply in the cut, measure afterwards.
-
-    Args:
-        calibration: the measured model.
-        groups: the groups that the step prunes; nothing of them is cut yet.
-
-    Attributes:
-        result: what the refits come to.
-        edits: the refits of each weight, by the first of its names; for the cut.
-    """
+    """Refits one step: solves and compares before the cut, edits in it, measures afterwards."""
 
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         started = time.perf_counter()
@@ -402,7 +359,7 @@ class Refitting:
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
-        """Return the consumers whose refits are no worse than the plain cut on held-out data."""
+        """Return the consumers whose refits are no worse on held-out data than the plain cut."""
         step, result, outputs = self._step, self.result, self._outputs
         if not step.refits:
             return set()
@@ -413,7 +370,7 @@ class Refitting:
             sums = errors.get(consumer, Errors())
             scale = sums.output or 1.0
             used = sums.refit <= sums.cut
-            if not sums.output:  # an expert that no held-out token reaches
+            if not sums.output:  # an expert without held-out tokens
                 used = self._is_enough(consumer)
                 unjudged += not used
             result.layers.append(
@@ -445,7 +402,6 @@ class Refitting:
         return set()
 
     def _told_enough(self) -> set[Consumer]:
-        """Return the consumers that got enough tokens for a refit that nothing can judge."""
         step, result = self._step, self.result
         using: set[Consumer] = set()
         for consumer in step.refits:
@@ -467,7 +423,6 @@ class Refitting:
             )
 
     def _note_unfitted(self) -> None:
-        """Note which weights lose channels and are cut as ever."""
         step = self._step
         lost = {c.parameter for c in step.kept if c not in step.refits}
         tables = sorted(lost & step.readings.tables)
@@ -483,18 +438,15 @@ class Refitting:
             self.result.notes.append(f"not refitted, for it was not measured: {listed(unseen)}")
 
     def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
-        """Return the change of the model by other groups with their refits; they are not pruned."""
+        """Estimate the change by cutting other groups, with refits; nothing is pruned."""
         other = StepRefits(self._step.calibration, groups)
         self._outputs.begin()
         run_as_cut(other, set(other.refits), self._outputs.compare, "held-out data, another cut")
         return self._outputs.mean()
 
     def finished(self, synced: bool) -> Refits:
-        """Return what the refits came to, once the step is over.
-
-        ``synced``: True if a config describes what is left. It is run on held-out data then.
-        """
-        if synced and self.result.cut is not None:
+        """Return the effect of the refits."""
+        if synced and self.result.cut is not None:  # synced: a config describes the model
             self._measure_after()
         return self.result
 
@@ -502,7 +454,7 @@ class Refitting:
         self._outputs.begin()
         try:
             run_held_out(self._step.calibration, self._outputs.compare, "held-out data, pruned")
-        except CalibrationError as error:  # inputs as wide as what was pruned
+        except CalibrationError as error:  # inputs as wide as a pruned width
             self.result.notes.append(f"not measured after the cut: {error}")
             return
         after = self._outputs.mean()

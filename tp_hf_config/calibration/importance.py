@@ -1,4 +1,4 @@
-"""Importances made of what a model's weights read, with Torch-Pruning's own interface."""
+"""Importances from what a model's weights read, with the interface of Torch-Pruning's."""
 
 from __future__ import annotations
 
@@ -26,40 +26,25 @@ if TYPE_CHECKING:
 
 Kind = Literal["wanda", "activation", "flap", "obs"]
 _READS = (function.prune_linear_in_channels, function.prune_conv_in_channels)
-_RIDGE = 1e-2  # of channels that others can replace, the cost must not depend on rounding
-_AT_ONCE = 16  # channels that go between two updates; fewer gain nothing (design notes)
+_RIDGE = 1e-2  # so that rounding does not decide the cost of a channel that others can replace
+_AT_ONCE = 16  # channels removed between two updates; fewer gain nothing
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A consumer of a group, and which of its channels stand for which of the group's roots.
-
-    Attributes:
-        consumer: the consumer.
-        statistics: what it reads.
-        weight: its weight with the channels last, shape ``(outputs, channels)``.
-        channels: some of its channels.
-        roots: for each of them, the root channel of the group.
-    """
+    """A consumer of a group, and the root channels that its channels belong to."""
 
     consumer: Consumer
     statistics: InputStatistics
-    weight: Tensor
+    weight: Tensor  # with the channels last, ``(outputs, channels)``
     channels: Tensor
-    roots: Tensor
+    roots: Tensor  # root channel of the group for each of ``channels``
 
 
 class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[misc]
-    """Ranks a group's channels by what the weights that read them get; see ``importance``.
+    """Ranks any Torch-Pruning group.
 
-    It is called by pruners: with a group, of Torch-Pruning's own trace or of a config graph, it
-    returns one value for each root channel. Groups that no measured weight reads are ranked by
-    magnitude, and a warning says so.
-
-    Args:
-        calibration: the measured model.
-        kind: how channels are ranked.
-        normalizer: as for ``GroupMagnitudeImportance``.
+    If no measured weight reads the group, it is ranked by magnitude, with a warning.
     """
 
     def __init__(
@@ -70,7 +55,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Any:
-        """Return the importance of a group's root channels, 1-D; ``None``: it has no weights."""
+        """Return one value per root channel; ``None``: the group has no weights."""
         readers = list(self._readers(group))
         if not readers:
             self._warn_unread(group)
@@ -84,7 +69,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         return self._normalize(scores[first], self.normalizer)
 
     def _scores(self, readers: list[_Reader], units: int, width: int) -> Tensor:
-        """Return a score for every unit of so many root channels, shape ``(units,)``."""
+        """Return the score of each unit, of ``width`` root channels, shape ``(units,)``."""
         if self.kind == "obs":
             scores = self._greedy_scores(readers, units, width)
             if scores is not None:
@@ -96,7 +81,6 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         return total.float()
 
     def _channel_scores(self, reader: _Reader) -> Tensor:
-        """Return the score of every channel that a consumer reads, float64."""
         squares = reader.weight.float().square().sum(0).double().cpu()
         statistics = reader.statistics
         if self.kind == "activation":
@@ -106,8 +90,8 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         return statistics.norms * squares.sqrt()
 
     def _greedy_scores(self, readers: list[_Reader], units: int, width: int) -> Tensor | None:
-        """Return when each unit goes, or ``None`` where no refit follows from Gram matrices."""
-        readings = self.calibration.readings  # `_readers` has looked whether they hold
+        """Return each unit's place in the elimination order; ``None`` without Gram matrices."""
+        readings = self.calibration.readings  # current: `_readers` has measured again if needed
         leaders = [readings.leaders[reader.consumer] for reader in readers]
         if not all(map(readings.needs_gram, leaders)):
             return None
@@ -166,7 +150,7 @@ def _warn_of_memory(reader: Consumer) -> None:
 
 
 def _read_by(dep: Any) -> tuple[nn.Parameter, int] | None:
-    """Return the parameter and the dimension along which an item of a group reads, or ``None``."""
+    """Return the parameter, and its dimension along which an item of a group reads, if any."""
     layer = dep.target.module
     if isinstance(layer, ParameterView):
         parameter = layer.parameter
@@ -177,7 +161,7 @@ def _read_by(dep: Any) -> tuple[nn.Parameter, int] | None:
 
 
 def advice(importance: Any, model: Any) -> str | None:
-    """Return what to do instead where a language model is ranked by the size of its weights."""
+    """Return what to do instead, if a language model is ranked by the size of its weights."""
     sizes = (tp.importance.GroupMagnitudeImportance, tp.importance.MagnitudeImportance)
     if type(importance) not in sizes or not writes_text(model):
         return None
@@ -191,21 +175,15 @@ def advice(importance: Any, model: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """What one consumer reads of the units, and with which weight.
+    """What one consumer reads of the units."""
 
-    Attributes:
-        gram: the products of its channels, shape ``(channels, channels)``.
-        weight: shape ``(outputs, channels)``.
-        table: each unit's channels, shape ``(units, channels of a unit)``.
-    """
-
-    gram: Tensor
-    weight: Tensor
-    table: Tensor
+    gram: Tensor  # ``(channels, channels)``
+    weight: Tensor  # ``(outputs, channels)``
+    table: Tensor  # each unit's channels, ``(units, channels of a unit)``
 
 
 class _Remaining:
-    """A part while units leave it: its inverse Gram matrix and its weight, refitted so far."""
+    """A part from which units are removed: its inverse Gram matrix and its refitted weight."""
 
     def __init__(self, part: Part, ridge: float):
         gram = part.gram.double()
@@ -216,7 +194,7 @@ class _Remaining:
         self.table = part.table.to(gram.device)
 
     def costs(self, units: Tensor) -> Tensor:
-        """Return what losing each of some units costs in squared error, shape ``(units,)``."""
+        """Return the squared error of removing each unit by itself, shape ``(units,)``."""
         table = self.table[units]
         if table.shape[1] == 1:
             channels = table[:, 0]
@@ -229,7 +207,7 @@ class _Remaining:
         return (weights.mT * solved).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
-        """Let units go: refit the weight, and update the inverse."""
+        """Remove units: refit the weight, and update the inverse."""
         gone = self.table[units].flatten()
         block = self.inverse[gone][:, gone]
         rows = torch.linalg.solve(block, self.inverse[gone])
@@ -238,14 +216,9 @@ class _Remaining:
 
 
 def elimination_order(parts: Sequence[Part], ridge: float = _RIDGE) -> Tensor:
-    """Return the order in which units go, shape ``(units,)``: those first that cost least.
+    """Return the units in the order of removal, 1-D: always a block of the cheapest.
 
-    The cost of a unit is the squared error of all parts' outputs on the calibration data, once the
-    weights of those that stay are refitted. Some units go at a time, then costs are computed anew.
-
-    Args:
-        parts: the consumers of the units, all with the same units.
-        ridge: added to the diagonal, relative to its mean.
+    The cost is the squared error of all outputs after the remaining weights are refitted.
     """
     remaining = [_Remaining(part, ridge) for part in parts]
     width = max(part.table.shape[1] for part in parts)
@@ -267,15 +240,9 @@ def elimination_order(parts: Sequence[Part], ridge: float = _RIDGE) -> Tensor:
 def layer_influence(
     model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], ranks: Ranks = ALONE
 ) -> tuple[float, ...]:
-    """Return each layer's block influence: 1 - the cosine of what goes in and what comes out.
+    """Return each layer's block influence (ShortGPT, arXiv 2403.03853); 0 changes nothing.
 
-    It is the mean over all tokens (ShortGPT, arXiv 2403.03853). A layer of 0 changes nothing.
-
-    ``layers``: the layers, in their order.
-    ``ranks``: the ranks that run it, each on batches of its own.
-
-    Raises:
-        CalibrationError: a layer does not run on the data, or changes the shape of what goes in.
+    It is the mean of 1 - cosine(input, output) over all tokens.
     """
     sums, tokens = [0.0] * len(layers), [0.0] * len(layers)
 
@@ -311,13 +278,10 @@ def layer_influence(
 
 
 def _channel_axis(layer: nn.Module, shape: torch.Size) -> int:
-    """Return the axis of the channels of a layer's hidden states.
-
-    It is the last but for images, ``(batch, channels, height, width)``, which are told from
-    ``(batch, height, width, channels)`` by the first parameter that is as long as one of the two.
-    """
+    """Return the axis of the channels: 1 for (batch, channels, height, width), else the last."""
     if len(shape) != 4:
         return -1
+    # the first parameter as long as axis 1 or the last decides
     for parameter in layer.parameters():
         if shape[1] in parameter.shape:
             return 1

@@ -1,7 +1,7 @@
-"""See every linear operation in which a parameter is the weight, whatever layer it is in.
+"""See every linear operation on a parameter, in any kind of layer.
 
-A linear layer, ``Conv1D`` of Transformers, a stacked expert and a bare parameter all end in a few
-functions of torch. They are watched there, so no layer type and no layer name has to be listed.
+Linear layers, Transformers' ``Conv1D``, stacked experts and bare parameters all call a few
+functions of torch. Those are watched, so no layer type or name has to be listed.
 """
 
 from __future__ import annotations
@@ -21,60 +21,43 @@ from ..model.sharded import is_dtensor
 from ..model.tensors import owner
 from .batches import models_in
 
-Select = Callable[..., Any]
-"""A function of torch that selects from its first argument."""
+Select = Callable[..., Any]  # a function of torch that selects from its first argument
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A weight that reads channels: one dimension of a parameter that is summed over.
+    """A weight that reads channels: one dimension of a parameter that is summed over."""
 
-    Attributes:
-        parameter: the first of the parameter's names in the model.
-        dim: the dimension that is as long as what is read.
-        part: the number of the matrix in a stack (an expert); ``None``: the parameter is no stack.
-    """
-
-    parameter: str
+    parameter: str  # the first of its names in the model
     dim: int
-    part: int | None = None
+    part: int | None = None  # index of the matrix in a stack (an expert); None: no stack
 
     def matrix_of(self, values: Tensor) -> tuple[Tensor, int]:
-        """Return a view of the parameter's values without its other parts, and the dimension."""
         return matrix_of(values, self.dim, self.part)
 
 
 @dataclass(frozen=True)
 class LinearOp:
-    """One call of a linear operation, before it runs.
-
-    Attributes:
-        consumer: its weight.
-        inputs: what the weight reads.
-        axis: the axis of ``inputs`` that is summed over.
-        run: computes the result; an argument takes the place of ``inputs``.
-        is_table: True if the weight is a table of embeddings too (a tied head).
-    """
+    """One call of a linear operation, before it runs."""
 
     consumer: Consumer
-    inputs: Tensor
+    inputs: Tensor  # what the weight reads
     axis: int
-    run: Callable[..., Any]
-    is_table: bool = False
+    run: Callable[..., Any]  # computes the result; an argument replaces ``inputs``
+    is_table: bool = False  # the weight is a table of embeddings too (a tied head)
 
     def channels_last(self) -> Tensor:
-        """Return the inputs as ``(tokens, channels)``."""
-        return self.inputs.movedim(self.axis, -1).flatten(0, -2)
+        return self.inputs.movedim(self.axis, -1).flatten(0, -2)  # (tokens, channels)
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """Return ``(tokens, channels)`` in the shape, order of axes and dtype of the inputs."""
+        """Return ``(tokens, channels)`` with the shape, axis order and dtype of the inputs."""
         moved = self.inputs.movedim(self.axis, -1)
         return rows.to(self.inputs.dtype).view(moved.shape).movedim(-1, self.axis)
 
 
 @dataclass(frozen=True)
 class _Reads:
-    """Which arguments of a function are inputs and weight, and which of their axes are summed."""
+    """Which arguments are inputs and weight, and which of their axes are summed over."""
 
     inputs: int
     axis: int
@@ -83,13 +66,9 @@ class _Reads:
 
 
 class WatchedOps(TorchFunctionMode):
-    """Hands every linear operation on a model's parameters to a function, while it is entered.
+    """Passes each linear operation on a model's parameters to ``visit``, which returns the result.
 
-    Args:
-        model: the model.
-        visit: gets each :class:`LinearOp`, and returns what the operation is to return.
-        selected: gets each selection that was made: the function, its arguments by position and by
-            name, and what it returned.
+    ``selected`` gets each selection of rows: function, arguments, keyword arguments, result.
     """
 
     def __init__(
@@ -107,19 +86,19 @@ class WatchedOps(TorchFunctionMode):
         self.locate(model)
 
     def locate(self, part: nn.Module) -> None:
-        """Note where the parameters of a part of the model are now: FSDP2 gathers them there."""
+        """Note where a submodule's parameters are now: FSDP2 gathers them into new storages."""
         inside = set(part.modules())
         for name, module, key in self._owners:
             parameter = module._parameters[key] if module in inside else None
             if parameter is not None and not is_dtensor(parameter):
                 self._by_storage.setdefault(_storage(parameter), {})[name] = parameter
-        for table in _input_tables(self._model):  # no pass looks them up if it gets embeddings
+        for table in _input_tables(self._model):  # inputs_embeds bypass F.embedding
             self._note_table(table)
 
     def _parameters_at(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters in the storage of some values; FSDP2 frees those it has gathered."""
         at = 0 if is_dtensor(values) else _storage(values)
         found = self._by_storage.get(at, {})
+        # FSDP2 frees the storages that it gathered
         yield from ((name, each) for name, each in found.items() if _storage(each) == at)
 
     def __torch_function__(
@@ -164,10 +143,7 @@ class WatchedOps(TorchFunctionMode):
                     self._tables.add(name)
 
     def _consumer(self, weight: Any, axis: int) -> Consumer | None:
-        """Return the parameter's dimension that an axis of a weight is; ``None``: of no parameter.
-
-        A weight may be a view: transposed, or one matrix of a stack.
-        """
+        """Return the parameter's dimension that an axis of a weight, perhaps a view, runs along."""
         if not isinstance(weight, Tensor):
             return None
         for name, parameter in self._parameters_at(weight):
@@ -182,9 +158,8 @@ class WatchedOps(TorchFunctionMode):
 
 
 def _input_tables(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the tables with the embeddings of the tokens that models of Transformers take."""
     for each in models_in(model):
-        with suppress(AttributeError, NotImplementedError):  # it takes no tokens
+        with suppress(AttributeError, NotImplementedError):  # a model without token inputs
             embeddings = each.get_input_embeddings()
             if isinstance(embeddings, nn.Embedding):
                 yield embeddings.weight
@@ -195,13 +170,12 @@ def _storage(values: Tensor) -> int:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """True if the memory between two tensors' first and last elements, in one storage, overlaps."""
+    """True if two tensors of one storage overlap, each from its first to its last element."""
     (begin, end), (other_begin, other_end) = map(_span, (first, second))
     return begin <= other_end and other_begin <= end
 
 
 def _span(values: Tensor) -> tuple[int, int]:
-    """Return the places of the first and the last element in the storage."""
     begin = int(values.storage_offset())
     steps = zip(values.stride(), values.shape, strict=True)
     return begin, begin + sum(int(stride) * (size - 1) for stride, size in steps)
@@ -209,23 +183,13 @@ def _span(values: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _View:
-    """Where in a parameter a view of it lies.
-
-    Attributes:
-        dims: for each axis of the view, the parameter's dimension that it runs along; ``None`` for
-            an axis of size 1.
-        begins: for each dimension of the parameter, the place at which the view begins.
-    """
-
+    # For each axis of the view, the parameter's dimension; None for an axis of size 1.
     dims: tuple[int | None, ...]
-    begins: tuple[int, ...]
+    begins: tuple[int, ...]  # for each dimension of the parameter, where the view begins
 
 
 def _view_of(view: Tensor, parameter: Tensor) -> _View | None:
-    """Return where a view lies in a parameter of the same storage; ``None``: not in this one.
-
-    Several parameters may share a storage, each in a place of its own.
-    """
+    """Return where a view lies in a parameter; ``None``: in another one that shares its storage."""
     by_stride = {parameter.stride(d): d for d in range(parameter.ndim) if parameter.shape[d] > 1}
     sizes: dict[int, int] = {}
     dims: list[int | None] = []
@@ -233,7 +197,7 @@ def _view_of(view: Tensor, parameter: Tensor) -> _View | None:
         dims.append(by_stride.get(stride) if size > 1 else None)
         if size > 1:
             if stride not in by_stride:
-                return None  # it runs along no dimension
+                return None  # this axis runs along no dimension
             sizes[by_stride[stride]] = size
     begins = [0] * parameter.ndim
     offset = int(view.storage_offset()) - int(parameter.storage_offset())
@@ -266,7 +230,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 
 
 def _reads_of(func: Any, values: Sequence[Any]) -> Iterator[_Reads]:
-    """Yield how a function may read: inputs and weight can stand in either order."""
+    """Yield how a function may read: a matrix product takes inputs and weight in either order."""
     if func is torch.einsum:
         yield from _reads_of_einsum(values)
     elif func in _CONVOLUTIONS:
@@ -287,7 +251,7 @@ def _reads_of(func: Any, values: Sequence[Any]) -> Iterator[_Reads]:
 
 
 def _reads_of_einsum(values: Sequence[Any]) -> Iterator[_Reads]:
-    """Yield how ``einsum`` of two tensors reads, where one label alone is summed over."""
+    """Yield how an ``einsum`` of two tensors reads, if it sums over exactly one label."""
     if len(values) != 3 or not isinstance(values[0], str) or "..." in values[0]:
         return
     if not all(isinstance(value, Tensor) for value in values[1:]):

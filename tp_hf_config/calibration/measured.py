@@ -1,4 +1,4 @@
-"""Measure what every weight of a model reads, now or again once the weights have changed."""
+"""Measure what every weight of a model reads, and measure again once the weights have changed."""
 
 from __future__ import annotations
 
@@ -31,22 +31,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RIDGE = 1e-2
+# of models that write text: later text differs from calibration text (`docs/quality.md`)
 TEXT_RIDGE = 1e-1
-"""Of what writes text: it meets other text than it was measured on (`docs/quality.md`)."""
-_REMEMBERED = 4  # inputs: the weights that read the same values do so one right after the other
+_REMEMBERED = 4  # inputs; weights that read the same values (q, k, v) run right after each other
+# where in memory a weight's inputs lay, whether they still do, and the weight's leader
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
-"""Where values lay that a weight read, whether they still do, and that weight's leader."""
 _Need = Literal["gram", "products", ""]
 _Place = tuple[str, int, bool, _Need]
 
 
 class Measuring:
-    """Adds up what consumers read, in one pass over a model.
+    """Adds up what consumers read in one pass.
 
-    Args:
-        sources: finds the norms in front of weights.
-        limit: how many bytes the Gram matrices may take together.
-        only: the leaders whose Gram matrices are wanted; ``None``: of all that need one.
+    ``limit``: bytes for all Gram matrices. ``only``: leaders that get one; ``None``: all that need
+    one.
     """
 
     def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
@@ -57,11 +55,10 @@ class Measuring:
         self._apart: set[Consumer] = set()
 
     def visit(self, op: LinearOp) -> Any:
-        """Add what an operation reads."""
         leader = self._leader(op)
         readings = self.readings
         if readings.leaders.setdefault(op.consumer, leader) != leader:
-            self._apart.add(op.consumer)  # it reads now with these, now with those
+            self._apart.add(op.consumer)  # it shares its inputs with other consumers than before
         if leader == op.consumer:
             if leader not in readings.statistics:
                 self._begin(op)
@@ -69,7 +66,6 @@ class Measuring:
         return op.run()
 
     def complete(self, ranks: Ranks) -> Readings:
-        """Return what was measured, by all ranks."""
         readings = self.readings
         for consumer in self._apart:
             readings.leaders.pop(consumer, None)
@@ -78,7 +74,6 @@ class Measuring:
         return added_up(readings, self._apart, ranks, self._limit) if ranks.own_data else readings
 
     def _begin(self, op: LinearOp) -> None:
-        """Look at what is in front of a consumer that is seen for the first time."""
         readings, consumer = self.readings, op.consumer
         readings.statistics[consumer] = InputStatistics()
         chain = self._sources.chain_of(op.inputs, op.axis)
@@ -97,7 +92,7 @@ class Measuring:
         storage = inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs._version
         place = (*storage, inputs.numel(), inputs.shape[op.axis])  # equal for views of one tensor
         for other, in_use, leader in self._recent:
-            if other == place and in_use():  # else other values are there now
+            if other == place and in_use():  # else the memory holds other values now
                 return leader
         self._recent.append((place, use_of(inputs), op.consumer))
         return op.consumer
@@ -113,17 +108,8 @@ def measure(
 ) -> Readings:
     """Return what every weight of a model reads, measured in one pass.
 
-    Args:
-        model: the model.
-        batches: the data.
-        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
-            Those that do not fit are measured in further passes, once they are needed.
-        what: the title of the progress bar.
-        ranks: the ranks that measure, each on batches of its own.
-        grams: False: no Gram matrix is measured; :func:`add_grams` does it later.
-
-    Raises:
-        CalibrationError: the model does not run on the data, or gives numbers that are not finite.
+    Gram matrices that ``max_memory`` has no room for (all, without ``grams``) wait for
+    :func:`add_grams`.
     """
     only = None if grams else ()
     readings = _measured(model, batches, max_memory, what, ranks, only)
@@ -144,13 +130,10 @@ def add_grams(
     max_memory: int | None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Measure Gram matrices in another pass, in the place of those that there were.
-
-    As many of the leaders get theirs as ``max_memory`` allows, at least the first.
-    """
+    """Replace all Gram matrices by those of ``leaders``, as many as fit, in another pass."""
     for statistics in readings.statistics.values():
         statistics.gram = None
-    if ranks.count > 1:  # chosen now, for ranks meet experts in orders of their own
+    if ranks.count > 1:  # chosen beforehand: ranks reach experts in different orders
         leaders = _that_fit(readings, leaders, memory_limit(model, max_memory, ranks))
     what = "calibrate, another pass"
     again = _measured(model, batches, max_memory, what, ranks, leaders)
@@ -160,7 +143,7 @@ def add_grams(
 
 
 def _that_fit(readings: Readings, leaders: Collection[Consumer], limit: int) -> list[Consumer]:
-    """Return leaders whose Gram matrices memory has room for, one at least."""
+    """Return the leaders whose Gram matrices fit into ``limit`` bytes, at least the first."""
     chosen: list[Consumer] = []
     for leader in leaders:
         size = 4 * len(readings.statistics[leader].total) ** 2
@@ -194,22 +177,7 @@ def _check_finite(readings: Readings) -> None:
 
 
 class MeasuredModel:
-    """A model, and what its weights read on some data.
-
-    It measures again by itself, on the same data, once the model's weights have changed (after a
-    pruning step, after training).
-
-    Attributes:
-        model: the model.
-        train: the batches that are measured.
-        held_out: the batches that tell whether a refit is any good.
-        ridge: how strongly a refit stays with the plain cut.
-        max_memory: how many bytes Gram matrices may take together; ``None``: half of what is free.
-        refits: False: Gram matrices, which refits need, are measured once something asks for them.
-        readings: what was measured.
-        ranks: the ranks that measure; ``train`` and ``held_out`` are this rank's.
-        seconds: how long the latest measurement took.
-    """
+    """Base of Calibration, which describes the fields."""
 
     def __init__(
         self,
@@ -235,7 +203,7 @@ class MeasuredModel:
             model: a copy with the same weights (``copy.deepcopy(model)``).
 
         Raises:
-            CalibrationError: the weights are not the same.
+            CalibrationError: the weights differ.
         """
         readings = self.current()
         own, other = self.model.state_dict(), model.state_dict()
@@ -256,14 +224,13 @@ class MeasuredModel:
         return measured
 
     def comparing_on(self, held_out: Sequence[Batch]) -> Self:
-        """Return the same measurement with other held-out batches."""
         self.current()
         measured = copy.copy(self)
         measured.held_out = list(held_out)
         return measured
 
     def check_measures(self, model: nn.Module) -> None:
-        """Raise if it was not this model that was measured.
+        """Check that this model, or one it is a part of, was measured.
 
         Raises:
             CalibrationError: another one was.
@@ -276,14 +243,14 @@ class MeasuredModel:
             )
 
     def current(self) -> Readings:
-        """Return what was measured; measure again first where the weights have changed."""
+        """Return the sums; measure first if the weights have changed."""
         model = behind(self.model)
         reshard(model)
         state = state_of(model)
         if state != self._measured_at:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
-            self.readings = Readings()  # so that old Gram matrices make room for new ones
+            self.readings = Readings()  # frees the old Gram matrices
             self.readings = measure(
                 self.model, self.train, self.max_memory, again, self.ranks, self.refits
             )
@@ -292,9 +259,9 @@ class MeasuredModel:
         return self.readings
 
     def require(self, leaders: Collection[Consumer]) -> list[Consumer]:
-        """Return those leaders that have their Gram matrices now: the first, as there is room.
+        """Return those of the leaders, from the first on, that have Gram matrices now.
 
-        Where the first has none, another pass measures it, and as many others as fit.
+        If the first has none, another pass measures it, and as many others as fit into memory.
         """
         readings = self.current()
         wanted = [leader for leader in leaders if leader in readings.statistics]
@@ -303,10 +270,7 @@ class MeasuredModel:
         return [leader for leader in wanted if readings.statistics[leader].gram is not None]
 
     def require_all(self, leaders: Collection[Consumer]) -> bool:
-        """True if all those leaders have their Gram matrices now, if need be after another pass.
-
-        False: memory has no room for all of them together.
-        """
+        """True if all leaders have Gram matrices now, if need be after another pass."""
         statistics = self.current().statistics
         missing = [leader for leader in leaders if statistics[leader].gram is None]
         wanted = dict.fromkeys([*missing, *leaders])
@@ -314,16 +278,16 @@ class MeasuredModel:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens measured on this rank; of other inputs, their number (images)."""
+        """The number of tokens measured on this rank; of images and sounds, the rows."""
         return tokens_in(self.train)
 
     def holds_out(self) -> bool:
-        """True if some batch is held out, on whichever rank; all ranks have to call this."""
+        """True if any rank holds out a batch; all ranks have to call this."""
         return any(self.ranks.gathered(len(self.held_out)))
 
     @property
     def memory(self) -> int:
-        """The bytes that Gram matrices take."""
+        """The bytes of the Gram matrices."""
         found = (one.gram for one in self.readings.statistics.values())
         return sum(gram.nbytes for gram in found if gram is not None)
 
@@ -346,33 +310,18 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class Input:
-    """What a weight reads, at full size.
-
-    Attributes:
-        parameter: the weight's name.
-        dim: its dimension of channels.
-        parts: how many matrices it stacks (experts); 1: it is no stack.
-        sums: what a refit needs of it: ``"gram"``: the Gram matrix; ``"products"``: behind a norm,
-            products with what stays; ``""``: nothing, others read the same, or it is a table of
-            embeddings too.
-    """
-
-    parameter: str
+    parameter: str  # its first name
     dim: int
-    parts: int
+    parts: int  # matrices that it stacks (experts); 1: no stack
+    # What a refit needs: "gram"; "products" behind a norm (of the kept channels); "": nothing,
+    # because another weight reads the same or this one is a table of embeddings too.
     sums: _Need
 
 
 def gram_bytes(field_map: FieldMap, full: nn.Module) -> int | None:
-    """Return how many bytes the Gram matrices of all weights of a model take.
+    """Return what ``calibrate(model).memory`` will be; ``None``: the tiny model does not run.
 
-    Args:
-        field_map: the field map of the model's class and config.
-        full: the class with all layers, on any device.
-
-    Returns:
-        The bytes that ``calibrate(model).memory`` gives, if each Gram matrix fits in its memory
-        and every expert gets tokens; ``None``: the tiny model does not run.
+    It is less if a matrix does not fit into memory or an expert gets no token.
     """
     inputs = inputs_of(field_map, full)
     if inputs is None:
@@ -385,14 +334,7 @@ def gram_bytes(field_map: FieldMap, full: nn.Module) -> int | None:
 
 
 def inputs_of(field_map: FieldMap, full: nn.Module) -> list[Input] | None:
-    """Return what every weight of a model reads; ``None``: the tiny model does not run.
-
-    It is seen in a pass of the class's tiny model, and kept on disk.
-
-    Args:
-        field_map: the field map of the model's class and config.
-        full: the class with all layers, on any device.
-    """
+    """Return what every weight of ``full`` (on any device) reads, from a pass of the tiny model."""
     key = None
     if field_map.digest is not None:
         key = entry_key(field_map.digest, "what weights read", field_map.data)
@@ -405,7 +347,6 @@ def inputs_of(field_map: FieldMap, full: nn.Module) -> list[Input] | None:
 
 
 def _places(field_map: FieldMap) -> list[_Place] | None:
-    """Return what weights of the tiny model read, by names of the shallow model."""
     tiny = experiments_of(field_map).tiny
     if isinstance(tiny, Refusal):
         return None
@@ -423,7 +364,6 @@ def _places(field_map: FieldMap) -> list[_Place] | None:
 
 
 def _sums_of(consumer: Consumer, readings: Readings) -> _Need:
-    """Return what a refit needs of what a consumer reads."""
     if readings.leaders[consumer] != consumer or consumer.parameter in readings.tables:
         return ""
     return "gram" if readings.needs_gram(consumer) else "products"
@@ -432,7 +372,6 @@ def _sums_of(consumer: Consumer, readings: Readings) -> _Need:
 def _at_full_size(
     field_map: FieldMap, full: nn.Module, places: Iterable[_Place]
 ) -> Iterator[Input]:
-    """Yield what the weights of a model with all layers read."""
     by_name: dict[str, list[_Place]] = {}
     for place in places:
         by_name.setdefault(place[0], []).append(place)

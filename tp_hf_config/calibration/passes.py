@@ -1,4 +1,4 @@
-"""Run a model over batches, on one rank or several, and leave it as it was."""
+"""Run a model over batches, on one rank or several, and restore its settings."""
 
 from __future__ import annotations
 
@@ -25,40 +25,32 @@ from .sources import Sources
 
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
+# (items, their number, title, unit) -> the items, while a progress bar is shown
 Track = Callable[[Sequence[Any], int, str, str], Iterator[Any]]
-"""Yields items, so many of them, and shows how far they are: under a title, in a unit."""
 _track: ContextVar[Track | None] = ContextVar("track", default=None)
-_SHORT = 2  # seconds: what takes less is not shown
+_SHORT = 2  # seconds; a shorter pass shows no progress bar
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that measure one model; every rank has to call the methods at the same points.
+    """The ranks that measure one model; all of them call each method at the same point."""
 
-    Attributes:
-        count: how many ranks measure the model.
-        own_data: True if each of them has data of its own, so that sums are added up; otherwise
-            each has all of the data.
-        device: where tensors are added up.
-        spare: what a rank runs while only others have batches left, because all gather weights
-            together; ``None``: each has a copy of them.
-    """
-
-    count: int = 1
-    own_data: bool = False
-    device: torch.device | str = "cpu"
+    count: int = 1  # ranks that measure the model
+    own_data: bool = False  # each rank has other data: sums are added up. Else each has all data
+    device: torch.device | str = "cpu"  # where sums are added up
+    # A sharded model's weights are gathered by all ranks together, so a rank without a batch left
+    # runs this one; None: each rank has all weights.
     spare: Batch | None = None
 
     def gathered(self, value: _T) -> list[_T]:
-        """Return what every rank has, in their order; the own value alone if data is not shared."""
+        """Return each rank's value, in rank order; only this one's if all have the same data."""
         return gathered(value) if self.own_data else [value]
 
     def summed(self, values: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors, the same bits; ``values`` may be overwritten."""
+        """Return the sum of all ranks' tensors, the same bits on each; may overwrite ``values``."""
         return summed(values, self.device) if self.own_data else values
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sum of each number over all ranks."""
         return self.summed(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
@@ -72,18 +64,9 @@ def agreed_ranks(
     distributed: bool,
     failure: Exception | None,
 ) -> Ranks:
-    """Return the ranks that measure a model, once they have agreed on how.
+    """Return the ranks that measure a model, once they agree on class and settings.
 
-    Args:
-        model: the model, or the meta copy of a sharded one.
-        batches: this rank's data.
-        settings: what all ranks need alike.
-        distributed: True if the ranks hold whole copies of the model.
-        failure: why this rank cannot measure; all ranks raise then, this one its own error.
-
-    Raises:
-        CalibrationError: the ranks have other settings, one does not come or cannot, or none has
-            data.
+    If one rank has a ``failure``, all raise.
     """
     source = behind(model)
     if source is model and not distributed:
@@ -102,7 +85,7 @@ def agreed_ranks(
 
 
 def _digest(batches: Sequence[Batch]) -> str:
-    """Return what is equal for ranks that have the same data."""
+    """Return a hash that is equal on ranks with the same data."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, value in batch.items():
@@ -114,13 +97,11 @@ def _digest(batches: Sequence[Batch]) -> str:
 
 
 def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE) -> int:
-    """Return ``max_memory``, or half of the bytes that are free where the model is.
-
-    Of several ranks it is what each of them has: they have to measure alike.
-    """
+    """Return ``max_memory``, or half of the free bytes on the model's device."""
     if max_memory is not None:
         return max_memory
     half = free_memory(next(behind(model).parameters()).device) // 2
+    # ranks have to measure the same matrices
     return min(gathered(half)) if ranks.count > 1 else half
 
 
@@ -133,21 +114,13 @@ def watched_pass(
     what: str = "",
     ranks: Ranks = ALONE,
 ) -> None:
-    """Run a model over batches while every linear operation on its parameters is watched.
+    """Run a model over batches, calling ``visit`` instead of each linear operation on a parameter.
 
-    Args:
-        model: the model, or the meta copy of a sharded one, which is run then.
-        batches: the batches.
-        visit: gets every operation, and returns what it is to return; ``None``: none is watched.
-        sources: watches the layers in front of weights.
-        after_batch: gets the number of each batch and the model's result.
-        what: the title of the progress bar; empty: there is none.
-        ranks: the ranks that run the model, each over batches of its own.
-
-    Raises:
-        CalibrationError: the model does not run on a batch, on this rank or on another.
+    ``visit`` returns the operation's result. ``after_batch`` gets each batch's number and the
+    model's output. ``what`` is the progress bar's title; empty: no bar. If a rank fails, all ranks
+    raise.
     """
-    model = behind(model)
+    model = behind(model)  # a meta copy's sharded model
     after = after_batch or (lambda number, result: None)
     selected = None if sources is None else sources.note_selection
     ops = None if visit is None else WatchedOps(model, visit, selected)
@@ -176,7 +149,7 @@ def _run_together(
     what: str,
     ranks: Ranks,
 ) -> None:
-    """Run every rank's batches, as many passes on each rank; if one cannot go on, all raise."""
+    """Run every rank's batches, with as many passes on each rank; if one fails, all raise."""
     when = what or "a pass over held-out data"
     agree(CalibrationError, f"the start of {when}")
     failure: BaseException | None = None
@@ -229,14 +202,12 @@ def _run(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, without gradients and caches, with plain experts; then restore it.
-
-    A cache copies what some weights read (latent attention), so that no norm would be seen there.
-    """
+    """Run a model in eval mode, without gradients, caches and fused experts; then restore it."""
     models = models_in(model)
     experts = [(each, how) for each in models if (how := _experts_of(each))]
     holders: list[nn.Module] = [*models] or [model]
     configs = (config for each in holders for config in configs_of(each))
+    # a cache copies what some weights read (latent attention) and hides the norm before them
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
         for config in caching:
@@ -253,7 +224,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _experts_of(model: nn.Module) -> Any:
-    """Return how a model of Transformers runs experts, if that can be set and is not eager."""
     get = getattr(model, "get_experts_implementation", None)
     if get is None:
         return None
@@ -263,7 +233,6 @@ def _experts_of(model: nn.Module) -> Any:
 
 @contextmanager
 def shown_by(track: Track) -> Iterator[None]:
-    """Show inside the block how far passes are by this function instead of Transformers' bars."""
     token = _track.set(track)
     try:
         yield
@@ -272,7 +241,6 @@ def shown_by(track: Track) -> Iterator[None]:
 
 
 def shown(items: Sequence[_Item], what: str, unit: str = "windows") -> Iterator[_Item]:
-    """Yield items under a progress bar of Transformers, which its users can switch off."""
     from transformers.utils import logging
 
     track = _track.get()
@@ -281,6 +249,7 @@ def shown(items: Sequence[_Item], what: str, unit: str = "windows") -> Iterator[
     elif track is not None:
         yield from track(items, len(items), what, unit)
     else:
+        # users can switch it off
         yield from logging.tqdm(  # type: ignore[no-untyped-call]
             items, desc=what, leave=False, delay=_SHORT
         )

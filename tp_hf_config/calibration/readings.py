@@ -1,4 +1,4 @@
-"""What was measured of a model: what the channels that its weights read carry, over all tokens."""
+"""Sums over all tokens of what the channels carry that a model's weights read."""
 
 from __future__ import annotations
 
@@ -12,37 +12,31 @@ from .linear_ops import Consumer
 from .passes import Ranks
 from .sources import Chain
 
-TOKENS_PER_CHANNEL = 8  # fewer tell too little for a refit (12,288 tokens for 1,536 channels do)
-_TOGETHER = 512  # tokens: a product of fewer costs as much, for the whole Gram matrix is touched
-_BLOCKS = 4  # so much of the Gram matrix's lower triangle is left out: it is the upper one's mirror
+TOKENS_PER_CHANNEL = 8  # refits need as many (12,288 tokens for 1,536 channels are enough)
+_TOGETHER = 512  # tokens in a product; fewer cost as much: the whole Gram matrix is touched
+_BLOCKS = 4  # block rows of a Gram matrix; blocks below the diagonal are mirrored
 
 
 @dataclass
 class InputStatistics:
-    """Sums over the tokens that a consumer read.
+    """Sums over the tokens that a consumer read."""
 
-    Attributes:
-        tokens: how many there were.
-        total: the sum of each channel, float64, shape ``(channels,)``.
-        squares: the sum of each channel's squares, likewise.
-        gram: the sum of products of two channels, shape ``(channels, channels)``, in float32 (in
-            float64 for a model in float64); ``None`` if it was not asked for.
-    """
-
-    tokens: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    tokens: int = 0  # how many
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))  # sum of each channel, float64
+    # sum of each channel's squares, float64
     squares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    # Sums of products of two channels, ``(channels, channels)``, in float32 (float64 for a float64
+    # model); None: not measured.
     gram: Tensor | None = None
     _waiting: list[Tensor] = field(default_factory=list, repr=False)
 
     @classmethod
     def none_of(cls, channels: int) -> InputStatistics:
-        """Return the sums over no token."""
         zeros = torch.zeros(2, channels, dtype=torch.float64)
         return cls(0, zeros[0], zeros[1])
 
     def add(self, rows: Tensor, with_gram: bool) -> None:
-        """Add the tokens in ``rows``, shape ``(tokens, channels)``."""
+        """Add tokens, shape ``(tokens, channels)``."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         total, squares = rows.sum(0).double().cpu(), rows.square().sum(0).double().cpu()
         if self.tokens:
@@ -52,7 +46,7 @@ class InputStatistics:
         if with_gram:
             if self.gram is None:
                 self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-            # a copy, for what is read may be changed in place
+            # a copy, because the model may change its activations in place
             self._waiting.append(rows.clone())
             if sum(map(len, self._waiting)) >= _TOGETHER:
                 self._add_waiting(self.gram)
@@ -66,30 +60,28 @@ class InputStatistics:
         self.gram.add_(lower)
 
     def _add_waiting(self, gram: Tensor) -> None:
-        """Add tokens that waited to the upper triangle of the Gram matrix."""
         if self._waiting:
             _add_upper(gram, torch.cat(self._waiting))
             self._waiting = []
 
     @property
     def is_enough(self) -> bool:
-        """True if there are eight tokens for each channel."""
         return self.tokens >= TOKENS_PER_CHANNEL * len(self.total)
 
     @property
     def norms(self) -> Tensor:
-        """The root of each channel's mean square, shape ``(channels,)``."""
+        """Each channel's root mean square."""
         return (self.squares / max(1, self.tokens)).sqrt()
 
     @property
     def variances(self) -> Tensor:
-        """Each channel's variance over the tokens (its fluctuation, FLAP), ``(channels,)``."""
+        """Each channel's variance over the tokens (FLAP's fluctuation)."""
         mean = self.total / max(1, self.tokens)
         return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
 
 
 def _add_upper(gram: Tensor, rows: Tensor) -> None:
-    """Add the products of channels to a Gram matrix, without most of its lower triangle."""
+    """Add ``rowsᵀ rows`` to a Gram matrix, except for the blocks below the diagonal."""
     channels = rows.shape[1]
     step = max(64, -(-channels // _BLOCKS))
     for start in range(0, channels, step):
@@ -99,22 +91,15 @@ def _add_upper(gram: Tensor, rows: Tensor) -> None:
 
 @dataclass
 class Readings:
-    """What was measured.
+    """What was measured. A leader is the first of the consumers that read the same values."""
 
-    Attributes:
-        statistics: by leader: the first of the consumers that read the same values.
-        leaders: consumer -> its leader.
-        chains: leader -> the layers from a norm to what it reads; leaders behind none are not here.
-        tables: parameters that are tables of embeddings too (tied heads).
-    """
-
-    statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)
-    leaders: dict[Consumer, Consumer] = field(default_factory=dict)
+    statistics: dict[Consumer, InputStatistics] = field(default_factory=dict)  # by leader
+    leaders: dict[Consumer, Consumer] = field(default_factory=dict)  # consumer -> its leader
+    # Leader -> the layers from a norm to what it reads; only leaders behind a norm.
     chains: dict[Consumer, Chain] = field(default_factory=dict)
-    tables: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)  # weights that embed tokens too (tied heads)
 
     def of(self, consumer: Consumer) -> InputStatistics | None:
-        """Return what a consumer reads; ``None`` if it read nothing."""
         leader = self.leaders.get(consumer)
         return None if leader is None else self.statistics.get(leader)
 
@@ -126,33 +111,26 @@ class Readings:
         return places
 
     def needs_gram(self, leader: Consumer) -> bool:
-        """True if a refit needs the Gram matrix of what a leader reads.
-
-        Behind a norm it needs another pass instead, and a table of embeddings stays as it is.
-        """
+        """True if a refit needs the Gram matrix; behind a norm, other products are needed."""
         return leader not in self.chains and leader.parameter not in self.tables
 
 
 class Sums:
-    """Adds up matrices by consumer."""
-
     def __init__(self) -> None:
         self._matrices: dict[Consumer, list[Tensor]] = {}
 
     def add(self, consumer: Consumer, products: Sequence[Tensor]) -> None:
-        """Add a consumer's products of one batch."""
         before = self._matrices.get(consumer)
         pairs = zip(products, before or products, strict=True)
         self._matrices[consumer] = [a if before is None else b + a for a, b in pairs]
 
     def of(self, consumer: Consumer) -> list[Tensor] | None:
-        """Return a consumer's sums; ``None``: there was nothing to add."""
         return self._matrices.get(consumer)
 
     def over_ranks(
         self, ranks: Ranks, shapes: Mapping[Consumer, Iterable[tuple[int, int]]]
     ) -> None:
-        """Add up the sums of all ranks, in the order of ``shapes``."""
+        """Add up all ranks' sums, in the order of ``shapes``: consumer -> its matrices' shapes."""
         seen = ranks.gathered({of: sums[0].dtype for of, sums in self._matrices.items()})
         for consumer, sizes in shapes.items():
             dtypes = [dtypes[consumer] for dtypes in seen if consumer in dtypes]
@@ -163,10 +141,10 @@ class Sums:
 
 
 def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> Readings:
-    """Return the readings of all ranks' data, in their order; all ranks have to call this.
+    """Return the readings over all ranks' data; all ranks have to call this.
 
-    Gram matrices that do not fit into ``limit`` bytes together, or that a rank had no memory for,
-    are left to another pass. ``apart``: consumers that read now with one leader, now with another.
+    A Gram matrix that exceeds ``limit`` bytes with the others, or that a rank did not measure, is
+    left to another pass. ``apart``: consumers that shared their inputs with different leaders.
     """
     seen = {
         leader: (len(each.total), None if each.gram is None else each.gram.dtype)
@@ -197,7 +175,7 @@ def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> R
 
 
 def _summed(own: InputStatistics, dtype: torch.dtype | None, ranks: Ranks) -> InputStatistics:
-    """Return one input's sums over all ranks, with a Gram matrix if a dtype is given."""
+    """Return one input's sums over all ranks; a dtype asks for a Gram matrix."""
     size = len(own.total)
     tokens = torch.tensor([own.tokens], dtype=torch.float64)
     sums = ranks.summed(torch.cat([own.total, own.squares, tokens]))

@@ -1,10 +1,9 @@
-"""Refit weights in closed form: those that read pruned channels make up for them.
+"""Refit weights in closed form, so that they compensate for the channels that are removed.
 
-With X what a weight W reads (tokens x channels), K the channels that stay and S the selection of K
-among all channels, the refitted weight is ``W (S + B)ᵀ`` with ``B = (XKᵀXK + r)⁻¹ XKᵀ(X - XK S)``:
-least squares for what the plain cut ``W Sᵀ`` loses, with a ridge r that stays with the plain cut.
-(The grounds: FLAP, arXiv 2312.11983; OSSCAR, arXiv 2403.12983; GRAIL, arXiv 2602.23795.)
-A step's refits are solved before anything is cut.
+Let X be what a weight W reads (tokens x channels), K the kept channels and S the selection of K
+among all channels. The refitted weight is ``W (S + B)ᵀ`` with ``B = (XKᵀXK + r)⁻¹ XKᵀ(X - XK S)``:
+least squares for what the plain cut ``W Sᵀ`` misses. The ridge r pulls it towards the plain cut.
+(Sources: FLAP, arXiv 2312.11983; OSSCAR, arXiv 2403.12983; GRAIL, arXiv 2602.23795.)
 """
 
 from __future__ import annotations
@@ -34,15 +33,9 @@ _TRIES = 12  # the ridge grows tenfold until the solve succeeds
 
 
 def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:
-    """Return the refit of weights that read channels without a norm in between.
+    """Return the refit of weights without a norm in front; ``None`` if the channels carry nothing.
 
-    Args:
-        gram: the products of all channels, shape ``(channels, channels)``.
-        kept: the channels that stay, 1-D.
-        ridge: relative to the mean square of the kept channels.
-
-    Returns:
-        The refit, its solve in float64; ``None`` if the channels carry nothing.
+    The ridge is relative to the mean square of the kept channels.
     """
     size = len(gram)
     stays = torch.zeros(size, dtype=torch.bool)
@@ -56,13 +49,10 @@ def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:
 
 
 def refit_from_products(own: Tensor, cross: Tensor, kept: Tensor, ridge: float) -> Refit | None:
-    """Return the refit of weights that read channels through a norm.
+    """Return the refit of weights behind a norm.
 
-    Args:
-        own: the products of what the norm gives the kept channels alone, ``(kept, kept)``.
-        cross: their products with what it gave all channels, ``(kept, channels)``.
-        kept: the channels that stay, 1-D.
-        ridge: relative to the mean square of the kept channels.
+    ``own``: products of its outputs from only the kept channels, ``(kept, kept)``; ``cross``: of
+    these with its outputs from all channels, ``(kept, channels)``.
     """
     size = cross.shape[1]
     lost = cross.double().clone()
@@ -89,28 +79,22 @@ def _solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
     return None
 
 
+# leader -> layer -> its copy with only the kept channels
 Copies = dict[Consumer, dict[str, nn.Module]]
-"""Leader -> layer -> its copy with the kept channels alone."""
 
 
 class StepRefits:
-    """The refits of one step.
-
-    ``groups``: the groups that the step prunes; nothing of them is cut yet.
-
-    Attributes:
-        kept: consumer -> the channels that stay, for all consumers that lose some.
-        refits: consumer -> its refit, where there is one.
-        alike: consumer -> the first that reads the same values and has the same refit.
-        unseen: parameters that lose inputs, and that no measured operation multiplied.
-    """
+    """The refits of one step, solved before anything is cut."""
 
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         self.calibration = calibration
         self.readings = calibration.current()
+        # consumer -> the channels that it keeps, 1-D, if it loses some
         self.kept = _kept_channels(calibration.model, groups, self.readings)
         self.refits: dict[Consumer, Refit] = {}
+        # consumer -> the first with the same inputs and refit
         self.alike: dict[Consumer, Consumer] = {}
+        # parameters that lose inputs, though no measured operation multiplied them
         self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
@@ -127,10 +111,9 @@ class StepRefits:
                 self._add(behind_norms[leader], partial(products.refit, leader))
 
     def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
-        """Solve those without a norm in front, as many at a time as have their Gram matrices."""
         remaining = list(consumers)
         while remaining:
-            ready = self.calibration.require(remaining)
+            ready = self.calibration.require(remaining)  # as many as memory has room for
             for leader in shown(ready, "solving refits", "inputs"):
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
@@ -140,9 +123,9 @@ class StepRefits:
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
     def of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
-        """Yield consumers, as many at a time as memory has room for.
+        """Yield as many consumers at a time as memory has room for.
 
-        ``sizes``: consumer -> how many bytes its sums take.
+        ``sizes``: bytes of their sums.
         """
         calibration = self.calibration
         limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
@@ -162,7 +145,6 @@ class StepRefits:
         return 4 * kept * (kept + len(self.readings.statistics[leader].total))
 
     def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
-        """Add the refits of consumers that read the same values."""
         first_with: dict[tuple[int, ...], Consumer] = {}
         for consumer in consumers:
             first = first_with.setdefault(tuple(self.kept[consumer].tolist()), consumer)
@@ -175,15 +157,14 @@ class StepRefits:
                 self.alike[consumer] = first
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
-        """Return what watches the layers from norms to leaders."""
         chains = self.readings.chains
         names = {name for leader in leaders for name in chains.get(leader, ())}
         return Sources(self.calibration.model, names)
 
     def after_cut(self, op: LinearOp, sources: Sources, copies: Copies) -> Tensor | None:
-        """Return what an operation reads once channels are cut, shape ``(tokens, kept)``.
+        """Return what an operation reads after the cut, ``(tokens, kept)``.
 
-        ``None``: it loses no channels, or other layers than measured are in front of it this time.
+        ``None``: it loses no channels, or other layers than those measured ran before it.
         """
         kept = self.kept.get(op.consumer)
         if kept is None:
@@ -197,7 +178,7 @@ class StepRefits:
 
 
 class _Products:
-    """Products of what norms give with and without the channels that go, by another pass."""
+    """Products of norms' outputs with and without the removed channels, by another pass."""
 
     def __init__(self, step: StepRefits, leaders: Sequence[Consumer]):
         self._step, self._leaders = step, dict.fromkeys(leaders)
@@ -230,9 +211,8 @@ class _Products:
         return op.run()
 
     def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
-        """Return the refit of what a leader reads; ``None``: it was not read as before."""
         sums = self._sums.of(leader)
-        if sums is None or len(sums[0]) != len(kept):
+        if sums is None or len(sums[0]) != len(kept):  # None: other layers ran before it
             return None
         own, cross = sums
         return refit_from_products(own, cross, kept, self._step.calibration.ridge)
@@ -241,10 +221,7 @@ class _Products:
 def _without_logits(
     model: nn.Module, batches: Sequence[Batch], tables: Collection[str]
 ) -> Sequence[Batch]:
-    """Return batches of which a model computes the last token's logits alone, where it can.
-
-    A head that is no table of embeddings reads as many tokens as the others, so it is run.
-    """
+    """Let a model compute only the last token's logits, unless its head is refitted on all."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if head is None or names.get(id(getattr(head, "weight", None))) not in tables:
@@ -258,7 +235,6 @@ def _without_logits(
 def _kept_channels(
     model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
 ) -> dict[Consumer, Tensor]:
-    """Return the channels that stay of every consumer that loses some, 1-D."""
     gone: dict[tuple[str, int], set[int]] = {}
     for group, side, name, dim in _places(model, groups):
         gone.setdefault((name, dim), set()).update(side.table[group.units].flatten().tolist())
@@ -274,7 +250,6 @@ def _kept_channels(
 
 
 def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:
-    """Return the parameters of layers that lose inputs, but for those that were seen."""
     names = {
         name
         for _, side, name, _ in _places(model, groups)
@@ -286,7 +261,7 @@ def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> 
 def _places(
     model: nn.Module, groups: Iterable[ConfigGroup]
 ) -> Iterator[tuple[ConfigGroup, Side, str, int]]:
-    """Yield each tensor dim of groups: its group and side, the parameter's first name, the dim."""
+    """Yield group, side, first name of the parameter, and dimension, of all tensor dims."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in groups:
         for side in group.graph_group.sides:

@@ -1,8 +1,7 @@
-"""Layers in front of a weight that mix channels: norms.
+"""Find norms in front of weights, and compute what a weight reads once channels are removed.
 
-What a norm gives a channel depends on all channels of its input, so it gives something else once
-some are gone. Such layers are found by experiment: a copy with some of the channels gives other
-values than the layer gives these channels.
+A norm's output for one channel depends on all its inputs, so removing channels changes the
+remaining ones. Norms are found by experiment: a copy with fewer channels returns other values.
 """
 
 from __future__ import annotations
@@ -21,22 +20,16 @@ from ..model.shortage import raise_shortage
 from .linear_ops import Select
 
 _weak_ref: Any = reductions.StorageWeakRef
-_LONGEST = 3  # layers between a norm and the weight that reads it: dropout, an activation
+_LONGEST = 3  # layers from a norm to the weight that reads it: the norm, dropout, an activation
+# names of layers in the order in which they run, the first a norm; may hold SELECTION
 Chain = tuple[str, ...]
-"""The names of layers in the order in which they are run, the first a norm.
-
-``SELECTION`` stands among them for a selection of rows.
-"""
+# instead of a layer's name: rows of the last output are selected (as experts do)
 SELECTION = "[...]"
-"""In the place of a layer: some rows are selected of what the one before gave (experts do that)."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: its name, positional and keyword arguments, and its result.
-
-    ``select``: the function that was called, if it is a selection of rows.
-    """
+    """One call of a layer, or of a function that selects rows (``select``)."""
 
     name: str
     args: tuple[Any, ...]
@@ -47,7 +40,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _PastCall:
-    """A call whose result is not held: it matters as long as something else holds its values."""
+    """A call without its result, which is not kept alive; valid while something else holds it."""
 
     name: str
     args: tuple[Any, ...]
@@ -57,23 +50,19 @@ class _PastCall:
     select: Select | None = None
 
     def with_output(self, values: Tensor) -> _Call:
-        """Return the call with its result, of any values in the same storage."""
         dtype, *layout = self.layout
         output = values.new_empty(0, dtype=dtype).set_(values.untyped_storage(), *layout)
         return _Call(self.name, self.args, self.kwargs, output, self.select)
 
 
 def use_of(values: Tensor) -> Callable[[], bool]:
-    """Return a function that is true while something else holds the storage of some values."""
+    """Return a function that is true while something else holds the storage of ``values``."""
     weak = _weak_ref(values.untyped_storage())
     return lambda: not weak.expired()
 
 
 class Sources:
-    """Remembers what layers without parts gave in the forward pass that runs.
-
-    ``names``: the layers to watch; default: all that have no parts.
-    """
+    """Remembers the calls of leaf modules (of ``names``, if given) in the current forward pass."""
 
     def __init__(self, model: nn.Module, names: set[str] | None = None):
         self.model = behind(model)
@@ -82,7 +71,6 @@ class Sources:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the layers inside ``with``; no hook is left behind."""
         handles: list[Any] = []
         try:
             for name, module in self.model.named_modules():
@@ -98,22 +86,18 @@ class Sources:
             self.forget()
 
     def forget(self) -> None:
-        """Forget the calls of the pass that ended."""
         self._calls.clear()
 
     def forget_unused(self) -> None:
-        """Forget the calls whose results nothing holds any more."""
         calls = self._calls
-        for pointer, call in reversed([*calls.items()]):  # each may hold the result of one before
+        for pointer, call in reversed([*calls.items()]):  # each may hold an earlier call's result
             if not call.in_use():
                 del calls[pointer], call
 
     def chain_of(self, values: Tensor, axis: int) -> Chain:
-        """Return the layers from the last norm to what a weight reads; empty if there is none.
+        """Return the layers from the last norm to the weight that reads ``values``.
 
-        Args:
-            values: what the weight reads.
-            axis: the axis of its channels.
+        Empty: no norm.
         """
         calls = self._calls_before(values)
         size = values.shape[axis]
@@ -121,7 +105,7 @@ class Sources:
             try:
                 if call.select is None and _mixes(self._layer(call), call, size):
                     return tuple(c.name for c in reversed(calls[: number + 1]))
-            except Exception as error:  # it does not run with fewer channels: no norm that we know
+            except Exception as error:  # the layer does not run with fewer channels: no norm
                 raise_shortage(error)
                 return ()
         return ()
@@ -129,17 +113,9 @@ class Sources:
     def after_cut(
         self, values: Tensor, size: int, chain: Chain, kept: Tensor, copies: dict[str, nn.Module]
     ) -> Tensor | None:
-        """Return what a weight reads if its norm gets the kept channels alone.
+        """Return what a weight reads if its norm gets only the kept channels, ``(tokens, kept)``.
 
-        Args:
-            values: what the weight reads now.
-            size: the number of its channels.
-            chain: the layers from the norm on, of :meth:`chain_of`.
-            kept: the channels that stay, 1-D.
-            copies: layer -> its copy with these channels; missing ones are added.
-
-        Returns:
-            The values, shape ``(tokens, kept channels)``; ``None`` if other layers ran this time.
+        ``None``: other layers than those of ``chain`` ran. Missing copies are added to ``copies``.
         """
         calls = self._calls_before(values)[: len(chain)]
         if tuple(call.name for call in reversed(calls)) != chain:
@@ -147,7 +123,7 @@ class Sources:
         result: Tensor | None = None
         for call in reversed(calls):
             if call.select is not None:
-                assert result is not None  # the first is a norm
+                assert result is not None  # the first call is of a norm
                 result = result.reshape(*call.args[0].shape[:-1], len(kept))
                 result = call.select(result, *call.args[1:], **call.kwargs)
                 continue
@@ -163,14 +139,7 @@ class Sources:
     def note_selection(
         self, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        """Remember that rows were selected of what a layer gave, with all of their channels.
-
-        Args:
-            select: a function of torch.
-            args: what it got by position.
-            kwargs: what it got by name.
-            output: what it returned.
-        """
+        """Remember that a torch function selected rows, with all channels, of a layer's output."""
         values = args[0] if args else None
         if not isinstance(values, Tensor) or not isinstance(output, Tensor):
             return
@@ -205,10 +174,9 @@ class Sources:
         return note
 
     def _remember(self, call: _Call) -> None:
-        """Remember a call as long as something else holds its result."""
         output = call.output
         pointer = output.untyped_storage().data_ptr()
-        self.forget_unused()
+        self.forget_unused()  # frees the arguments of calls whose results nothing holds
         self._calls.pop(pointer, None)
         layout = output.dtype, output.storage_offset(), output.shape, output.stride()
         self._calls[pointer] = _PastCall(
@@ -217,22 +185,16 @@ class Sources:
 
 
 def _selects_rows(select: Select, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True if a selection leaves all channels, which are along the last axis, as they stand."""
+    """True if a selection keeps all channels, along the last axis, in their order."""
     channels = torch.arange(args[0].shape[-1], device=args[0].device)
     found = select(channels.expand(args[0].shape), *args[1:], **kwargs)
     return found.shape[-1:] == channels.shape and bool((found == channels).all())
 
 
 def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
-    """Return a copy of a layer without parts that takes the kept channels alone.
-
-    Args:
-        layer: the layer, such as a norm.
-        size: the number of its channels.
-        kept: the channels that stay, 1-D.
-    """
+    """Return a copy of a leaf module that takes only the kept ones of its ``size`` channels."""
     plain: Any = plain_class(type(layer))
-    duplicate: nn.Module = plain.__new__(plain)  # copy.copy would construct what FSDP2 wraps
+    duplicate: nn.Module = plain.__new__(plain)  # copy.copy would construct FSDP2's wrapper
     vars(duplicate).update(vars(layer))
     for kind in ("_parameters", "_buffers"):
         tensors = dict(getattr(layer, kind))
@@ -241,7 +203,7 @@ def cut_copy(layer: nn.Module, size: int, kept: Tensor) -> nn.Module:
                 tensors[key] = _select(values, size, kept)
         vars(duplicate)[kind] = tensors
     vars(duplicate).update(_forward_hooks={}, _forward_pre_hooks={})
-    vars(duplicate).pop("forward", None)  # accelerate's, which runs the layer itself
+    vars(duplicate).pop("forward", None)  # accelerate's, which would run the original layer
     for key, value in vars(layer).items():
         if isinstance(value, int) and not isinstance(value, bool) and value == size:
             setattr(duplicate, key, len(kept))
@@ -259,7 +221,7 @@ def _select(values: Tensor, size: int, kept: Tensor) -> Any:
 
 
 def _cut_arguments(call: _Call, size: int, kept: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call's arguments with the kept channels of every tensor that has ``size``."""
+    """Return a call's arguments with only the kept channels of every tensor that has ``size``."""
     axis = _axis(call.args[0], size)
 
     def cut(value: Any) -> Any:
@@ -271,13 +233,12 @@ def _cut_arguments(call: _Call, size: int, kept: Tensor) -> tuple[tuple[Any, ...
 
 
 def _axis(values: Tensor, size: int) -> int:
-    """Return the axis of a layer's channels: the last, or the second as for images."""
-    return -1 if values.shape[-1] == size or values.ndim < 3 else 1
+    return -1 if values.shape[-1] == size or values.ndim < 3 else 1  # 1: images
 
 
 def _mixes(layer: nn.Module, call: _Call, size: int) -> bool:
-    """Return True if what a layer gives some channels depends on the others."""
-    kept = torch.arange(max(1, size * 2 // 5))  # no half: units may stand there twice
+    """True if a layer's output for some channels depends on the others."""
+    kept = torch.arange(max(1, size * 2 // 5))  # not half: both halves may hold the same units
     args, kwargs = _cut_arguments(call, size, kept)
     result = cut_copy(layer, size, kept)(*args, **kwargs)
     expected = call.output.index_select(_axis(call.output, size), kept.to(call.output.device))

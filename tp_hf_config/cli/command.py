@@ -1,4 +1,4 @@
-"""Run a command: its report becomes text or JSON, an exception becomes a message and a code."""
+"""Run a command: its report becomes text or JSON, an exception a message and an exit code."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ from ..schema import dated
 from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 
 UsageError: Any = typer.BadParameter.__base__  # click's; new versions have a copy of click
-"""The base class of what typer raises because of wrong usage."""
-Outcome = tuple[str, int]
-"""What a command prints on standard output, and its exit code."""
+Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code
 _dumps = partial(json.dumps, indent=2, default=str)
 _NO_MEMORY = "Memory ran out. Use a machine or a --device with more, or prune --stream."
 _UNFORESEEN = "This is not foreseen: --debug shows where it happened."
 
 
 class CouldNotTellError(Exception):
-    """The library refused where that means code 2; its error is the cause."""
+    """The library refused in a place where that means exit code 2; its error is the cause."""
 
 
 @contextmanager
 def could_not_tell() -> Iterator[None]:
-    """Let the command end with code 2, wrong usage or could not tell, if the library refuses."""
+    """End the command with code 2 (wrong usage, or could not tell) if the library refuses."""
     try:
         yield
     except TPHFConfigError as error:
@@ -43,7 +41,6 @@ def could_not_tell() -> Iterator[None]:
 
 
 def outcome_of(app: typer.Typer, typed: list[str]) -> Outcome:
-    """Run the command that was typed."""
     group = typer.main.get_command(app)
     try:
         found = group.main(typed, PROGRAM, standalone_mode=False, obj=typed)
@@ -56,9 +53,8 @@ class Command(TyperCommand):
     """A command whose function returns a report and an exit code."""
 
     def invoke(self, ctx: Any) -> Outcome:
-        """Run the function; nothing that libraries print reaches standard output."""
         try:
-            with redirect_stdout(sys.stderr), _few_warnings():
+            with redirect_stdout(sys.stderr), _few_warnings():  # standard output is for the report
                 report, code = super().invoke(ctx)
         except KeyboardInterrupt as error:
             return _failed(ctx, error, INTERRUPTED, "interrupted")
@@ -94,7 +90,7 @@ def _failed(ctx: Any, error: BaseException, code: int, text: str) -> Outcome:
 
 @contextmanager
 def _few_warnings() -> Iterator[None]:
-    """Print this library's warnings as lines; hide those of libraries, meant for programmers."""
+    """Print this library's warnings as lines; hide those of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", PrunerSettingsWarning)

@@ -1,6 +1,6 @@
 """The commands: each is a function whose signature is its arguments.
 
-A command imports torch and Transformers inside its function, after what can be checked without.
+A command imports torch and Transformers inside its function, after the checks that need neither.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ app = Typer(
     pretty_exceptions_enable=False,
 )
 command = partial(app.command, cls=Command)
-Answer = tuple[Any, int]
-"""A report, and the exit code."""
+Answer = tuple[Any, int]  # a report, and the exit code
 
 
 def _value(help: str, metavar: str, parser: Any) -> Any:

@@ -15,7 +15,7 @@ from .output import INTERRUPTED, PROGRAM, UNKNOWN, UNREAD, discard, say
 
 
 def run() -> int:
-    """Run one command as the main function of a process; return the exit code."""
+    """Run one command as a process's main function; return the exit code."""
     for name in ("SIGTERM", "SIGHUP"):  # an exception, so that half-written files are removed
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # no nohup
@@ -28,10 +28,7 @@ def run() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code.
-
-    ``argv``: the command line without the program's name; default: that of the process.
-    """
+    """Run one command; ``argv`` has no program name. Return the exit code."""
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # >&-
     if find_spec("typer") is None:
         say(f"{PROGRAM} needs typer: pip install 'tp-hf-config[cli]'")

@@ -16,15 +16,15 @@ DONE, FAILED, UNKNOWN, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
 def say(text: str) -> None:
-    """Print a text on standard error, if that takes it."""
+    """Print a text on standard error, if possible."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # a full disk, a terminal that is gone
+    except OSError:  # a full disk, a closed terminal
         discard(sys.stderr)
 
 
 def discard(stream: TextIO) -> None:
-    """Send to /dev/null what a stream could not write, and all that follows."""
+    """Redirect a stream to /dev/null, with what it could not write."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -33,7 +33,6 @@ class Shown(Progress):
     """A progress display on standard error."""
 
     def say(self, what: object) -> None:
-        """Print it as a line."""
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         with suppress(OSError):  # the work goes on
@@ -43,7 +42,6 @@ class Shown(Progress):
     def track(
         self, items: Iterable[T], total: int, what: str, unit: str = "windows"
     ) -> Iterator[T]:
-        """Print one line, then yield the items; a terminal shows a bar while they are used."""
         from tqdm.auto import tqdm
 
         self.say(f"{what}: {total} {unit}")

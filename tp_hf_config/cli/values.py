@@ -14,24 +14,24 @@ from .command import UsageError
 
 _Value = TypeVar("_Value")
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+# options that say how much of a width to prune
 _AMOUNTS = {"pruning_ratio", "ratios", "target_params", "head_pruning_ratio"}
-"""The options that say how much of a width to prune."""
+# options that tp_hf_config.plan takes unchanged
 _OF_WIDTHS = (*_AMOUNTS, "prune", "gqa", "round_to", "max_pruning_ratio")
-"""The options that ``tp_hf_config.plan`` takes as they are."""
 _NEED_AMOUNT = {"per_layer", "ranking", "steps", "round_to", "max_pruning_ratio"}
 _ALLOCATED = {"pruning_ratio", "ratios", "head_pruning_ratio", "gqa", "max_pruning_ratio"}
 _ALLOCATED |= {"ranking", "no_refit"}
 
 
 def place(text: str) -> str:
-    """Parse a path or the name of a model; refuse an empty one (an unset $VARIABLE)."""
+    """Refuse an empty path or model name (an unset $VARIABLE)."""
     if not text.strip():
         raise _wrong(text, "a folder, a file or a name")
     return text
 
 
 def path(text: str) -> Path:
-    """Parse a path; shells do not expand ``~`` behind ``=``."""
+    """Parse a path; shells do not expand ``~`` after ``=``."""
     try:
         return Path(place(text)).expanduser()
     except RuntimeError:
@@ -46,7 +46,7 @@ def calibration(text: str) -> Path | Literal["own"]:
 def share(text: str) -> float:
     """Parse a share above 0 and below 1: ``0.2``, ``1/5``, ``20%``."""
     above, _, below = text.removesuffix("%").partition("/")
-    try:  # a Decimal takes 1e999999999 in no time
+    try:  # Decimal parses 1e999999999 quickly
         number = float(Decimal(above) / Decimal(below or 1) / (100 if text.endswith("%") else 1))
     except ArithmeticError:
         raise _wrong(text, "a share such as 0.2, 1/5 or 20%") from None
@@ -70,14 +70,12 @@ def amount(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """Parse a whole number, 1 or more."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise _wrong(text, "a whole number, 1 or more")
     return int(text)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Parse config fields with commas between them."""
     fields = tuple(name.strip() for name in text.split(","))
     if not all(fields):
         raise _wrong(text, "config fields with commas between: hidden_size,intermediate_size")
@@ -85,12 +83,10 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def ratios(text: str) -> dict[str, float]:
-    """Parse a share for each config field."""
     return _by_field(text, share, "hidden_size=0.1,intermediate_size=0.3")
 
 
 def sizes(text: str) -> dict[str, int]:
-    """Parse a size for each config field."""
     return _by_field(text, count, "num_attention_heads=4,head_dim=64")
 
 
@@ -113,7 +109,6 @@ def layers(text: str) -> tuple[str | None, int]:
 
 
 def file_size(text: str) -> str:
-    """Parse a file size such as ``5GB`` into the form that ``save_pretrained`` takes."""
     if not re.fullmatch(r"[1-9]\d*[KMG]B", text.upper()):
         raise _wrong(text, "a size such as 500MB or 5GB")
     return text.upper()
@@ -124,13 +119,7 @@ def _wrong(text: str, expected: str) -> typer.BadParameter:
 
 
 def widths_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments for ``tp_hf_config.plan`` from the options of plan or prune.
-
-    There are none if layers are dropped and no width is pruned.
-
-    Raises:
-        UsageError: the user did not say how much to prune, or an option would have no effect.
-    """
+    """Return the arguments of ``tp_hf_config.plan``; none if only layers are dropped."""
     unset = {"steps": 1, "ranking": "local"}
     given = {k: v for k, v in options.items() if v not in (None, False, unset.get(k))}
     for message in _contradictions(given):
@@ -147,7 +136,6 @@ def widths_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the options that were given."""
     ratio, target = "pruning_ratio" in given, "target_params" in given
     ratios, fields = given.get("ratios", {}), given.get("prune", ())
     without = ", ".join(field for field in fields if field not in ratios)

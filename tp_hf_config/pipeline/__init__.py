@@ -1,4 +1,4 @@
-"""Turn a folder with a model into a folder with a pruned model: read, prune, recover, prove, write.
+"""Read a model folder, prune, recover and prove it, and write the pruned folder.
 
 :mod:`~tp_hf_config.pipeline.prune` runs the steps in order; every other module does one of them.
 """

@@ -1,4 +1,4 @@
-"""Carry a cut list out on a model, or from one folder to another."""
+"""Apply a cut list to a model, or to a folder."""
 
 from __future__ import annotations
 
@@ -53,30 +53,30 @@ def apply_cuts(
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | Path:
-    """Make the pruned model of an unpruned one by a cut list, or the pruned folder of a folder.
+    """Make the pruned model, or the pruned folder, from an unpruned one and a cut list.
 
-    ``hook.cuts`` holds what a pruner cut, ``hook.cuts.save(path)`` writes it.  The model that is
-    passed stays as it is; the pruned one is returned, with the bits that pruning in place gives.
-    From folder to folder the system pages, so a model that fits nowhere can be cut by a list that
-    was made from its config, from another copy, or on another machine.
+    ``hook.cuts`` is the cut list of a pruner, and ``hook.cuts.save(path)`` writes it. The model
+    that is passed is not changed; the returned one has the same bits as after pruning in place. A
+    folder is read and written through mapped files, so a model larger than memory can be cut by a
+    list made from its config, from another copy, or on another machine.
 
     Args:
         model_or_folder: an unpruned model; or a folder.
         cuts: a cut list, or the file that it was saved to.
-        out: the folder to write, for a folder.
-        overwrite: replace a model folder that is at ``out``.
-        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+        out: the folder to write, if ``model_or_folder`` is a folder.
+        overwrite: replace a model folder at ``out``.
+        max_shard_size: the size of each weight file, as in ``save_pretrained``.
         trust_remote_code: run the Python files that come with the folder's model.
 
     Returns:
-        A new model, built from the new config; or the folder that was written, once a fresh
-        process has read it and computes the same.
+        A new model, built from the new config; or the written folder, after a fresh process has
+        loaded it and computed the same outputs.
 
     Raises:
         CheckpointError: the cut list cannot be read.
         UnsupportedModelError: it was made for another class or config.
-        ValueError: weights were refitted, and a cut list holds cuts alone.
-        ConfigSyncError: the class does not build what it leaves.
+        ValueError: weights were refitted, which a cut list does not contain.
+        ConfigSyncError: the class does not build the pruned model.
         PipelineError: the folder cannot be read or written; nothing is at ``out``.
     """
     cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)

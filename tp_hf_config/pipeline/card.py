@@ -20,7 +20,6 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def card(source: Source, pruned: Pruned) -> str:
-    """Return the text of the model card, with front matter for the Hub."""
     name = base_model(source)
     before, after = pruned.parameters
     rows = [(field, old, new) for field, (old, new) in in_words(pruned.fields).items()]
@@ -73,7 +72,6 @@ layers. Do not change config.json.
 
 
 def front_matter(source: Source) -> str:
-    """Return the YAML that the Hub reads."""
     data = ModelCardData(
         base_model=base_model(source),
         library_name="transformers",
@@ -97,29 +95,25 @@ def base_model(source: Source) -> str:
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    """Return the licence, language and task from the card of the unpruned model, if it has one."""
     if source.gguf is not None:
         return {}
     try:
         path: Any = source.folder and source.folder / "README.md"
         path = path or try_to_load_from_cache(source.place, "README.md")
         metadata = metadata_load(path) or {}
-    except Exception:  # there is no card, or its YAML is invalid
+    except Exception:  # no card, or invalid YAML
         return {}
     return {key: metadata[key] for key in _KEPT if key in metadata}
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """Return a list in Markdown."""
     return "\n".join(f"- {line}." for line in lines)
 
 
 def versions_table() -> str:
-    """Return a table of what was installed."""
     return table(("version", ""), [("python", platform.python_version()), *versions().items()])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
     clean = [[re.sub(r"[|\n]", " ", cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *clean))

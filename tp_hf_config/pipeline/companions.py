@@ -20,8 +20,7 @@ from .source import Source, cached_model, tokenizer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-LICENCES = ("LICENSE*", "NOTICE*")
-"""The files that go with a model in any form."""
+LICENCES = ("LICENSE*", "NOTICE*")  # copied with every format
 _BELONG = (
     "tokenizer*",
     "*tokenizer/*",
@@ -70,8 +69,8 @@ class Copied:
 
     Attributes:
         files: the files that were copied.
-        not_copied: the other files, without weights, hidden files and files that are written anew.
-        notes: what else the user should know.
+        not_copied: the other files, except weights, hidden files and files that are written anew.
+        notes: further notes for the user.
     """
 
     files: tuple[str, ...]
@@ -85,17 +84,10 @@ def copy_companions(
     wanted: tuple[str, ...] = _BELONG,
     without: Collection[str] = (),
 ) -> Copied:
-    """Copy a model's tokenizer, processor, chat template, licence and trusted code into ``out``.
+    """Copy a model's files that match ``wanted``, and its trusted code, to ``out``.
 
-    Follow a link only if it leads into the model's folder or the Hub's cache. Of a GGUF file,
-    write the tokenizer alone.  Do not overwrite files in ``out``, but for its config.json: code
-    that it names and that does not go along is named no more.
-
-    Args:
-        source: the model.
-        out: the folder to copy to.
-        wanted: patterns of the files that belong to it; code goes with its tokenizer and processor.
-        without: names of files that do not go along.
+    Links are followed only into the model's folder or the Hub's cache. Existing files are kept, but
+    config.json no longer names code that is not there.
     """
     if source.gguf is not None:
         return Copied(()) if wanted == LICENCES else _tokenizer_in_file(source, out)
@@ -129,18 +121,16 @@ def copy_companions(
 def _weights_of(folder: Path) -> tuple[str, ...]:
     try:
         return read_weights(folder).files
-    except CheckpointError:  # only the small files of a Hub model are there
+    except CheckpointError:  # a Hub model's folder has only the small files
         return ()
 
 
 def fetch_companions(source: Source) -> None:
-    """Download what :func:`copy_companions` copies of a Hub model, and do nothing for others."""
     if source.folder is None:
         _snapshot(source)
 
 
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
-    """Write the tokenizer in a GGUF file into ``out``, where Transformers can read it."""
     try:
         files = tokenizer_of(source).save_pretrained(out)
     except PipelineError as error:
@@ -168,7 +158,7 @@ def _forget_missing_code(folder: Path) -> None:
 
 
 def code_files(config: PreTrainedConfig) -> set[str]:
-    """Return the names of the Python files with the classes of a config and its model."""
+    """Return the names of the files with the code of a config's class and its model's."""
     return {
         f"{reference.rpartition('--')[2].partition('.')[0]}.py"  # "us/model--file.Class"
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()
@@ -179,21 +169,14 @@ def code_files(config: PreTrainedConfig) -> set[str]:
 def notes_on_uncopied(
     source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
 ) -> tuple[str, ...]:
-    """Return a note for each number in a file that was not copied if a config field had this value.
-
-    An example is the width in the config of a pooling layer.
-
-    Args:
-        source: the model; files of a Hub model are not read.
-        copied: the files that were copied, and those that were not.
-        fields: config field -> (value before, value after), for the fields that changed.
-    """
+    """Return notes on numbers in uncopied files that equal the old value of a changed field."""
     changes = {
         old: (name, new)
         for name, (old, new) in reversed(list(fields.items()))
-        if type(old) is int  # a list is no number in another file
+        if type(old) is int  # not lists
     }
     notes = []
+    # such as the width in a pooling layer's config; a Hub model's files are not read
     for file in copied.not_copied if source.folder else ():
         path = Path(source.place, file)
         if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
@@ -213,23 +196,21 @@ def notes_on_uncopied(
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Match file names with patterns, of which no star goes into a folder."""
+    """True if a pattern matches; stars match no slash."""
     return any(
         fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
     )
 
 
 def _snapshot(source: Source) -> Path:
-    """Download the small files of a Hub model, and return their folder in the Hub's cache.
-
-    Settings and texts that are not copied are among them, for :class:`Copied` names them.
-    """
+    """Download the small files of a Hub model; return their folder in the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
                 source.place,
+                # settings and texts: Copied lists them
                 allow_patterns=[*_BELONG, _CODE, "README.md", "*.json", "*.txt"],
                 ignore_patterns=["*.index.json"],
             )

@@ -1,4 +1,4 @@
-"""Export a model, most often one whose layers differ, to what other programs load."""
+"""Export a model, usually one whose layers differ, to formats that other programs load."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ def export(
 ) -> Exported:
     """Write a model whose layers differ in a form that needs no code of its own.
 
-    The result computes what the model does, which is proved in float64 on small inputs before
-    anything is written.  That takes eight bytes of memory a parameter, twice.
+    Before anything is written, the result is proved to compute what the model computes, in float64
+    on small inputs. The proof takes 16 bytes of memory for each parameter.
 
     Args:
-        model_or_folder: a model whose layers differ, or the folder that it was saved to; to
-            ``"gguf"`` a folder, for its tokenizer.
-        out: the folder to write. Of a folder, the tokenizer and other files are copied there too;
-            to ``"gguf"``, the licence alone.
-        to: ``"padded"``: the stock class with a stock config, every layer padded with zeros to the
-            widest one. It loads everywhere, and is as large as if all layers were like the widest.
+        model_or_folder: a model whose layers differ, or the folder that it was saved to; ``"gguf"``
+            needs a folder, because of the tokenizer.
+        out: the folder to write. The tokenizer and other files of a folder are copied there too;
+            with ``"gguf"``, only the licence.
+        to: ``"padded"``: the stock class with a stock config; every layer is padded with zeros to
+            the widest one. It loads everywhere, and is as large as if all layers were that wide.
             ``"decilm"``: every layer as it is, in the form that vLLM serves as DeciLM; for models
             that compute what a Llama does, with the same number of query heads in all layers.
-            ``"gguf"``: every layer as it is, in one file for llama.cpp with the folder's tokenizer
-            in it; for models that compute what a Llama does, stock classes too.
-        multiple_of: pad widths in which layers differ to multiples of this; heads are padded to
-            whole heads alone. DeciLM takes 256, and gives widths as ratios then, for engines that
-            read nothing else. llama.cpp needs multiples of 32 or 256 for what it quantises.
-        overwrite: replace a model folder that is at ``out``.
-        trust_remote_code: run the Python file in the folder, from which a model whose layers differ
-            is built.
+            ``"gguf"``: every layer as it is, in one file for llama.cpp that contains the folder's
+            tokenizer; for models that compute what a Llama does, stock classes too.
+        multiple_of: pad widths in which layers differ to multiples of this, except for heads.
+            DeciLM accepts only 256; widths are then given as ratios, for engines that read nothing
+            else. llama.cpp needs multiples of 32 or 256 to quantise.
+        overwrite: replace a model folder at ``out``.
+        trust_remote_code: run the Python file in the folder, which builds a model whose layers
+            differ.
 
     Returns:
         A report: the widths before and after, the proof, the files.
@@ -121,13 +121,13 @@ def _ready(
         return padding.prepare(model, multiple_of)
     if to == "decilm":
         return llama.prepare_decilm(model, multiple_of)
-    from . import gguf_file  # with the package gguf, which is not always installed
+    from . import gguf_file  # imports gguf, an optional dependency
 
     return gguf_file.prepare(model, source, multiple_of)
 
 
 def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
-    """Copy the tokenizer and other files of a model, but not its own code, which has no use now."""
+    """Copy a model's tokenizer and other files, but not its own code, which is not needed now."""
     if source is None:
         return Copied(())
     if ready.holds_tokenizer:

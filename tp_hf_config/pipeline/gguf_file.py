@@ -1,7 +1,7 @@
 """Export to ``"gguf"``: one file with weights, widths by layer and tokenizer, for llama.cpp.
 
-llama.cpp knows byte-level BPE, with a name for each way to split text before it, and the BPE of
-SentencePiece. What a tokenizer does is read from the JSON of its fast form.
+llama.cpp supports SentencePiece's BPE and byte-level BPE, with a name for each way to split text
+before it. What a tokenizer does is read from the JSON of its fast version.
 """
 
 from __future__ import annotations
@@ -27,31 +27,28 @@ from .source import Source, tokenizer_of
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-GGUF_FILE = "model.gguf"
-"""The file in the folder of an export."""
+GGUF_FILE = "model.gguf"  # in the folder of an export
 _SILU = ("silu", "swish")
+# dtype -> the type of such a tensor in the file, and of a file mostly of such tensors
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
-"""The dtype of a tensor -> its type in the file, and that of a file mostly of such tensors."""
 _ROTARY_FACTORS = "rope_freqs.weight"
-_CLOSE = 1e-6
-"""How far float32 frequencies may be from the default's and still count as those."""
-_SPACE = "\u2581"
-"""What stands for a space in SentencePiece's tokens."""
+_CLOSE = 1e-6  # relative difference up to which float32 frequencies count as the default ones
+_SPACE = "\u2581"  # replaces a space in SentencePiece's tokens
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# (how text is split, whether whole words skip the merges) -> llama.cpp's name for it
 _PRE = {
     (("ByteLevel", True), False): "gpt-2",
     (("Digits",), ("ByteLevel", True), False): "smollm",
     (("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False), True): "llama-bpe",
     (("Split", _WORDS % r"\p{N}"), ("ByteLevel", False), False): "qwen2",
 }
-"""How text is split, and whether whole words skip the merges -> llama.cpp's name for that."""
 _SPECIAL = ("bos", "eos", "unk", "pad")
 _BYTES = tuple(f"<0x{number:02X}>" for number in range(256))
 _NO_TOKENIZER = (
@@ -59,22 +56,14 @@ _NO_TOKENIZER = (
     "llama-cli and llama-server end with an assertion. Save model and tokenizer to a folder, and "
     "give export that"
 )
+# a method of gguf.GGUFWriter without add_ -> its value, for a tokenizer
 Vocabulary = dict[str, Any]
-"""What a file says of a tokenizer: a method of ``gguf.GGUFWriter`` without ``add_`` -> its value.
-"""
 
 
 def prepare(
     model: PreTrainedModel, source: Source | None, multiple_of: int | None
 ) -> Ready | Refusal:
-    """Prove that a model is a Llama, whose layers may differ, and that GGUF can say all of it.
-
-    ``source``: where it was read from, for its tokenizer.
-    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
-
-    Returns:
-        The export, ready to be written; or a refusal that says what llama.cpp does not compute.
-    """
+    """Prove that a model is a Llama, whose layers may differ, and that GGUF can express it."""
     if source is None:
         return Refusal(_NO_TOKENIZER)
     llama = llama_layers(model, multiple_of)
@@ -120,15 +109,6 @@ def prepare(
 def write_file(
     path: Path, llama: LlamaLayers, vocabulary: Vocabulary, factors: Tensor | None, name: str
 ) -> None:
-    """Write a GGUF file.
-
-    Args:
-        path: the file.
-        llama: what it is to hold.
-        vocabulary: the tokenizer.
-        factors: what rotary frequencies are divided by; ``None``: 1.
-        name: the model's name.
-    """
     writer: Any = gguf.GGUFWriter(path, _architecture(llama.layers))
     writer.add_name(name)
     writer.add_file_type(_TYPES[llama.weights["model.embed_tokens.weight"].dtype][1])
@@ -137,7 +117,7 @@ def write_file(
         getattr(writer, f"add_{method}")(value)
     for key, tensor in _tensors(llama, factors):
         kind, tensor = _TYPES[tensor.dtype][0], tensor.contiguous()
-        if tensor.dtype == torch.bfloat16:  # which NumPy has not
+        if tensor.dtype == torch.bfloat16:  # NumPy does not have it
             tensor = tensor.view(torch.uint8)
         writer.add_tensor(key, tensor.numpy(), raw_dtype=kind)
     writer.write_header_to_file()
@@ -147,7 +127,7 @@ def write_file(
 
 
 def _difference(path: Path, llama: LlamaLayers, factors: Tensor | None) -> str | None:
-    """Return how a file differs from what it is to hold, or ``None``."""
+    """Read a file back; return how it differs from what was to be written, if it does."""
     reader = gguf.GGUFReader(path)
     arch = _architecture(llama.layers)
     for key, value in _by_layer(llama.layers).items():
@@ -186,7 +166,6 @@ def _add_widths(writer: Any, llama: LlamaLayers) -> None:
 
 
 def _by_layer(layers: list[Layer]) -> dict[str, int | list[int]]:
-    """Return key in the file, without the architecture -> its value, or one for each layer."""
     values = {
         "feed_forward_length": [layer.ffn for layer in layers],
         "attention.head_count": [layer.queries for layer in layers],
@@ -196,11 +175,7 @@ def _by_layer(layers: list[Layer]) -> dict[str, int | list[int]]:
 
 
 def _tensors(llama: LlamaLayers, factors: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and values of each tensor, as llama.cpp wants them.
-
-    It turns neighbouring channels of a head together, Transformers those half a head apart. Norms
-    and biases have to be float32, which holds the others.
-    """
+    """Yield name and values of each tensor, as llama.cpp expects them."""
     if factors is not None:
         yield _ROTARY_FACTORS, factors
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(llama.layers))
@@ -209,22 +184,21 @@ def _tensors(llama: LlamaLayers, factors: Tensor | None) -> Iterator[tuple[str, 
         parts = key.split(".")
         if parts[-2] in ("q_proj", "k_proj"):
             layer = llama.layers[int(parts[2])]
+            # llama.cpp rotates neighbouring channels together, Transformers those half a head apart
             weight = _in_pairs(weight, layer.queries if parts[-2] == "q_proj" else layer.keys)
+        # norms and biases have to be float32, which represents the other dtypes exactly
         yield name, weight.float() if weight.dim() == 1 else weight
 
 
 def _in_pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Return channels of heads in another order: the two halves of a head interleaved."""
     halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
-    """Return by what llama.cpp divides the frequencies of the rotary embeddings.
+    """Return llama.cpp's divisors of the rotary frequencies (Llama 3 scales them).
 
-    Returns:
-        A factor for each pair of channels, as scaled embeddings (Llama 3) have; ``None`` if all
-        are 1; or a refusal: they depend on the length of the text, or scale attention too.
+    ``None``: all 1.
     """
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -251,7 +225,7 @@ def rotary_factors(config: LlamaConfig) -> Tensor | Refusal | None:
 
 
 def _rope_theta(config: LlamaConfig) -> float:
-    """Return the base of the rotary frequencies, which Transformers 4 keeps in another place."""
+    """Return the base of the rotary frequencies, which Transformers 4 keeps elsewhere."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return float(parameters.get("rope_theta") or config.rope_theta)
 
@@ -262,13 +236,7 @@ def _rope_theta(config: LlamaConfig) -> float:
 def vocabulary_of(
     tokenizer: PreTrainedTokenizerBase, size: int
 ) -> tuple[Vocabulary, tuple[str, ...]] | Refusal:
-    """Return a tokenizer as llama.cpp reads it, and notes where llama.cpp cuts text otherwise.
-
-    ``size``: how many embeddings the model has.
-
-    Returns:
-        Both; or a refusal: llama.cpp would cut text in another way.
-    """
+    """Return a tokenizer as llama.cpp reads it, with notes on small differences, or refuse it."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return Refusal(f"its tokenizer ({type(tokenizer).__name__}) has no fast form to read")
@@ -317,13 +285,12 @@ def vocabulary_of(
     return {method: value for method, value in found.items() if value is not None}, notes
 
 
+# How text is split: llama.cpp's name of the pre-tokenizer, SentencePiece's scores, whether a space
+# is put before a text, and notes.
 _Cutting = tuple[str, dict[str, float], bool, tuple[str, ...]]
-"""How text is cut: llama.cpp's name of what is done before merging, SentencePiece's scores, whether
-a space is put before a text, and notes."""
 
 
 def _why_another_bpe(model: Mapping[str, Any]) -> str | None:
-    """Return why llama.cpp's BPE is not that of a tokenizer, or ``None``."""
     kind = model.get("type")
     if kind != "BPE":
         return (
@@ -337,7 +304,7 @@ def _why_another_bpe(model: Mapping[str, Any]) -> str | None:
 
 
 def _why_other_added(added: Sequence[Mapping[str, Any]], normalizer: Any) -> str | None:
-    """Return why llama.cpp would find added tokens elsewhere in a text, or ``None``."""
+    """Return why llama.cpp would find added tokens elsewhere in a text, if it would."""
     for token in added:
         for key in ("single_word", "lstrip", "rstrip"):
             if token[key]:
@@ -356,7 +323,6 @@ def _why_other_added(added: Sequence[Mapping[str, Any]], normalizer: Any) -> str
 def _byte_level(
     data: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
 ) -> _Cutting | Refusal:
-    """Return how byte-level BPE cuts text."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     lacking = set(ByteLevel.alphabet()) - vocabulary.keys()
@@ -382,7 +348,7 @@ def _byte_level(
 
 
 def _steps(pre: Any) -> tuple[Any, ...]:
-    """Return the steps of a pre-tokenizer in short; those with other settings as their JSON."""
+    """Return a pre-tokenizer's steps in short; those with unknown settings as JSON."""
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
@@ -402,7 +368,6 @@ def _steps(pre: Any) -> tuple[Any, ...]:
 def _sentencepiece(
     data: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
 ) -> _Cutting | Refusal:
-    """Return how SentencePiece's BPE cuts text."""
     if not vocabulary.keys() >= set(_BYTES):
         return Refusal("its tokenizer has byte_fallback and not a token for each of 256 bytes")
     if data["model"].get("ignore_merges"):
@@ -432,10 +397,8 @@ def _sentencepiece(
 def _scores(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]]
 ) -> dict[str, float] | None:
-    """Return token -> score; ``None`` if no scores lead to these merges in this order.
-
-    Merges to an added token say nothing: it is cut out of a text before.
-    """
+    """Return token -> score; ``None`` if no scores lead to these merges in this order."""
+    # without added tokens: they are split off before any merge
     merges = [pair for pair in merges if "".join(pair) in vocabulary]
     possible = {
         (token[:at], token[at:])
@@ -452,7 +415,7 @@ def _scores(
 
 
 def _space_before(normalizer: Any, pre: Any) -> tuple[bool, bool] | None:
-    """Return whether a space is put before text, and whether just where llama.cpp puts it."""
+    """Return whether a space is put before text, and whether exactly where llama.cpp does."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepend = {"type": "Prepend", "prepend": _SPACE}
     if pre is None:
@@ -466,14 +429,13 @@ def _space_before(normalizer: Any, pre: Any) -> tuple[bool, bool] | None:
 
 
 def _what(name: str, value: Any) -> str:
-    """Return that a setting of a tokenizer is none that llama.cpp has."""
     text = json.dumps(value, ensure_ascii=False)
     shown = text if len(text) <= 200 else f"{text[:200]} ..."
     return f"its tokenizer's {name} is none that llama.cpp has for such a tokenizer: {shown}"
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool] | Refusal:
-    """Return whether bos is put before a text, and eos behind it."""
+    """Return whether bos is put before a text and eos after it, or refuse."""
     eos = tokenizer.eos_token_id
     if eos is None:
         return Refusal(

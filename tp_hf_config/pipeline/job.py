@@ -1,4 +1,4 @@
-"""What a job is to do, its result and that of an export, and a display of progress. No torch."""
+"""A job's settings, its result and that of an export, and a progress display. No torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
 Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
-Format = Literal["padded", "decilm", "gguf"]
-"""What a model can be exported to."""
+Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
+# config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-"""A config field -> its value in each layer before and after."""
+# on which perplexity is measured
 TEXTS = ("held-out text of the calibration file", "a second text, never calibrated on")
-"""The texts on which perplexity is measured, in words."""
 
 
 class Progress:
-    """A display of how far a job is; this one shows nothing."""
+    """A display of a job's progress; this one shows nothing."""
 
     def say(self, what: object) -> None:
         """Show that something was done or found."""
@@ -45,75 +44,42 @@ class Progress:
 
 @dataclass(frozen=True)
 class Job:
-    """What to prune, how, and where to write the result.
-
-    Attributes:
-        source: the model.
-        out: the folder to write.
-        widths: keyword arguments for :func:`~tp_hf_config.plan`; none: only layers are dropped.
-        importance: how channels are ranked: by what they carry on a text (the first four, see
-            :meth:`~tp_hf_config.Calibration.importance`) or by one of Torch-Pruning's importances;
-            ``None``: ``wanda`` where there is a text, else ``magnitude``.
-        calibration: a text file to run the model on, or ``"own"``: what the model writes itself;
-            ``None``: for a causal language model the text that comes with the package.
-        recover: the number of updates of distillation from the unpruned model, spread over the
-            steps.
-        device: torch's name of the device to compute on.
-        dtype: torch's name of the weights' dtype; ``None``: as they are stored.
-        refit: refit the weights that read pruned channels, where there is a text.
-        seed: the seed of everything that is random.
-        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
-        overwrite: replace a model that is in ``out``.
-        drop_layers: how many layers to drop before widths are pruned: those of least influence.
-        drop_from: the list of layers that they are dropped from, where a model has several.
-        stream: put weights that are cut into mapped files beside ``out``, which the system pages;
-            ``None``: if the model would take more than half of the free memory.
-        ranking: which units are ranked together: those of each layer alone, of all layers
-            (Torch-Pruning's ``global_pruning``) or of layers of one structure (``isomorphic``).
-        allocate: every layer gets the width that the model misses least, for the target in
-            ``widths``.
-        tokens: how many tokens of the text the model is measured on; ``None``: as many as
-            ``calibrate`` takes by itself.
-        command: the command line that the user typed, for the model card.
-    """
+    """What to prune, how, and where to write the result."""
 
     source: Source
     out: Path
-    widths: Mapping[str, Any]
+    widths: Mapping[str, Any]  # arguments of plan(); none: only layers are dropped
+    # None: wanda if there is a text, else magnitude
     importance: Importance | None = None
+    # None: the shipped text for a causal language model
     calibration: Path | Literal["own"] | None = None
-    recover: int = 0
+    recover: int = 0  # updates of distillation from the unpruned model, spread over the steps
     device: str = "cpu"
-    dtype: str | None = None
-    refit: bool = True
+    dtype: str | None = None  # None: as stored
+    refit: bool = True  # if there is a text
     seed: int = 0
     max_shard_size: str | None = None
     overwrite: bool = False
-    drop_layers: int = 0
-    drop_from: str | None = None
+    drop_layers: int = 0  # layers of least influence to drop before widths are pruned
+    drop_from: str | None = None  # the list of layers to drop from, if the model has several
+    # put computed weights into mapped files; None: if the model is large (is_large)
     stream: bool | None = None
-    ranking: Ranking = "local"
-    allocate: bool = False
-    tokens: int | None = None
-    command: str = ""
+    ranking: Ranking = "local"  # rank units by layer, globally, or across layers of one structure
+    allocate: bool = False  # find each layer's width by sensitivity, for the target in widths
+    tokens: int | None = None  # to measure on; None: the default of calibrate
+    command: str = ""  # the typed command line, for the model card
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer may get widths of its own."""
         return bool(self.widths.get("per_layer"))
 
     @property
     def steps(self) -> int:
-        """The number of pruning steps."""
         return int(self.widths.get("iterative_steps", 1))
 
 
 def calibration_text(job: Job) -> str | None:
-    """Return the text in a job's calibration file; ``None`` if it has none.
-
-    Raises:
-        PipelineError: the file cannot be read, is not UTF-8 or is empty.
-    """
+    """Return the text in a job's calibration file, if it has one."""
     path = job.calibration
     if path is None or path == "own":
         return None
@@ -132,84 +98,56 @@ def calibration_text(job: Job) -> str | None:
 
 @dataclass(frozen=True)
 class Layerwise:
-    """How a saved model whose layers differ is loaded.
+    """How a saved model whose layers differ is loaded."""
 
-    Attributes:
-        widths: config field -> its value in each layer.
-        auto_class: the class of Transformers whose ``from_pretrained`` loads it.
-        file: the name of the generated file that builds its layers.
-    """
-
-    widths: Mapping[str, tuple[Any, ...]]
-    auto_class: str
+    widths: Mapping[str, tuple[Any, ...]]  # config field -> its value in each layer
+    auto_class: str  # its from_pretrained loads the model
     file: str
 
     def loading(self, folder: str) -> str:
-        """Return the call that loads it from a folder."""
         return f'{self.auto_class}.from_pretrained("{folder}", trust_remote_code=True)'
 
 
 @dataclass(frozen=True, repr=False)
 class Pruned(Report):
-    """The result of a job; ``str`` gives a few lines of text.
-
-    Attributes:
-        model: the name of the class.
-        out: the folder that was written.
-        plan: the plan that was carried out; ``None`` if only layers were dropped.
-        steps: one report for each step.
-        parameters: the number of parameters before and after.
-        proof: the proof of the round trip.
-        copied: the files that were copied, and those that were not.
-        perplexity: on held-out text of the calibration file, before and after; ``None`` if it was
-            not measured.
-        perplexity_second_text: of a causal language model on a second text, which comes with the
-            package and which nothing is calibrated on; likewise.
-        notes: what else the user should know.
-        seconds: wall-clock time.
-        settings: what was done, by name.
-        dropped_layers: the layers that were dropped; ``None`` if none were.
-        allocation: the widths by layer that were carried out; ``None`` if there was a plan.
-        layers_differ: how a model whose layers differ is loaded; ``None`` if they do not differ.
-    """
+    """The result of a job; ``str`` gives a few lines of text."""
 
     model: str
     out: Path
-    plan: Plan | None
+    plan: Plan | None  # None if only layers were dropped
     steps: tuple[SyncReport, ...]
     parameters: tuple[int, int]
     proof: Proof
     copied: Copied
+    # before and after, on the two TEXTS; None: not measured
     perplexity: tuple[float, float] | None = None
     perplexity_second_text: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
     dropped_layers: DroppedLayers | None = None
-    allocation: Allocation | None = None
-    layers_differ: Layerwise | None = None
+    allocation: Allocation | None = None  # None if there was a plan
+    layers_differ: Layerwise | None = None  # None if they do not
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
-        """Return config field -> (value at first, value after the last step)."""
+        """Config field -> (value at first, value after the last step)."""
         by_depth = {} if self.dropped_layers is None else self.dropped_layers.fields
         return {**by_depth, **changed(self.steps)}
 
     @property
     def perplexities(self) -> dict[str, tuple[float, float]]:
-        """Return a text in words -> the perplexity on it before and after, for those measured."""
+        """Text -> the perplexity on it before and after, of those measured."""
         measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
         return {text: values for text, values in measured if values is not None}
 
     def title(self) -> str:
-        """Return the class, with the fields that changed."""
-        from ..hook.report import in_words  # with torch, which no check of a job needs
+        from ..hook.report import in_words  # imports torch, which checks do not need
 
         changes = (f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
         return f"{self.model}: {', '.join(changes)}"
 
     def lines(self) -> Iterator[str]:
-        """Yield what it came to, and where it was written."""
         before, after = self.parameters
         if self.dropped_layers is not None:
             yield self.dropped_layers.title()
@@ -236,7 +174,6 @@ class Pruned(Report):
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
-    """Return config field -> (value before the first report, value after the last)."""
     changes: dict[str, tuple[Any, Any]] = {}
     for report in reports:
         for name, (old, new) in report.fields.items():
@@ -246,25 +183,15 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
-    """An export that is proved and can be written.
+    """An export that is proved and can be written."""
 
-    Attributes:
-        write: writes it into an empty folder.
-        fields: the fields that were padded, or by which layers differ.
-        parameters: how many parameters it has.
-        proof: the comparison of its outputs with the model's.
-        loading: how it is loaded, for the model card.
-        notes: what else the user should know.
-        holds_tokenizer: the tokenizer is in what is written, and its files are not copied.
-    """
-
-    write: Callable[[Path], None]
-    fields: ByLayer
+    write: Callable[[Path], None]  # into an empty folder
+    fields: ByLayer  # those that were padded, or by which layers differ
     parameters: int
     proof: SameOutputs
-    loading: str
+    loading: str  # how it is loaded, for the model card
     notes: tuple[str, ...] = ()
-    holds_tokenizer: bool = False
+    holds_tokenizer: bool = False  # its files are not copied, what is written contains it
 
 
 @dataclass(frozen=True, repr=False)
@@ -280,7 +207,7 @@ class Exported(Report):
         proof: the comparison of the outputs before and after.
         copied: the files that were copied, and those that were not.
         loading: how it is loaded.
-        notes: what else the user should know.
+        notes: further notes for the user.
         seconds: wall-clock time.
     """
 
@@ -297,7 +224,7 @@ class Exported(Report):
 
     @property
     def widths(self) -> dict[str, tuple[str, str]]:
-        """Return config field -> its values before and after, as text: ``768..1536``."""
+        """Config field -> its values before and after, as text: ``768..1536``."""
         return {name: (as_range(old), as_range(new)) for name, (old, new) in self.fields.items()}
 
     def title(self) -> str:
@@ -306,7 +233,7 @@ class Exported(Report):
         return f"{self.model}, {self.to}: {widths or 'all layers alike'}"
 
     def lines(self) -> Iterator[str]:
-        """Yield what it came to, and where it was written."""
+        """Yield the parameters, the proof, the files and the notes."""
         before, after = self.parameters
         yield f"parameters: {before:,} -> {after:,}"
         yield f"proof: {self.proof}"

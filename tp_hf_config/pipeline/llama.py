@@ -1,8 +1,8 @@
-"""Models that compute what a Llama does: found out by building a Llama, layers may differ.
+"""Prove that a model computes what a Llama does, by building a Llama; layers may differ.
 
 Such a model is exported to ``"decilm"``: the Llama of several widths that vLLM and others serve as
-DeciLM. It has an entry for each layer (``block_configs``): the width of the feed-forward, and how
-many query heads read one key/value head. All layers have the same number of query heads.
+DeciLM. Its config has an entry for each layer (``block_configs``): the width of the feed-forward,
+and how many query heads read one key/value head. All layers have the same number of query heads.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _NOT_SETTINGS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 _BIASES = ("attention_bias", "mlp_bias")
+# engines that know a layer's width only as a ratio round it up to a multiple of this
 MULTIPLE = 256
-"""Engines that know a layer's width as a ratio alone round it up to a multiple of this."""
 _FILE = "configuration_decilm"
 _SOURCE = '''\
 """The config of a Llama whose layers differ, as vLLM and others serve it: DeciLM.
@@ -69,14 +69,10 @@ class DeciLMConfig(LlamaConfig):
 
 
 def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
-    """Return the config with which a Llama computes what a model does from the same weights.
+    """Return the config with which a Llama computes the same from the same weights, and the proof.
 
-    ``model``: a model with weights, all of its layers alike.
-
-    Returns:
-        The config and the comparison of the outputs; or a refusal: its tensors are others, it
-        computes something else, or a setting of its own changes what it computes. A bias that only
-        the Llama has is zero.
+    All layers have to be alike. Refused: other tensors or outputs, or settings of its own that can
+    change what it computes.
     """
     data = config_json(model.config, use_diff=False)
     llama = _built(model, data)
@@ -115,10 +111,7 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
 def _at_the_end(
     model: PreTrainedModel, inputs: Mapping[str, Any], config: LlamaConfig
 ) -> Iterator[dict[str, Any]]:
-    """Yield inputs with the last positions that a config allows, if the model takes positions.
-
-    What depends on positions alone, such as queries that are scaled from one on, shows there.
-    """
+    """Yield inputs with the last positions: there, position-dependent scaling of queries shows."""
     ids = inputs.get("input_ids")
     if ids is None or "position_ids" not in signature(model.forward).parameters:
         return
@@ -128,12 +121,10 @@ def _at_the_end(
 
 
 def _outputs(model: Any, passes: Sequence[dict[str, Any]], recipe: RunRecipe) -> list[Tensor]:
-    """Return the outputs of several passes of a model in float64, one after the other.
-
-    A plain pass goes first: frequencies that a class computes once and keeps (longrope) are float32
-    then, as those of a model that ran before are.
-    """
+    """Return the float64 outputs of several passes."""
     twin = in_float64(model, recipe)
+    # frequencies that a class computes once and keeps (longrope) become float32, as in a model
+    # that ran before
     live_outputs(twin, passes[0])
     return [output for inputs in passes for output in outputs_of(twin, inputs, recipe)]
 
@@ -149,7 +140,7 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
     for biases in product((False, True), repeat=len(_BIASES)):
         try:
             config = LlamaConfig(**{**settings, **dict(zip(_BIASES, biases, strict=True))})
-        except Exception as error:  # the config class has many validators
+        except Exception as error:  # from one of the config class's validators
             return Refusal(in_one_line(error))
         empty = without_data(LlamaForCausalLM, config)
         if isinstance(empty, Refusal):
@@ -160,7 +151,7 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
         reason = reason or f"a Llama has other tensors: {listed(sorted({*apart, *lacking}))}"
         if not apart and not lacking:
             llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
-            zeros = {
+            zeros = {  # biases that only the Llama has
                 n: torch.zeros(wanted[n], dtype=model.dtype) for n in wanted if n not in weights
             }
             _give_weights(llama, {**weights, **zeros})
@@ -169,14 +160,12 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
 
 
 def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model that was built without data its weights; they are not copied."""
+    """Assign weights, without a copy, to a model built on the meta device."""
     built.load_state_dict(weights, assign=True)
     built.tie_weights()  # type: ignore[operator]
 
 
 class Layer(NamedTuple):
-    """The widths of one layer: feed-forward, query heads, key/value heads."""
-
     ffn: int
     queries: int
     keys: int
@@ -184,41 +173,25 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaLayers:
-    """A model that computes what a Llama does, layer by layer.
+    """A model that computes what a Llama does; its weights have a Llama's names."""
 
-    Attributes:
-        config: the Llama's, with the largest widths of all layers.
-        weights: its tensors on the CPU, under a Llama's names; a tied head is not among them.
-        layers: the widths of each layer.
-        fields: the fields in which layers differ, before and after padding.
-        proof: the comparison of a Llama's outputs with the model's.
-    """
-
-    config: LlamaConfig
-    weights: dict[str, Tensor]
+    config: LlamaConfig  # with the largest widths of all layers
+    weights: dict[str, Tensor]  # on the CPU, without a tied head
     layers: list[Layer]
-    fields: ByLayer
+    fields: ByLayer  # those in which layers differ, before and after padding
     proof: SameOutputs
 
     @property
     def head_dim(self) -> int:
-        """The size of one head."""
         return _head_dim(self.config)
 
     @property
     def parameters(self) -> int:
-        """The number of parameters."""
         return sum(value.numel() for value in self.weights.values())
 
 
 def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
-    """Prove that a model is a Llama, whose layers may differ, and collect what it consists of.
-
-    ``multiple_of``: pad the feed-forward of every layer to a multiple of this.
-
-    Returns:
-        The Llama; or a refusal that says why it is none.
-    """
+    """Prove that a model is a Llama, whose layers may differ, and return its parts; or refuse."""
     differ = bool(layer_lists(type(model)))
     if multiple_of is not None and not differ:
         return Refusal(
@@ -251,7 +224,7 @@ def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> Llam
 
 
 def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel | Refusal:
-    """Return a model whose layers have a feed-forward of such a multiple, each its own."""
+    """Pad each layer's own feed-forward to a multiple."""
     widths = layer_widths(model)
     multiples = {
         width.fields[0]: -(-widths.values[width.fields[0]] // multiple_of) * multiple_of
@@ -263,7 +236,6 @@ def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel |
 
 
 def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[Layer]:
-    """Return the widths of each layer, by the shapes of a Llama's tensors."""
     layers: list[Layer] = []
     head_dim = _head_dim(config)
     for number in range(config.num_hidden_layers):
@@ -280,7 +252,7 @@ def _head_dim(config: LlamaConfig) -> int:
 
 
 def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Return weights with zeros for the biases that a Llama has beside them (Qwen2's of o_proj)."""
+    """Add zeros for the biases that only a Llama has (Qwen2 has none in o_proj)."""
     result = dict(weights)
     biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
     for name, value in weights.items():
@@ -292,13 +264,7 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
 
 
 def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
-    """Prove that a model is a Llama of several widths, and write down those of each layer.
-
-    ``multiple_of``: 256: layers are padded to it, and their widths are given as ratios.
-
-    Returns:
-        The export, ready to be written; or a refusal that says what DeciLM does not express.
-    """
+    """Prove that a model is a Llama of several widths, and return the export; or refuse."""
     if multiple_of not in (None, MULTIPLE):
         return Refusal(
             f"multiple_of={multiple_of}: DeciLM's ratios stand for multiples of "
@@ -332,15 +298,13 @@ def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | R
 
 
 def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
-    """Return the entry of a layer, as a ratio to the hidden size if that is given.
-
-    Engines multiply the ratio by two thirds of the hidden size, and round the result up to a
-    multiple of 256: the middle below the width leaves rounding errors no chance.
-    """
+    """Return the entry of a layer, with its width as a ratio if ``hidden_size`` is given."""
     ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
     if hidden_size is None:
         ffn["intermediate_size"] = layer.ffn
     else:
+        # engines multiply it by 2/3 of the hidden size and round up to a multiple of 256; half a
+        # multiple less makes that safe from rounding errors
         ffn["ffn_mult"] = 1.5 * (layer.ffn - MULTIPLE // 2) / hidden_size
     attention = {"no_op": False, "replace_with_linear": False}
     return {"attention": {**attention, "n_heads_in_group": layer.queries // layer.keys}, "ffn": ffn}
@@ -349,7 +313,6 @@ def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
 def _deci_config(
     llama: LlamaConfig, layers: list[Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return the config's JSON: a Llama's with the largest widths, and an entry for each layer."""
     return {
         **config_json(llama),
         "architectures": ["DeciLMForCausalLM"],
@@ -364,7 +327,6 @@ def _deci_config(
 
 
 def _write_decilm(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Write the config, the file of its class and the weights."""
     from huggingface_hub import save_torch_state_dict
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -17,19 +17,12 @@ from ..errors import PipelineError, in_one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OF_A_MODEL = ("config.json", "model.gguf")
-"""A folder with one of these files holds a model."""
+_OF_A_MODEL = ("config.json", "model.gguf")  # a folder with one of these files holds a model
 
 
 @contextmanager
 def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder to write to; it becomes ``target`` at the end and is removed after a failure.
-
-    Args:
-        target: the final folder; empty or not there, unless ``overwrite``.
-        source: a folder that has to stay.
-        overwrite: replace a model folder that is there, at the end.
-    """
+    """Yield a folder that becomes ``target`` at the end, and is removed after a failure."""
     check_target(target, source=source, overwrite=overwrite)
     check = partial(check_target, target, overwrite=overwrite)
     try:
@@ -40,13 +33,13 @@ def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) 
 
 
 def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -> None:
-    """Raise if :func:`output_folder` would refuse ``target``, before there is anything to write."""
+    """Raise now if :func:`output_folder` would refuse ``target``, before anything is computed."""
     try:
         path = target.expanduser().resolve()
         reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
         if reason is None:
-            hidden_beside(path).exists()  # its name is the longer one
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
+            hidden_beside(path).exists()  # raises if this longer name is too long
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no home folder, bad name
         raise PipelineError(f"{target}: cannot be written: {error}") from error
     if reason is not None:
         raise PipelineError(reason)
@@ -77,7 +70,6 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
 
 
 def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
-    """Return why replacing ``target`` would destroy ``source``, or ``None``."""
     if source is None:
         return None
     source = source.resolve()
@@ -87,10 +79,9 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raise if :func:`save_model` would refuse a model's generation config, before it is pruned.
+    """Raise before pruning if the generation config cannot be saved.
 
-    Transformers up to 5.0, for one, saves none whose fields contradict each other, as published
-    ones do.
+    Transformers up to 5.0 refuses fields that contradict each other, which published models have.
     """
     generation = getattr(model, "generation_config", None)
     if generation is None:
@@ -109,19 +100,11 @@ def check_savable(model: PreTrainedModel) -> None:
 def save_model(
     model: PreTrainedModel, folder: Path, max_shard_size: str | None = None
 ) -> tuple[str, ...]:
-    """Write a model's config and weights into a folder.
+    """Write a model's weights and its config, with the rotary fields that Transformers 4 reads.
 
-    The config has the rotary fields that Transformers 4 reads too.
-
-    Args:
-        model: the model.
-        folder: the folder; files of other names in it stay.
-        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
-
-    Returns:
-        What the config cannot say to Transformers 4, and why, one sentence each.
+    Return what the config cannot express for Transformers 4, one sentence each.
     """
-    # with torch, which no check of a job needs
+    # imports torch, which the checks of a job do not need
     from ..checkpoint.building import Classes
     from ..checkpoint.loading import main_dtype
     from ..checkpoint.rotary import write_for_transformers_4
@@ -135,7 +118,6 @@ def save_model(
 
 
 def _correct_dtype(folder: Path, dtype: str) -> None:
-    """Write into config.json with which dtype the model is to be loaded, if it says another."""
     data = json.loads((folder / CONFIG).read_bytes())
     name = "torch_dtype" if "torch_dtype" in data else "dtype"  # Transformers 4 and 5
     if data.get(name, dtype) != dtype:
@@ -145,10 +127,9 @@ def _correct_dtype(folder: Path, dtype: str) -> None:
 
 @contextmanager
 def writing_weights() -> Iterator[None]:
-    """Raise a full disk, as safetensors reports it, as a ``PipelineError``."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise PipelineError(f"the weights cannot be written: {error}") from error
+        raise PipelineError(f"the weights cannot be written: {error}") from error  # a full disk

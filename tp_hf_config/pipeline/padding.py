@@ -1,12 +1,11 @@
-"""Pad layers that differ with zeros, so that a class which knows one width for all can hold them.
+"""Pad layers that differ with zeros, so that a class with one width for all can hold them.
 
-Padding is a cut the other way round: the wider class is built, the units that a layer lacks are
-looked up in the dependency groups of the build, and the layer's weights stand where those units do
-not. Units are added behind those that are there: query heads behind those of their key/value group,
-key/value groups behind the others.
+The wider class is built, and its dependency groups show which units a layer lacks; its weights fill
+the others. Query heads are added after those of their key/value group, groups after the others.
 
-Equal outputs prove less than that zeros are neutral: an expert of zeros may not be chosen in a few
-tokens. So what leads into the added units is set to noise too, one side of a layer after the other.
+Equal outputs do not prove that zeros are neutral: an expert of zeros may just not be chosen for a
+few tokens. So the weights that compute added units are also set to noise, one side of a layer at a
+time.
 """
 
 from __future__ import annotations
@@ -50,16 +49,11 @@ from .proofs import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LOUD = 10.0
-"""How much larger noise is than the weights around it: a router's choice has to follow it."""
+_LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
 def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
-    """Pad every layer to the widest, for the stock class, and prove that it computes the same.
-
-    Returns:
-        The padded model, ready to be written; or why the stock class cannot hold it.
-    """
+    """Pad every layer to the widest for the stock class, and prove it; or say why that fails."""
     result = padded_alike(model, multiple_of or 1)
     if isinstance(result, Refusal):
         return result
@@ -82,16 +76,7 @@ def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
 def padded_alike(
     model: PreTrainedModel, multiple_of: int = 1
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
-    """Pad every layer to the widest, and prove it.
-
-    Args:
-        model: a model whose layers differ.
-        multiple_of: what a padded width has to be a multiple of, unless it counts heads.
-
-    Returns:
-        The padded model of the stock class, the fields that changed with their values by layer
-        before and after, and the comparison of outputs; or a refusal.
-    """
+    """Pad every layer to the widest, and prove that the stock class then computes the same."""
     widths = layer_widths(model)
     values = _largest(widths, multiple_of)
     if isinstance(values, Refusal):
@@ -111,36 +96,22 @@ def padded_alike(
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """The widths that single layers of a model have of their own.
+    """The widths that single layers of a model have of their own."""
 
-    Attributes:
-        data: the config's JSON with an entry for every layer.
-        widths: the widths that are proved, each of one layer.
-        values: field -> its value, for the fields of those widths.
-    """
-
-    data: dict[str, Any]
-    widths: tuple[Width, ...]
-    values: dict[FieldPath, int]
+    data: dict[str, Any]  # config.json with an entry for every layer
+    widths: tuple[Width, ...]  # the proved ones, each of one layer
+    values: dict[FieldPath, int]  # of their fields
 
     @property
     def groups(self) -> list[Group]:
-        """The dependency groups of all widths."""
         return [group for width in self.widths for group in width.groups]
 
     def values_of(self, shared: FieldPath) -> list[int]:
-        """Return the values that layers have of a field, in their order."""
         return [v for field, v in self.values.items() if shared_field(field) == shared]
 
 
 def layer_widths(model: PreTrainedModel) -> LayerWidths:
-    """Return the widths that single layers of a model have of their own.
-
-    ``model``: a model whose layers may differ; it is as it was afterwards. The meta device will do.
-
-    Raises:
-        UnsupportedModelError: its layers cannot have widths of their own.
-    """
+    """Return the widths that single layers of a model (weights or not) have of their own."""
     with layers_listed(model):
         view = view_of(model, weights=False)
         widths = tuple(
@@ -164,14 +135,7 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
 
 
 def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
-    """Return field for all layers -> the least value that every layer can be padded to.
-
-    ``multiple_of``: what the value of a field in which layers differ has to be a multiple of; not
-    asked of heads.
-
-    Returns:
-        The values; or a refusal that names a field whose layers have no common value.
-    """
+    """Return field for all layers -> the least value that every layer can be padded to."""
     found: dict[FieldPath, int] = {}
     for field in dict.fromkeys(map(shared_field, widths.values)):
         values = set(widths.values_of(field))
@@ -193,14 +157,7 @@ def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] 
 
 
 def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
-    """Return the value of a field that moves with another, which counts the units of both.
-
-    As many units as a layer has, times the most that one holds: key/value heads, and query heads
-    for each.
-
-    Returns:
-        The value, or ``None`` if there is no such other field.
-    """
+    """Return the value of a field pruned together with one that counts its units, if any."""
     for width in widths.widths:
         shared = _shared(width.fields)
         if len(shared) > 1 and field in shared:
@@ -211,6 +168,7 @@ def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
             own = widths.values_of(field)
             if all(value % count == 0 for value, count in zip(own, units, strict=True)):
                 per_unit = [value // count for value, count in zip(own, units, strict=True)]
+                # key/value heads, and the query heads of each
                 return max(units) * max(per_unit)
     return None
 
@@ -221,19 +179,11 @@ def pad(
     model_class: type[PreTrainedModel],
     data: dict[str, Any],
 ) -> tuple[PreTrainedModel, SameOutputs] | Refusal:
-    """Build a class from a config with wider layers, and give it a model's weights and zeros.
-
-    ``model``: the model; it stays as it is.
-    ``data``: the config's JSON, in which no width is less than the model's.
-
-    Returns:
-        The padded model on the CPU, and the proof that it computes the same; or a refusal: the
-        class does not build it, a parameter's units cannot be told, or zeros are not neutral.
-    """
+    """Build a wider class with a model's weights and zeros; prove that it computes the same."""
     builder = Builder(model).of_class(model_class)
     try:
         config = builder.config(data)
-    except Exception as error:  # a config class may refuse with any exception
+    except Exception as error:  # a config class may raise anything
         return Refusal(in_one_line(error))
     empty = without_data(model_class, config)
     built: Any = builder.build(data, buffers=True)
@@ -250,16 +200,16 @@ def pad(
     return proof if isinstance(proof, Refusal) else (built, proof)
 
 
+# groups of the padded model, each with the units that were added
 _Added = list[tuple[Group, Tensor]]
-"""Groups of the padded model, each with the units that were added."""
 
 
 def _added_units(wide: LayerWidths, old: Mapping[FieldPath, int]) -> _Added:
-    """Return which units of wider layers are those that layers with the old values lack."""
+    """Return the units of wider layers that layers with the old values lack."""
     added: _Added = []
     for group in wide.groups:
         lacking = torch.ones(group.count.units, dtype=torch.bool)
-        # query heads stand in groups of a key/value head each
+        # query heads are grouped by key/value head
         around = next((g for g in wide.groups if _is_around(g, group)), None)
         now = group.count.channel_groups if around is None else around.count.units
         then = now if around is None else _units(around, wide.values, old)
@@ -276,23 +226,19 @@ def _is_around(outer: Group, group: Group) -> bool:
 
 
 def _units(group: Group, new: Mapping[FieldPath, int], old: Mapping[FieldPath, int]) -> int:
-    """Return how many units a group has where its fields have the old values."""
     field = min(group.fields, key=lambda field: (new[field], old[field]))  # units hold the others'
     return group.count.units * old[field] // new[field]
 
 
 def positions_among(units: int, groups: int, more_units: int, more_groups: int) -> Tensor:
-    """Return, for every unit, its number among more units in more channel groups."""
+    """Return each unit's index among more units in more channel groups."""
     unit = torch.arange(units)
     before, after = units // groups, more_units // more_groups
     return unit // before * after + unit % before
 
 
 def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
-    """Give a wider build a model's weights, and zeros where units were added.
-
-    Return why that cannot be, or ``None``.
-    """
+    """Give a wider build a model's weights, with zeros for the added units; return why it fails."""
     narrow, wide = model.state_dict(), built.state_dict()
     if narrow.keys() != wide.keys():
         return Refusal(f"it has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}")
@@ -321,12 +267,7 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
 
 
 def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> SameOutputs | Refusal:
-    """Compare a padded model with the model, and ask whether zeros are neutral in every width.
-
-    Returns:
-        The comparison; or a refusal that names the field in which zeros are not neutral, or says
-        why the model cannot be run.
-    """
+    """Compare a padded model with the model; refuse a field in which zeros are not neutral."""
     recipe = map_of(model).recipe
     inputs = runnable_inputs(model, recipe)
     if isinstance(inputs, Refusal):
@@ -348,15 +289,12 @@ def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> Sa
     return same
 
 
+# the same side of like layers, each with the positions of the added channels
 _Entrance = list[tuple[Side, Tensor]]
-"""The same side of like layers, each with the positions of the channels that were added."""
 
 
 def _entrances(model: nn.Module, padding: _Added) -> Iterable[tuple[str, _Entrance]]:
-    """Return what leads into added units: sides of layers that compute them, alike ones together.
-
-    Each comes with the name of the field that counts the units.
-    """
+    """Return field name -> the sides of layers that compute added units, like layers together."""
     kinds: dict[tuple[str, str], _Entrance] = {}
     for group, added in padding:
         name = " + ".join(name_in_all_layers(field_name(field)) for field in group.fields)
@@ -368,7 +306,7 @@ def _entrances(model: nn.Module, padding: _Added) -> Iterable[tuple[str, _Entran
 
 @contextmanager
 def _noise(model: nn.Module, entrance: _Entrance) -> Iterator[None]:
-    """While open, channels that were added hold noise in the parameters of some sides."""
+    """Fill the added channels of some sides with noise inside the block, then with zeros."""
     places = [(dim.place, channels) for side, channels in entrance for dim in side.dims]
     generator = torch.Generator().manual_seed(0)
     try:

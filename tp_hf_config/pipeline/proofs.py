@@ -23,20 +23,12 @@ from ..model.surroundings import same_random_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROUNDING = 1e-9
-"""The largest relative difference of outputs in float64 that counts as rounding."""
+ROUNDING = 1e-9  # largest relative difference of float64 outputs that counts as rounding
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A proof that a folder holds a model: the outputs of both are identical.
-
-    Attributes:
-        tensors: the number of output tensors that were compared.
-        numbers: the number of numbers in them.
-    """
-
-    tensors: int
+    tensors: int  # output tensors that were compared
     numbers: int
 
     def __str__(self) -> str:
@@ -47,13 +39,9 @@ class Proof:
 
 
 def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> Proof:
-    """Compare a model with what a fresh process loads from the folder that it was saved to.
+    """Raise unless a fresh process loads ``folder`` and computes the same as ``model``.
 
     ``recipe``: how the class was run before it was pruned.
-
-    Raises:
-        PipelineError: the folder does not load, its outputs differ, or no inputs were found with
-            which the model runs.
     """
     refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
@@ -70,7 +58,6 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
 
 
 def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
-    """Return keyword arguments of a forward pass with which a model runs; or why there are none."""
     refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
         outputs = _outputs(model, inputs)
@@ -81,7 +68,6 @@ def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any]
 
 
 def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments with which a model may run, the likeliest first."""
     yield example_inputs(model, recipe)
     yield from input_forms(model, recipe)
 
@@ -123,13 +109,11 @@ def in_float64(model: PreTrainedModel, recipe: RunRecipe) -> PreTrainedModel:
     twin: Any = copy.deepcopy(model).cpu().double().train(False)
     twin.set_attn_implementation(recipe.attention)
     if getattr(twin, "_can_set_experts_implementation", lambda: False)():
-        twin.set_experts_implementation("eager")  # fused ones know no float64
+        twin.set_experts_implementation("eager")  # fused ones do not support float64
     return twin  # type: ignore[no-any-return]
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -> list[Tensor]:
-    """Return the outputs of a model in float64 on the CPU."""
-
     def on_cpu(value: Any) -> Any:
         if not torch.is_tensor(value):
             return value
@@ -141,7 +125,7 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -
 
 
 def compared(expected: list[Tensor], found: list[Tensor]) -> SameOutputs:
-    """Return how far outputs are from those that are expected; infinitely, if others come."""
+    """Return how far outputs are from the expected ones; infinitely, if shapes differ."""
     if [value.shape for value in expected] != [value.shape for value in found]:
         return SameOutputs(0, float("inf"))
     apart = [

@@ -56,23 +56,12 @@ _RANKINGS = {
 
 
 def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
-    """Prune a model and write it with its tokenizer and other files, once it is proved to reload.
-
-    Args:
-        job: what to prune, how, and where to write the result.
-        progress: where to show how far the job is; default: nowhere.
-
-    Raises:
-        PipelineError: something cannot be read or written, or the round trip is not proved.
-        CalibrationError: the model cannot be measured on the text.
-        UnsupportedModelError: the model, or one of its widths, cannot be pruned.
-        ConfigSyncError: the class refuses the widths.
-    """
+    """Prune a model; write it with its tokenizer and other files once it is proved to reload."""
     started = time.perf_counter()
     progress = progress or Progress()
     source = job.source
 
-    # source: its config; whether it can be pruned, and the result be written
+    # source: its config; can it be pruned, and the result be written?
     check_target(job.out, source=source.folder, overwrite=job.overwrite)
     text = calibration_text(job)
     _check_device(job.device)
@@ -83,7 +72,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     config.dtype = dtype or config.dtype
     model_class = class_for(source, config)
 
-    # plan: what the config alone tells
+    # plan: all that follows from the config
     planned = planned_widths(job, config, model_class)
     choice = choose(job, text, config, model_class)
 
@@ -107,7 +96,7 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         # cut: layers first, then widths
         cut = _cut(job, model, planned, choice, material, progress)
         after = _measured(model, material)
-        del material  # with the unpruned model: the process that loads the pruned one needs room
+        del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
         result = _write(job, model, choice, cut, before, after, notes, work, progress)
@@ -115,16 +104,12 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
 
 
 def _streams(job: Job) -> bool:
-    """Return True if a job puts the weights that it computes into mapped files, not into memory.
-
-    Weights that are only read are mapped in any case, and the result is the same, byte for byte.
-    """
+    """True if computed weights go into mapped files, not memory; the result is the same."""
     return is_large(job.source) if job.stream is None else job.stream
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch and ``random`` for the block; restore the caller's random state afterwards."""
     state = random.getstate()
     try:
         with same_random_state(seed):
@@ -149,19 +134,11 @@ def _check_device(name: str) -> None:
 def planned_widths(
     job: Job, config: PreTrainedConfig, model_class: type[PreTrainedModel]
 ) -> Plan | None:
-    """Return the plan; ``None`` if no width is pruned, or if widths are decided later.
-
-    Whether the widths that the job names can be pruned is checked in either case.
-
-    Raises:
-        PipelineError: a setting is invalid, the plan prunes nothing or cannot be carried out.
-        UnsupportedModelError: a field cannot be pruned, or layers cannot differ.
-        ConfigSyncError: the class refuses the widths.
-    """
+    """Return the plan, checked; ``None`` if no width is pruned, or widths are decided later."""
     if not job.widths:
         return None
     if job.drop_layers or job.allocate:
-        # the target is met later, by other means or with fewer layers
+        # only a check: the target is reached later, with widths by layer or with fewer layers
         widths = {name: value for name, value in job.widths.items() if name != "target_params"}
         plan_for(job.source, config, model_class, widths)
         return None
@@ -176,14 +153,6 @@ def plan_for(
     model_class: type[PreTrainedModel],
     settings: Mapping[str, Any],
 ) -> Plan:
-    """Return the plan that :func:`~tp_hf_config.plan` makes from the config alone.
-
-    ``settings``: keyword arguments for :func:`~tp_hf_config.plan`.
-
-    Raises:
-        PipelineError: a setting is invalid or the target cannot be reached.
-        UnsupportedModelError: a field cannot be pruned.
-    """
     try:
         return plan(config, model_class=model_class, **settings)
     except ValueError as error:
@@ -195,7 +164,6 @@ def _as_option(ratios: Mapping[str, float]) -> str:
 
 
 def _check_plan(planned: Plan, job: Job) -> None:
-    """Raise if a plan cannot be carried out or would prune nothing."""
     if planned.refusal is not None:
         lines = refusal_lines(planned.refusal, _as_option)
         raise ConfigSyncError("\n".join((f"{planned.model}: {lines[0]}", *lines[1:])))
@@ -214,7 +182,6 @@ def _check_plan(planned: Plan, job: Job) -> None:
 
 
 def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
-    """Show the widths before anything is cut, as far as they are known by then."""
     progress.say(widths)
     if job.ranking != "local":
         progress.say(
@@ -229,11 +196,7 @@ def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
 def _gathered(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> tuple[Choice, Material | None]:
-    """Return what the model is run on, if anything, with a choice that goes without where it must.
-
-    Raises:
-        UnsupportedModelError: the model does not run on text alone, and the user asked for that.
-    """
+    """Return the texts to run the model on, or a choice that needs none."""
     if choice.origin is None:
         return choice, None
     material = gather(job, choice, model, progress)
@@ -248,8 +211,6 @@ def _gathered(
 
 
 class Measured(NamedTuple):
-    """A model's number of parameters, and its perplexity on each of ``TEXTS``."""
-
     parameters: int
     perplexities: tuple[float | None, float | None]
 
@@ -264,19 +225,10 @@ def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut.
-
-    Attributes:
-        widths: the widths that the model was pruned to; ``None``: only layers were dropped.
-        dropped: the layers that were dropped.
-        reports: one for each pruning step.
-        recipe: how its class was run before widths were pruned.
-    """
-
     widths: Plan | Allocation | None
     dropped: DroppedLayers | None
-    reports: tuple[SyncReport, ...]
-    recipe: RunRecipe
+    reports: tuple[SyncReport, ...]  # one for each step
+    recipe: RunRecipe  # how the class was run before widths were pruned
 
 
 def _cut(
@@ -287,10 +239,8 @@ def _cut(
     material: Material | None,
     progress: Progress,
 ) -> Cut:
-    """Drop layers, decide widths if there is no plan, and prune the model in place.
-
-    A target stays a share of the whole model, as it was before layers were dropped.
-    """
+    """Drop layers, decide widths if there is no plan, and prune the model in place."""
+    # a target is a share of the model before layers are dropped
     parameters = model.num_parameters()
     dropped = _dropped_layers(job, model, material, progress)
     widths: Plan | Allocation | None = planned
@@ -315,7 +265,6 @@ def _cut(
 def _dropped_layers(
     job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
 ) -> DroppedLayers | None:
-    """Drop the layers that change least on the text."""
     count = job.drop_layers
     if not count or material is None:
         return None
@@ -336,8 +285,7 @@ def _allocated(
     material: Material | None,
     progress: Progress,
 ) -> Allocation:
-    """Return widths for every layer, by sensitivity; the target in the settings is a number."""
-    assert material is not None  # the user asked for it, so that there is a text or an error
+    assert material is not None  # the user asked for --allocate, so there is a text
     calibration, target = material.calibration, settings["target_params"]
     assert calibration is not None
     if not calibration.held_out:
@@ -373,10 +321,7 @@ def run_steps(
     material: Material | None,
     progress: Progress,
 ) -> tuple[SyncReport, ...]:
-    """Prune in steps, with gradients before and recovery after each; return their reports.
-
-    Without widths nothing is pruned, but the model recovers.
-    """
+    """Prune in steps, with gradients before and recovery after each; return their reports."""
     recovers = material is not None and material.teacher is not None
     if widths is None:
         if material is not None and recovers:
@@ -388,7 +333,7 @@ def run_steps(
     if name in _OF_TORCH_PRUNING:
         importance = getattr(tp.importance, _OF_TORCH_PRUNING[name])()
     else:
-        assert calibration is not None  # the choice has a text for all others
+        assert calibration is not None  # all other importances have a text
         importance = calibration.importance(name)
     pruner = _pruner(job, model, importance, hook)
     steps = job.steps
@@ -407,19 +352,16 @@ def run_steps(
 
 
 def _check_ranking(model: PreTrainedModel, planned: Plan, job: Job) -> None:
-    """Raise if layers that are ranked together would end with widths that no config can say.
-
-    A pruner that is made and not used tells, before the model is run on any text.
-    """
+    """Raise if layers ranked together would end with widths that no config describes."""
+    # the constructor of a pruner checks it, before the model is run on a text
     hook = HFConfigSyncHook(plan=planned)
     _pruner(job, model, tp.importance.GroupMagnitudeImportance(), hook)
 
 
 def _pruner(job: Job, model: PreTrainedModel, importance: Any, hook: HFConfigSyncHook) -> Any:
-    """Return a pruner that carries out the hook's plan."""
     ranking = _RANKINGS[job.ranking]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # it says what to do in Python
+        warnings.simplefilter("ignore", CalibrationWarning)  # its advice is for Python users
         return tp.pruner.MetaPruner(
             model, None, importance, iterative_steps=job.steps, **ranking, hooks=[hook]
         )
@@ -439,7 +381,7 @@ def _write(
     work: Path,
     progress: Progress,
 ) -> Pruned:
-    """Write the model, what belongs to it and its card into ``work``; prove that it loads there."""
+    """Write model, companions and card into ``work``; prove that it loads from there."""
     rotary_notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
     progress.say("a fresh process loads what was written")
@@ -476,7 +418,6 @@ def _write(
 
 
 def _layerwise(model: PreTrainedModel) -> Layerwise | None:
-    """Return how a model whose layers differ is loaded; ``None`` if they do not."""
     model_class: Any = type(model)
     if not layer_lists(model_class):
         return None
@@ -488,7 +429,6 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
 
 
 def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
-    """Yield a note on each text of which the pruned model's perplexity is no finite number."""
     for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
         if old is not None and new is None:
             yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"

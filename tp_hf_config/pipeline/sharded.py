@@ -1,4 +1,4 @@
-"""Write a model that FSDP2 keeps in shards into a folder, as one process would."""
+"""Write a model that FSDP2 shards into a folder, as one process would."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def save_sharded(
     """Write a model under FSDP2 into a folder that ``from_pretrained`` loads.
 
     Every rank has to call it; rank 0 writes. It gathers the weights into mapped files beside the
-    folder, which the system pages, so one weight is in memory at a time. The files are those that
-    ``save_pretrained`` of the same model in one process writes, the config with the rotary fields
-    that Transformers 4 reads. The folder appears whole or not at all.
+    folder, so only one weight is in memory at a time. The files are those that ``save_pretrained``
+    writes in one process, and the config also has the rotary fields that Transformers 4 reads. The
+    folder appears complete or not at all.
 
     Args:
         model: the model, as ``hook.sharded_model``.
         folder: the folder to write.
         overwrite: replace a model folder that is there.
-        max_shard_size: the size of each weight file, as ``save_pretrained`` takes it.
+        max_shard_size: the size of each weight file, as in ``save_pretrained``.
 
     Returns:
         The folder.
 
     Raises:
-        UnsupportedModelError: something else than FSDP2 shards the model.
-        PipelineError: the folder cannot be written, or a rank does not come.
+        UnsupportedModelError: something other than FSDP2 shards the model.
+        PipelineError: the folder cannot be written, or a rank does not call this.
     """
     import torch.distributed as dist
 
@@ -62,7 +62,7 @@ def save_sharded(
     failures: list[CheckpointError] = []
 
     def gathered(name: str, empty: Tensor) -> Tensor:
-        values = whole_tensor(copy, name)  # all ranks gather it, to the last, also on a full disk
+        values = whole_tensor(copy, name)  # all ranks gather all of them, even after a failure
         if not writes or failures:
             return empty
         try:
@@ -86,7 +86,7 @@ def save_sharded(
 
 @contextmanager
 def _together(when: str) -> Iterator[None]:
-    """Raise at the end of ``with`` on all ranks if one has failed there."""
+    """Raise on all ranks if one failed inside the block."""
     failure: PipelineError | None = None
     try:
         yield

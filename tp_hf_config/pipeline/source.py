@@ -1,8 +1,4 @@
-"""Find where a model comes from (a folder, a GGUF file, a Hub id), and read it from there.
-
-What pruning would not be pruning the model is refused: packed weights, adapters, and files of which
-Transformers reads only a part.
-"""
+"""Find a model (a folder, a GGUF file, a Hub id), and read it."""
 
 from __future__ import annotations
 
@@ -24,37 +20,30 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHOWN = 300  # characters of an error
-_OLD_CACHES = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"}  # Transformers 4 looks there
+_OLD_CACHES = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"}  # Transformers 4 uses them
 _ROTARY_TENSORS = ("rope_freqs", "rope_factors")
 _SCALING = ".rope.scaling."
-_SCALES = "gpt-oss"  # the architecture whose scaling Transformers reads (5.24, and before)
+_SCALES = "gpt-oss"  # the only architecture whose scaling Transformers reads (up to 5.24)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from.
+    """Where a model is read from."""
 
-    Attributes:
-        name: the model as the user wrote it.
-        place: a local folder or a Hub id.
-        gguf: the name of the GGUF file in ``place``; ``None`` if the model is not a GGUF file.
-        trust_remote_code: Python files that come with the model may run.
-    """
-
-    name: str
-    place: str
-    gguf: str | None = None
+    name: str  # as the user wrote it
+    place: str  # a local folder or a Hub id
+    gguf: str | None = None  # name of the GGUF file in place, if the model is one
     trust_remote_code: bool = False
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, or ``None`` for a Hub id."""
+        """The local folder; ``None`` for a Hub id."""
         folder = Path(self.place)
         return folder if folder.is_dir() else None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the keyword arguments that every ``from_pretrained`` of this model needs."""
+        """The keyword arguments that every ``from_pretrained`` of this model needs."""
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf is not None:
             # Transformers looks for a bare name in the working directory first
@@ -63,13 +52,10 @@ class Source:
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
-    """Return the source that a user means by a folder, a file or a name, without using torch.
-
-    A name may be a Hub id; whether the Hub has it is not checked.
-    """
+    """Return the source that a folder, a file or a Hub id means, without torch or a request."""
     try:
         return _source(name, trust_remote_code)
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such home, not a name
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no home folder, bad name
         raise PipelineError(f"{name} cannot be read: {error}") from error
 
 
@@ -96,25 +82,19 @@ def _source(name: str, trust_remote_code: bool) -> Source:
 
 
 def is_large(source: Source) -> bool:
-    """Return True if a folder's weights take more than half of the memory that is free."""
+    """True if a folder's weights take more than half of the free memory."""
     folder = source.folder
     files = () if folder is None else folder.rglob("*.safetensors")
     return 2 * sum(file.stat().st_size for file in files) > free_memory()
 
 
 def cached_model(folder: Path) -> Path | None:
-    """Return what the Hub's cache has of a model, if a folder is a snapshot in it; else ``None``.
-
-    ``folder``: its path, resolved.
-    """
+    """Return a model's folder in the Hub's cache, if ``folder`` (resolved) is a snapshot in it."""
     return folder.parent.parent if folder.parent.name == "snapshots" else None
 
 
 def check_reachable(source: Source) -> None:
-    """Raise if a model is not in a local folder, and the Hub and its cache have no config of it.
-
-    Do nothing if the environment names an old cache, in which Transformers 4 looks.
-    """
+    """Raise if a model is in no local folder, and neither Hub nor cache has its config."""
     if source.folder is not None or os.environ.keys() & _OLD_CACHES:
         return
     from huggingface_hub import hf_hub_download
@@ -136,13 +116,12 @@ def _without_config(folder: Path) -> str:
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """Return the model's config; read no weights."""
     from transformers import AutoConfig
 
     from ..model.build import too_many_layers
 
     data = None if source.gguf or source.folder is None else read_config(source.folder).data
-    reason = too_many_layers(data or {})  # making a list with an entry for each would not end
+    reason = too_many_layers(data or {})  # a list with an entry for each would never end
     if reason is not None:
         raise PipelineError(f"{source.name}: {reason}. Correct config.json")
     try:
@@ -153,14 +132,7 @@ def config_of(source: Source) -> PreTrainedConfig:
 
 
 def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that the config names, or the one that the auto classes have for it.
-
-    Code that comes with the model goes first where it is trusted.
-
-    Raises:
-        PipelineError: the class is code that is not trusted or cannot be loaded.
-        UnsupportedModelError: there is no class for this config, or not the one that it names.
-    """
+    """Return the class that the config names, or the auto classes' class for it."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -172,6 +144,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
         {"auto_map": getattr(config, "auto_map", None), "architectures": named}
     )
     is_stock = any(hasattr(transformers, name) for name in named)
+    # trusted code is preferred to a stock class
     goes_first = source.trust_remote_code and str(reference).rpartition(".")[2] in named
     if named and not is_stock and reference is None:
         raise UnsupportedModelError(
@@ -190,13 +163,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
 
 
 def check_source(source: Source, config: PreTrainedConfig) -> None:
-    """Raise if pruning what ``from_pretrained`` gives of a source would not be pruning the model.
-
-    Raises:
-        UnsupportedModelError: the weights are quantised, an adapter belongs to them, or
-            Transformers does not read all of a GGUF file.
-        PipelineError: Transformers 5 wrote the config, and Transformers 4 is installed.
-    """
+    """Raise if what Transformers would load is not the whole model, or cannot be pruned."""
     if source.gguf is not None:
         _check_gguf(source)
         return
@@ -248,7 +215,7 @@ def _check_gguf(source: Source) -> None:
             f"{source.name} is one of {int(parts.contents())} files of a model, and Transformers "
             "would read this one alone. Merge them first: llama-gguf-split --merge"
         )
-    unread = list(_unread(reader))
+    unread = list(_unread(reader))  # tensors and fields that scale rotary embeddings
     if unread:
         raise UnsupportedModelError(
             f"{source.name} scales its rotary embeddings ({listed(unread)}), which Transformers "
@@ -258,7 +225,6 @@ def _check_gguf(source: Source) -> None:
 
 
 def _unread(reader: Any) -> Iterator[str]:
-    """Yield the names of tensors and fields in a GGUF file that scale rotary embeddings."""
     yield from (t.name for t in reader.tensors if t.name.startswith(_ROTARY_TENSORS))
     for name, field in reader.fields.items():
         architecture, scaling, kind = name.partition(_SCALING)
@@ -275,19 +241,7 @@ def load(
     device: str = "cpu",
     complete: bool = False,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load a model, in eval mode; on the CPU, weights are mapped that are used as they are stored.
-
-    Args:
-        source: where the model is.
-        config: its config.
-        model_class: its class.
-        dtype: the dtype of its weights; default: as they are stored, float32 from a GGUF file.
-        device: torch's name of the device to put it on.
-        complete: refuse a folder that lacks tensors of the class.
-
-    Returns:
-        The model, and notes for the user, such as tensors that are missing.
-    """
+    """Load a model in eval mode, with notes; on the CPU, weights used as stored are mapped."""
     import torch
 
     from ..model.paging import conversions_in_files
@@ -308,7 +262,7 @@ def load(
         raise_shortage(error)
         raise _cannot(source, "its weights cannot be loaded", error) from error
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain by now
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are unpacked now
     notes = _notes(source, info)
     if complete and info["missing_keys"]:
         raise PipelineError(f"{notes[0]}. The result would have them: add them to the folder first")
@@ -316,7 +270,7 @@ def load(
 
 
 def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
-    # tensors that a class says to ignore are not in what from_pretrained tells
+    # from_pretrained does not list tensors that the class ignores
     kinds = {
         "missing_keys": f"are not in {source.name} and are random",
         "unexpected_keys": f"of {source.name} are not read by its class, so the result lacks them",
@@ -330,7 +284,6 @@ def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,7 +1,6 @@
 """Try which widths of a class can be pruned, saved and loaded again, at tiny size.
 
-``supports`` tries all of a class; the table of all architectures and the hunt for faults
-(``benchmarks/``) use the parts.
+``benchmarks/`` use the parts, for the table of all architectures and the search for faults.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ Outcome = Literal["works", "refused", "failed"]
 _CASE = "case.pt"
 _RATIO = 0.5
 _STEPS = (1, 2)
-_SHORT = 1024  # entries of a vector that are made different from each other
+_SHORT = 1024  # vectors up to this length get entries that all differ
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ class WidthSupport:
         outcome: ``works``: after one step and after two, the pruned model computes what the
             original computes with the removed units masked, and a model loaded from the saved
             folder computes the same bits; ``refused``: an error came before anything was pruned or
-            written, or no unit may go; ``failed``: anything else.
+            written, or no unit may be removed; ``failed``: anything else.
         why: why it does not work; empty if it does.
-        graph: ``config``, the dependency graph that pruned it; empty if none did.
-        units: how many units it has in the tiny model.
+        graph: ``config``, the dependency graph of the experiment; empty if it was refused.
+        units: number of units in the tiny model.
     """
 
     fields: tuple[str, ...]
@@ -86,11 +85,11 @@ class WidthSupport:
 
     @property
     def name(self) -> str:
-        """Return the fields as one text."""
+        """The fields as one text."""
         return " + ".join(self.fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as data for ``json.dumps``."""
+        """Return the result for ``json.dumps``."""
         return asdict(self)
 
 
@@ -102,7 +101,8 @@ class Support(Report):
         model: the name of the class.
         widths: every width that was tried, with its outcome.
         why_not: why nothing could be tried; ``None`` if the tiny model runs.
-        partial: the tiny model ran on text alone, although the class takes images or sound too.
+        partial: True: the tiny model ran on text alone, although the class takes images or sound
+            too.
         seed: the seed of the random weights.
         versions: the versions of the packages that were tried.
     """
@@ -117,15 +117,14 @@ class Support(Report):
     def outcome(self, name: str) -> Outcome | None:
         """Return the outcome of a config field; ``None``: the class has no width with this field.
 
-        Return ``failed`` if any width with this field failed, else ``works`` if any works, else
-        ``refused``.
+        If several widths have it: ``failed`` if any failed, else ``works`` if any works.
         """
         outcomes = {width.outcome for width in self.widths if name in width.fields}
         ranked: tuple[Outcome, ...] = ("failed", "works", "refused")
         return next((outcome for outcome in ranked if outcome in outcomes), None)
 
     def title(self) -> str:
-        """Return the class, and why nothing can be tried."""
+        """Return the class, and why nothing could be tried."""
         if self.why_not is not None:
             return f"{self.model}: nothing can be tried: {self.why_not}"
         return f"{self.model} (seen on text alone)" if self.partial else self.model
@@ -153,11 +152,10 @@ def supports(
 ) -> Support:
     """Prune every width of a class at tiny size, and report which of them work.
 
-    Half of each width is pruned in one step and in two, by Torch-Pruning's ``MetaPruner``.  The
-    pruned model has to compute what the original computes with the removed units masked.  A model
-    loaded from the saved folder has to compute the same bits.  The model itself is not touched, and
-    its size does not matter. Nothing is taken from the cache of earlier experiments: all is
-    measured anew.
+    Torch-Pruning's ``MetaPruner`` prunes half of each width, in one step and in two. The pruned
+    model has to compute what the original computes with the removed units masked, and a model
+    loaded from the saved folder has to compute the same bits. The model itself is not changed, and
+    its size does not matter. The cache of earlier experiments is not used.
 
     Args:
         source: a model, with or without weights, or a config.
@@ -174,7 +172,8 @@ def supports(
 
     Raises:
         UnsupportedModelError: ``source`` is not a single Hugging Face model, or a config that
-            builds none; or ``make_inputs`` raises or returns what the class does not run with.
+            builds none; or ``make_inputs`` raises or returns inputs with which the class does not
+            run.
         TypeError: ``source`` is neither a module nor a config.
     """
     _, model = find_pretrained(module_of(source, model_class))
@@ -204,11 +203,6 @@ def supports(
 def prepared(
     model: PreTrainedModel, seed: int, make_inputs: MakeInputs | None = None
 ) -> Subject | Refusal:
-    """Return the model to prune with its tiny model, or why no tiny model of the class runs.
-
-    Raises:
-        UnsupportedModelError: the class does not run with what the user's function makes.
-    """
     tiny = tiny_model(map_of(model, make_inputs=make_inputs))
     if isinstance(tiny, InputsRefusal):
         raise UnsupportedModelError(tiny.reason)
@@ -219,13 +213,6 @@ def prepared(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to prune copies of.
-
-    Attributes:
-        model: the class at the tiny model's widths, with other random weights, in float64.
-        tiny: the tiny model; its inputs and watched results are used.
-    """
-
     model: nn.Module
     tiny: TinyModel
 
@@ -236,16 +223,13 @@ class Subject:
 
 
 def subject(tiny: TinyModel, seed: int) -> Subject:
-    """Return the class at the tiny model's widths, with random weights made from ``seed``.
-
-    The weights are not the tiny model's own, so that trials expose what experiments with those
-    found by chance.
-    """
+    """Return the class at the tiny model's widths, in float64, with random weights."""
     with same_random_state(seed + 1):
         model = tiny.field_map.builder.build_real(tiny.field_map.data)
         if isinstance(model, Refusal):  # the tiny model itself was built from the same config
             raise RuntimeError(model.reason)
         model.tie_weights()  # type: ignore[operator]
+        # not the tiny model's weights: this exposes what experiments found by chance
         randomise(model)
         scale_convolutions(model, tiny.inputs, tiny.recipe)
     with torch.no_grad():
@@ -256,11 +240,7 @@ def subject(tiny: TinyModel, seed: int) -> Subject:
 
 
 def _load_computed_buffers(model: Any, recipe: RunRecipe) -> None:
-    """Give buffers that are not saved the values that loading computes.
-
-    Loading computes GPT-J's tables in another precision. Nothing changes if a class does not load;
-    each trial says why then.
-    """
+    """Give buffers that are not saved their values after loading (GPT-J's precision differs)."""
     saved = saved_buffers(model)
     computed = [name for name, _ in model.named_buffers() if name not in saved]
     if not computed:
@@ -269,7 +249,7 @@ def _load_computed_buffers(model: Any, recipe: RunRecipe) -> None:
         try:
             model.save_pretrained(folder)
             loaded = type(model).from_pretrained(folder, **_options(recipe))
-        except Exception:
+        except Exception:  # each trial says why
             return
     buffers = dict(loaded.named_buffers())
     with torch.no_grad():
@@ -283,28 +263,20 @@ def _options(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def _as_float32(value: torch.Tensor) -> None:
-    """Round a tensor to float32 values in place.
-
-    Some classes load some weights in float32, whatever dtype is asked for. The entries of a short
-    vector stay different, because the masked check finds by value which of them remain.
-    """
+    """Round a tensor to float32 values in place: some classes load some weights in float32."""
     value.copy_(value.float())
+    # the masked check finds by value which entries of a short vector remain
     if value.ndim == 1 and len(value) <= _SHORT:
         while len(torch.unique(value)) < len(value):
             value.add_(1e-3 * torch.randn_like(value)).copy_(value.float())
 
 
+# the outcome, and the saved pruned copies: one for each number of steps
 Tried = tuple[WidthSupport, tuple[Path, ...]]
-"""The outcome of a width, and where pruned copies were saved: one for each number of steps."""
 
 
 def trials(case: Subject, folder: Path) -> Iterator[Tried]:
-    """Try every width that the library lists for a model, in new copies of the model.
-
-    Leave out a width that cannot be pruned if one of its fields is in a width that can.
-
-    ``case``: the model, which is not changed, and its inputs.
-    """
+    """Try every width that the library lists for a model, in new copies of the model."""
     model: Any = case.model
     field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
     widths = widths_of(model, field_map, case.tiny)
@@ -325,7 +297,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Tried:
         if outcome == "works":
             continue
         if outcome == "refused":
-            counts = [group.count for group in width.groups]  # one stays in each channel group
+            counts = [group.count for group in width.groups]  # one is kept in each channel group
             least = max((max(c.minimum, c.channel_groups) for c in counts), default=0)
             why = width.reason or why or f"{least} of {width.units} have to stay"
         elif steps > 1:
@@ -344,20 +316,7 @@ def attempt(
     prune: str | Sequence[str] = INNER,
     **given: Any,
 ) -> tuple[Outcome, str]:
-    """Prune a copy and save it; return the outcome, and why it does not work.
-
-    Args:
-        case: the model that ``pruned`` is a copy of.
-        pruned: the copy, which is pruned in place.
-        folder: where to save.
-        steps: the number of steps.
-        per_layer: whether each layer may get widths of its own.
-        prune: what the hook prunes.
-        given: other arguments of the pruner.
-
-    Returns:
-        ``refused`` without a reason if nothing was pruned.
-    """
+    """Prune a copy and save it; return the outcome, and why it does not work."""
     import torch_pruning as tp
 
     tiny = case.tiny
@@ -392,10 +351,7 @@ def attempt(
 
 
 def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:
-    """Run all steps and the masked check; return why that failed, or ``None``.
-
-    Errors of the library pass through.
-    """
+    """Run all steps and the masked check; return why that failed, if it did."""
     try:
         with _quiet():
             for _ in range(steps):
@@ -421,14 +377,10 @@ def save(
     model: Any,
     inputs: Mapping[str, Any] | Refusal,
     folder: Path,
-    watched: Sequence[PassResult] = (),
+    watched: Sequence[PassResult] = (),  # results that count as outputs
     recipe: RunRecipe = PLAIN,
 ) -> Refusal | None:
-    """Save a model with inputs and its outputs; return why that failed, or ``None``.
-
-    ``inputs``: keyword arguments of its forward pass, or why there are none.
-    ``watched``: results that count as outputs.
-    """
+    """Save a model with inputs and its outputs; return why that failed, if it did."""
     if isinstance(inputs, Refusal):
         return inputs
     try:
@@ -449,13 +401,7 @@ def save(
 
 
 def reloaded(loader: Any, folder: Path, **options: Any) -> Refusal | None:
-    """Load a saved model and compare its outputs bit for bit; return what is wrong, or ``None``.
-
-    Args:
-        loader: the class whose ``from_pretrained`` loads it.
-        folder: what :func:`save` wrote.
-        options: more options of ``from_pretrained``.
-    """
+    """Load a saved model, and return why its outputs are not the same bits, if they are not."""
     case = torch.load(folder / _CASE, weights_only=True)
     recipe = RunRecipe(methods=tuple(case["methods"]))
     watched = [PassResult(*result) for result in case["watched"]]
@@ -463,7 +409,7 @@ def reloaded(loader: Any, folder: Path, **options: Any) -> Refusal | None:
         model, problems = load(loader, str(folder), {**case["options"], **options})
         if problems:
             return Refusal(_line(f"loading reports {problems}"))
-        for module in model.modules():  # a part may take it where the whole may not (Kimi K2.5)
+        for module in model.modules():  # a submodule may accept what the model does not (Kimi K2.5)
             if getattr(module, "_can_set_experts_implementation", bool)():
                 module.set_experts_implementation("eager")
         if layer_lists(type(model)):

@@ -1,7 +1,4 @@
-"""What a job runs its model on: which text, what it is asked, how well it answers.
-
-Perplexities, the gradients for Taylor importance and the distillation after a step are here too.
-"""
+"""The text that a job runs its model on, and what the model is asked about it."""
 
 from __future__ import annotations
 
@@ -48,10 +45,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Origin = Literal["file", "shipped", "own"]
+# second half: an encoder-decoder predicts it from the first; own answer: the model's own answers
+# count as right; nothing: the model has no logits and is only run
 Task = Literal["next token", "masked token", "second half", "own answer", "nothing"]
 CALIBRATED = get_args(Kind)
 TEXTUAL = (*CALIBRATED, "taylor")
-_TOGETHER = 8  # windows, if a model may be larger than memory: its files are read for each batch
+_TOGETHER = 8  # windows per batch if a model may exceed memory: each batch reads its files
 _GRADIENTS = 8  # windows
 _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
@@ -59,48 +58,35 @@ _WARM_UP = 5  # updates
 
 @dataclass(frozen=True)
 class Choice:
-    """How a job ranks channels, and which text it runs a model of one class on.
-
-    Attributes:
-        importance: how channels are ranked.
-        origin: ``file``: the text of the calibration file; ``shipped``: the one that comes with the
-            package; ``own``: the model writes it; ``None``: the model is not run.
-        text: the text; empty if the model writes it.
-        tokenizer: the model's tokenizer; ``None`` if it is not needed, or there is none.
-        refit: the weights that read pruned channels are refitted.
-        drops: layers are dropped, by their influence on the text.
-        asked: the user asked for something that takes a text; otherwise the job goes without where
-            the model does not run on it.
-        notes: what the user should know.
-    """
+    """How a job ranks channels, and which text it runs a model on."""
 
     importance: Importance
-    origin: Origin | None = None
-    text: str = ""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    refit: bool = False
-    drops: bool = False
+    origin: Origin | None = None  # None: the model is not run
+    text: str = ""  # empty if the model writes it
+    tokenizer: PreTrainedTokenizerBase | None = None  # None: not needed, or there is none
+    refit: bool = False  # refit the weights that read pruned channels
+    drops: bool = False  # layers are dropped, by their influence on the text
+    # The user asked for something that needs a text; else the job does without if the model does
+    # not run on it.
     asked: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def calibrates(self) -> bool:
-        """True if the model is run on the text for an importance, refits or influences."""
+        """True if the model is run on the text for importances, refits or influences."""
         return self.measures or (self.origin is not None and self.drops)
 
     @property
     def measures(self) -> bool:
-        """True if what weights read of the text is measured, for an importance or refits."""
+        """True if what weights read is measured, for importances or refits."""
         return self.origin is not None and (self.refit or self.importance in CALIBRATED)
 
     def without_text(self, reason: str) -> Choice:
-        """Return what the job does where no text can be had; a note says why."""
         importance = "magnitude" if self.importance in CALIBRATED else self.importance
         note = f"channels are ranked by {importance}, and no weight is refitted: {reason}"
         return Choice(importance, notes=(*self.notes, note))
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return what was done, by name; leave out what is not set."""
         text: str | None = "shipped text" if self.origin == "shipped" else self.origin
         if isinstance(job.calibration, Path):
             text = job.calibration.name
@@ -126,17 +112,10 @@ class Choice:
 def choose(
     job: Job, text: str | None, config: PreTrainedConfig, model_class: type[PreTrainedModel]
 ) -> Choice:
-    """Return how a job ranks channels, and which text it takes.
+    """Return how a job ranks channels, and which text it uses.
 
-    A causal language model is calibrated on the shipped text where the user says nothing else;
-    other models are ranked by magnitude, unless there is a calibration file.
-
-    ``text``: what is in its calibration file; ``None`` if it has none.
-
-    Raises:
-        PipelineError: the user asked for something that takes a text, and there is none for this
-            class, or no tokenizer.
-        UnsupportedModelError: the same, and the class takes no text.
+    By default, a causal language model is calibrated on the shipped text; other models are ranked
+    by magnitude unless there is a calibration file.
     """
     need = _need(job)
     asked = bool(need) or job.calibration is not None
@@ -173,7 +152,6 @@ def choose(
 
 
 def _need(job: Job) -> str:
-    """Return the argument that takes a text; empty if there is none."""
     if job.allocate:
         return "--allocate"
     if job.importance in TEXTUAL:
@@ -186,7 +164,6 @@ def _need(job: Job) -> str:
 
 
 def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes: bool) -> None:
-    """Raise if a job needs a text, and there is none that its class could be run on."""
     name = model_class.__name__
     if job.allocate and job.importance not in (None, *CALIBRATED):
         raise PipelineError(
@@ -230,7 +207,7 @@ def _takes_text(model_class: type[Any]) -> bool:
 
 
 def class_writes_text(model_class: type[Any], config: PreTrainedConfig) -> bool:
-    """True for a causal language model that takes token ids; it need not be built for that."""
+    """True for a causal language model that takes token ids; the class is not built."""
     known = SimpleNamespace(
         main_input_name=model_class.main_input_name,
         can_generate=model_class.can_generate,
@@ -241,21 +218,13 @@ def class_writes_text(model_class: type[Any], config: PreTrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model is asked about a window.
-
-    Attributes:
-        task: ``next token``: predict each token from those before it; ``masked token``: predict
-            masked tokens; ``second half``: an encoder-decoder predicts the second half of the
-            window from the first; ``own answer``: the model's own answers count as right;
-            ``nothing``: it has no logits, it can only be run.
-        mask_token: the id that replaces masked tokens; ``None`` for other tasks.
-    """
+    """What a model is asked about a window."""
 
     task: Task
-    mask_token: int | None = None
+    mask_token: int | None = None  # the id that replaces masked tokens
 
     def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the model's logits for windows ``(windows, tokens)``: ``(answers, classes)``."""
+        """Return the logits for windows ``(windows, tokens)``, shape ``(answers, classes)``."""
         ids = ids.to(model.device)
         asked = ids
         if self.task == "masked token":
@@ -268,7 +237,6 @@ class Objective:
         return logits.flatten(0, -2)
 
     def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the answers for windows ``(windows, tokens)``."""
         logits, ids = self.logits(model, ids).float(), ids.to(model.device)
         if self.task == "masked token":
             return cross_entropy(logits, ids[_masked(ids)])
@@ -281,12 +249,9 @@ class Objective:
     def perplexity(
         self, model: PreTrainedModel, windows: Tensor, together: int = 1
     ) -> float | None:
-        """Return exp of the mean loss over the windows ``(windows, tokens)``.
+        """Return exp of the mean loss.
 
-        ``together``: how many windows go through the model at a time.
-
-        Return ``None`` if there are no windows, if no answer is right or wrong (``own answer``,
-        ``nothing``), or if the result is not finite.
+        ``None``: no windows, a task without right answers, or NaN.
         """
         if not len(windows) or self.task in ("own answer", "nothing"):
             return None
@@ -296,21 +261,18 @@ class Objective:
 
 
 def _masked(ids: Tensor) -> Tensor:
-    """Return a mask that is true at every seventh token, always the same, so that models compare.
-
-    ``ids``: of shape ``(1, tokens)``, as the mask.
-    """
+    """Return a mask of every seventh token of each window, the same for all models."""
     positions = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
     return positions.expand_as(ids)
 
 
 def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the forward pass's arguments for windows ``(windows, tokens)``.
+    """Return the forward pass's arguments.
 
-    An encoder-decoder's encoder gets the first half, its decoder the second.
+    An encoder gets the first half, its decoder the second.
     """
     arguments = inspect.signature(model.forward).parameters
-    # an encoder that was taken out of an encoder-decoder has the config of one
+    # an encoder on its own may have the config of an encoder-decoder
     if not model.config.is_encoder_decoder or "decoder_input_ids" not in arguments:
         return {"input_ids": ids}
     first, second = ids.tensor_split(2, dim=1)
@@ -321,16 +283,7 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 def objective_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
 ) -> Objective | Refusal:
-    """Return what a model can be asked about a text, judged by its outputs for one window.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer; ``None`` if it has none.
-        window: token ids, ``(1, tokens)``.
-
-    Returns:
-        The objective, or why the model does not run on text alone.
-    """
+    """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``."""
     given = batch_of(model, window.to(model.device))
     try:
         logits = getattr(model(**given), "logits", None)
@@ -357,29 +310,19 @@ def objective_of(
 
 @dataclass(frozen=True)
 class Material:
-    """What a model is run on, and what is needed for that.
-
-    Attributes:
-        objective: what the model is asked.
-        batches: windows ``(1, tokens)`` for gradients and recovery, without end.
-        teacher: a copy of the unpruned model; ``None`` without recovery.
-        calibration: what the model's weights read; ``None`` if nothing is made of it. Where layers
-            are dropped it is not measured yet, because they are dropped before.
-        held_out: windows ``(windows, tokens)`` of the calibration file that decide nothing.
-        second: windows of the second text; none if the model is no causal language model.
-        together: how many windows go through the model at a time.
-    """
+    """What a model is run on, and what that needs."""
 
     objective: Objective
-    batches: Iterator[Tensor]
-    teacher: PreTrainedModel | None
+    batches: Iterator[Tensor]  # windows (1, tokens) for gradients and recovery, without end
+    teacher: PreTrainedModel | None  # a copy of the unpruned model; None without recovery
+    # None: not needed. If layers are dropped, it is measured afterwards.
     calibration: Calibration | None
+    # windows of the calibration file that decide nothing, for perplexities
     held_out: Tensor
-    second: Tensor
-    together: int = 1
+    second: Tensor  # windows of the second text; none unless a causal language model
+    together: int = 1  # windows per batch
 
     def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
-        """Return the perplexity on the held-out windows, and that on the second text."""
         texts = self.held_out, self.second
         held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
         return held_out, second
@@ -388,13 +331,7 @@ class Material:
 def gather(
     job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
 ) -> Material | Refusal:
-    """Return what a job runs its model on, or why the model does not run on text alone.
-
-    Raises:
-        CalibrationError: the text or the tokenizer does not fit the model, or its layers' outputs
-            are not finite.
-        UnsupportedModelError: the model has no logits, which the job needs.
-    """
+    """Return what a job runs its model on, or why it does not run on only text."""
     try:
         text = _windows(job, choice, model, progress)
     except TPHFConfigError:
@@ -429,7 +366,7 @@ def gather(
 
 
 def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progress) -> Text:
-    """Return the windows of the chosen text; only those of a file are held out of it."""
+    """Return the windows of the chosen text; only a file's text has held-out ones."""
     if choice.origin == "own":
         progress.say("the model writes the text that it is calibrated on")
         text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed)
@@ -446,7 +383,7 @@ def _all(text: Text) -> Tensor:
 
 
 def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield windows of shape ``(1, tokens)`` without end, in a new random order every round."""
+    """Yield windows ``(1, tokens)`` without end, in a new random order every round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for row in torch.randperm(len(windows), generator=generator):
@@ -456,17 +393,15 @@ def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
 def _calibration(
     job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
 ) -> Calibration:
-    """Measure a model on as many windows as the job says; if layers are dropped, do that later."""
     chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
     batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
     calibration = calibrate(model, batches, measure=False, refits=job.refit)
-    if not job.drop_layers:
+    if not job.drop_layers:  # else it is measured once they are dropped
         measure(calibration, progress)
     return calibration
 
 
 def measure(calibration: Calibration, progress: Progress) -> None:
-    """Measure what a model's weights read, and say so."""
     windows = len(calibration.train) + len(calibration.held_out)
     progress.say(f"calibrating: {windows} windows")
     calibration.measure()
@@ -476,10 +411,7 @@ def measure(calibration: Calibration, progress: Progress) -> None:
 def accumulate_gradients(
     model: PreTrainedModel, material: Material, progress: Progress, what: str
 ) -> None:
-    """Sum the gradients of eight windows in the parameters' ``grad``, for Taylor importance.
-
-    ``what``: what to call it in the progress.
-    """
+    """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
     model.zero_grad()
     for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
         material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -488,11 +420,7 @@ def accumulate_gradients(
 def recover(
     model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
 ) -> None:
-    """Distil the answers of the unpruned model into the pruned one, in place; a window an update.
-
-    The target is the answers and not the text: training on the text would teach the text.
-    ``what``: what to call it in the progress.
-    """
+    """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
     objective, teacher = material.objective, material.teacher
     assert teacher is not None  # only then does a job recover
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
@@ -502,6 +430,7 @@ def recover(
     )
     for batch in progress.track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
+            # not the text: training on the text would teach the text
             target = objective.logits(teacher, batch).float().log_softmax(-1)
         guess = objective.logits(model, batch).float().log_softmax(-1)
         loss = kl_div(guess, target, log_target=True, reduction="batchmean")
@@ -513,7 +442,7 @@ def recover(
         optimizer.step()
         schedule.step()
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():  # by the last update, which no loss has seen
+        if not weight.isfinite().all():  # after the last update there was no loss to check
             raise _diverged(what, f"{name} is not finite")
     model.zero_grad()
 

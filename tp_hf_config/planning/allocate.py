@@ -1,8 +1,7 @@
-"""Give every layer the width that the model misses least: widths by sensitivity, for a size.
+"""Find a width for every layer, so that a model of a given size changes as little as possible.
 
-Each layer alone is cut to a few widths, with its readers refitted, and the model's answers on
-held-out data are compared with the whole model's.  The shares that go then come from a Lagrangian:
-the parameters that cost least go first, in whichever layer they are.
+Units of one layer at a time are removed, with refits, and outputs on held-out data are compared
+with the unpruned model's. A Lagrangian then removes the cheapest parameters, in whichever layer.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ from .trajectory import multiples_of, unit_counts_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARES = (0.2, 0.4, 0.6)
-"""The shares of each layer's units that are tried."""
+SHARES = (0.2, 0.4, 0.6)  # shares of each layer's units whose removal is measured
 
 
 @dataclass(frozen=True, repr=False)
 class Allocation(Report):
-    """Widths for every layer; ``print`` it, ``plot`` it, a hook with ``plan=`` carries it out.
+    """Widths for every layer; ``print`` or ``plot`` it, prune by it with a hook's ``plan=``.
 
     Attributes:
         model: the name of the class.
-        measure: what changes are: ``"KL"`` of the logits, or a relative ``"squared error"``.
+        measure: how outputs are compared: ``"KL"`` of the logits, or a relative ``"squared
+            error"``.
         curves: what was measured of each layer.
         widths: the layer's own field -> its value in the end.
         parameters: the model's parameters before and after.
@@ -66,12 +65,12 @@ class Allocation(Report):
 
     @property
     def make_inputs(self) -> MakeInputs | None:
-        """Return the user's function that makes a forward pass's inputs, if there is one."""
+        """The user's function that makes a forward pass's inputs, if there is one."""
         return self._make_inputs
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The layer's own field -> the share of its units that goes, for ``ratios=``."""
+        """The layer's own field -> the share of its units that is removed, for ``ratios=``."""
         left = ((name, (self.widths[name] + 1e-6) / self._before[name]) for name in self.widths)
         return {name: 1 - share for name, share in left if share < 1}
 
@@ -80,11 +79,11 @@ class Allocation(Report):
         """Return the allocation for another number of parameters, from the same measurements.
 
         Args:
-            target_params: how many parameters may be left: a number, no share.
+            target_params: how many parameters may be left: a number, not a share.
             round_to: a multiple that widths keep.
 
         Raises:
-            ValueError: the number cannot be reached with the largest share that was tried.
+            ValueError: the number cannot be reached with the largest share that was measured.
         """
         before = self.parameters[0]
         widths, after = _lagrangian(self.curves, before, target_params, round_to)
@@ -92,19 +91,19 @@ class Allocation(Report):
 
     @property
     def settings(self) -> PruneSettings:
-        """Return what a hook is asked to prune that carries it out."""
+        """The settings of a hook that carries the allocation out."""
         ratios = self.ratios
         return PruneSettings(tuple(ratios), ratios=ratios, per_layer=True)
 
     def of_pruner(self) -> dict[str, Any]:
-        """Return the arguments that a pruner needs to carry it out: none, steps are free."""
+        """Return the pruner's arguments that carry the allocation out: none, steps are free."""
         return {}
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise if a model is of another class than the one that it was made of.
+        """Check that the allocation was made for a model of this class.
 
         Raises:
-            UnsupportedModelError: it is.
+            UnsupportedModelError: it was not.
         """
         name = stock_class(type(find_pretrained(model)[1])).__name__
         if name != self.model:
@@ -130,7 +129,7 @@ class Allocation(Report):
 
     @check_arguments
     def plot(self, path: str | PathLike[str]) -> Figure:
-        """Draw each layer's width, and how much the model misses a layer's share.
+        """Draw each layer's width, and how much the output changes when a share of it is removed.
 
         Args:
             path: the file to write; its suffix sets the format, PNG without one.
@@ -161,27 +160,26 @@ def allocate(
     batches: Count = 4,
     round_to: Count = 1,
 ) -> Allocation:
-    """Find a width for every layer, so that a model of some size misses as little as it can.
+    """Find a width for every layer, so that a model of a given size changes as little as possible.
 
     Args:
         model: the Hugging Face model, or a module that contains it; it is not changed.
-        calibration: what ``calibrate(model, ...)`` measured.
+        calibration: the result of ``calibrate(model, ...)``.
         target_params: how many parameters may be left: a share of them (up to 1), or a number.
-        prune: config fields, as they are called for all layers. Default: every width that is each
-            layer's own, but for attention heads and numbers of experts.
+        prune: config fields, by their names for all layers. Default: every width that each layer
+            has of its own, except attention heads and numbers of experts.
         importance: how the units of a layer are ranked.
-        shares: the shares of a layer's units that are tried (default: 0.2, 0.4 and 0.6); no layer
-            loses more than the largest.
-        batches: how many held-out batches answers are compared on.
+        shares: the shares of a layer's units whose removal is measured (default: 0.2, 0.4 and 0.6);
+            no layer loses more than the largest.
+        batches: number of held-out batches on which outputs are compared.
         round_to: a multiple that widths keep.
 
     Returns:
-        The allocation. ``HFConfigSyncHook(plan=allocation, refit=calibration)`` carries it
-        out.
+        The allocation. ``HFConfigSyncHook(plan=allocation, refit=calibration)`` carries it out.
 
     Raises:
-        UnsupportedModelError: the model's layers cannot differ, a field cannot be pruned, or
-            nothing is held out.
+        UnsupportedModelError: the model's layers cannot differ, a field cannot be pruned, or no
+            batch is held out.
         ValueError: the target cannot be reached with the largest share.
     """
     if not calibration.holds_out():
@@ -209,11 +207,6 @@ def allocate(
 
 
 def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
-    """Return the widths of single layers to prune.
-
-    Raises:
-        UnsupportedModelError: a field is no width of single layers.
-    """
     own = [
         width
         for width in widths_of(view.model, view.field_map)
@@ -239,8 +232,6 @@ def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
 
 
 class _Sensitivity:
-    """Cuts one layer at a time, and compares the model's answers with those of the whole model."""
-
     def __init__(self, view: ModelView, calibration: Calibration, kind: Kind, batches: int):
         self._view, self._importance = view, calibration.importance(kind)
         self._calibration = calibration.comparing_on(calibration.held_out[:batches])
@@ -249,11 +240,10 @@ class _Sensitivity:
 
     @property
     def measure(self) -> str:
-        """What changes are."""
         return self._outputs.measure
 
     def curve(self, width: Width, shares: Iterable[float]) -> LayerCurve:
-        """Return how much the model changes as a width's units go, by share."""
+        """Return how the output changes when shares of a width's units are removed, with refits."""
         model = self._view.model
         graph = ConfigGraph(model, width.groups)
         graph.build_dependency(model)
@@ -263,7 +253,7 @@ class _Sensitivity:
         whole = graph.group_at(graph_group, range(count.units))
         values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
         starts = torch.arange(0, count.units, values.shape[1], device=values.device)
-        order = values.argsort(1) + starts[:, None]  # each channel group loses as many
+        order = values.argsort(1) + starts[:, None]  # each channel group loses equally many
         changes = {}
         for share in shares:
             gone = order[:, : int(share * order.shape[1])].flatten().tolist()
@@ -286,10 +276,7 @@ class _Sensitivity:
 def _lagrangian(
     curves: Sequence[LayerCurve], before: int, target: int, round_to: int
 ) -> tuple[dict[str, int], int]:
-    """Return the widths that are left, and the parameters with them.
-
-    Steps of a layer's width go in the order of what they cost for each parameter.
-    """
+    """Return the widths and parameters that are left; the cheapest steps are taken first."""
     left = {curve.field: curve.units for curve in curves}
     parameters = before
     for _, curve, units in sorted(_steps(curves, round_to), key=lambda step: step[0]):
@@ -307,27 +294,27 @@ def _lagrangian(
 
 
 def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float, LayerCurve, int]]:
-    """Yield cost for each parameter, layer and the units left: of one layer, in rising order."""
+    """Yield cost per parameter, layer and the units left; within a layer, costs never fall."""
     for curve in curves:
         sizes = curve.sizes(round_to)
         costs = [curve.change_at(1 - size / curve.units) for size in sizes]
         highest = 0.0
         for (size, cost), (less, more) in pairwise(zip(sizes, costs, strict=True)):
             slope = (more - cost) / ((size - less) * curve.parameters)
-            highest = max(highest, slope)  # a step is not taken before those above it
+            highest = max(highest, slope)  # larger widths' steps are taken first
             yield highest, curve, less
 
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """How much the model's answers change as one layer's width goes.
+    """How much the model's output changes when units of one layer are removed.
 
     Attributes:
         field: the layer's own field.
         units: how many units it has now.
-        parameters: how many parameters one of them holds.
-        changes: the share of the units that goes -> the change of the model's output.
-        multiple: the class takes only multiples of so many units.
+        parameters: number of parameters of one unit.
+        changes: the share of the units that is removed -> the change of the model's output.
+        multiple: the class accepts only multiples of this number of units.
         minimum: the fewest units with which the class runs.
         run: neighbouring channels per unit (those of a head).
     """
@@ -341,10 +328,7 @@ class LayerCurve:
     run: int = 1
 
     def sizes(self, round_to: int) -> list[int]:
-        """Return the numbers of units that may be left, from all on down, 64 of them or so.
-
-        Multiples of ``round_to`` channels that the class takes; no more goes than was tried.
-        """
+        """Return about 64 sizes to choose from, all units first; then ever fewer."""
         grid = lcm(self.multiple, multiple_for_round_to(round_to, self.run))
         step = max(grid, self.units // 64 // grid * grid)
         least = max(int(self.units * (1 - max(self.changes))), self.minimum)

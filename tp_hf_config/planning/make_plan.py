@@ -1,4 +1,4 @@
-"""Compute what pruning settings will give before any weight is touched: ``tp_hf_config.plan``."""
+"""Compute what pruning settings give before any weight is touched: ``tp_hf_config.plan``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .trajectory import MovingWidth, Trajectory, multiples_of, unit_counts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# multiples for kernels; tensor-parallel ranks; the most head counts that the class is asked about
+# multiples for kernels; tensor-parallel ranks; the most head counts to try with the class
 _KERNELS, _RANKS, _ASKED = (64, 128, 256), (2, 4, 8), 64
 
 
@@ -66,19 +66,18 @@ def plan(
 ) -> Plan:
     """Compute what pruning with these settings gives, without pruning and without weights.
 
-    Arguments that a pruner has too are named and mean what they do there. ``prune`` and ``ratios``
-    are those of ``HFConfigSyncHook``.
+    Arguments that a pruner has too mean the same as there. ``prune`` and ``ratios`` are those of
+    ``HFConfigSyncHook``.
 
     Args:
-        model_or_config: a model, on the meta device too, or a config.
+        model_or_config: a model, which may be on the meta device, or a config.
         pruning_ratio: the ratio of every pruned width that ``ratios`` does not name; default: 0.5.
         ratios: config field -> ratio.
         prune: config fields to prune. Default: the fields that ``ratios`` names; without
-            ``ratios``, the inner widths of feed-forward layers and experts. Of a class without them
-            it is every width inside the model except attention heads, head dims and numbers of
-            experts; if the model is inside another module, also except the width of what it
-            returns. Of widths that share a dimension, only the one that holds most of the model is
-            pruned.
+            ``ratios``, the inner widths of feed-forward layers and experts. In a class without
+            inner widths: every width inside the model except attention heads, head dims and numbers
+            of experts, and, if the model is inside another module, the width of its output. Of
+            widths that share a dimension, only the one with most parameters is pruned.
         head_pruning_ratio: the share of the attention heads to prune as well.
         prune_num_heads: whether heads are pruned; default: if ``gqa`` is given or
             ``head_pruning_ratio`` is not 0.
@@ -87,27 +86,27 @@ def plan(
         iterative_steps: the number of steps.
         round_to: a multiple that widths keep, besides what the class requires.
         max_pruning_ratio: the largest share of a layer's channels that may be removed.
-        iterative_pruning_ratio_scheduler: takes the final ratio and the number of steps, and
-            returns the ratios of the steps; default: linear.
+        iterative_pruning_ratio_scheduler: (final ratio, number of steps) -> the ratios of the
+            steps; default: linear.
         target_params: how many parameters may be left: a share of them (up to 1), or a number. One
-            ratio is then found for all widths that ``ratios`` does not name, and for pruned heads
-            if ``head_pruning_ratio`` is 0.
-        per_layer: every layer may get widths of its own; ``ratios`` may then name those
-            of single layers too (``"per_layer_config.3.intermediate_size"``).
+            ratio is then found for all widths that ``ratios`` does not name, and for heads if
+            ``head_pruning_ratio`` is 0.
+        per_layer: True: each layer may get widths of its own; ``ratios`` may also name those of
+            single layers (``"per_layer_config.3.intermediate_size"``).
         model_class: the class of a config. Default: the one that the config names, else the first
-            that exists of a causal or other language model, a classifier and a base model.
+            that exists of: causal language model, other language model, classifier, base model.
         make_inputs: a function of a config that returns a forward pass's keyword arguments, for a
-            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`.
-            A hook with ``plan=`` uses it too.
+            class that the library cannot feed by itself: see :func:`~tp_hf_config.prunable`. A hook
+            with ``plan=`` uses it too.
 
     Returns:
         The plan; ``print`` it.
 
     Raises:
         UnsupportedModelError: there is not exactly one Hugging Face model, a field cannot be
-            pruned, or ``make_inputs`` raises or returns what the class does not run with.
-        ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is
-            unknown, heads are both asked for and ruled out, or the target cannot be reached.
+            pruned, or ``make_inputs`` raises or returns inputs with which the class does not run.
+        ValueError: a ratio is outside 0 to 1 or no width follows it, ``gqa`` is unknown, heads are
+            both asked for and excluded, or the target cannot be reached.
         TypeError: neither a model nor a config.
     """
     settings = PruneSettings.of(
@@ -138,14 +137,7 @@ def plan(
 def _check_followed(
     trajectory: Trajectory, settings: PruneSettings, target_params: float | None, listed: bool
 ) -> None:
-    """Raise if ``pruning_ratio`` decides nothing, since the user must have meant something else.
-
-    ``target_params``: the user's target, which finds the ratio by itself.
-    ``listed``: ``prune=`` lists the widths; they may all have ratios of their own then.
-
-    Raises:
-        ValueError: ``target_params`` finds the ratio, or every width has a ratio of its own.
-    """
+    """Raise if ``pruning_ratio`` decides nothing, because the user must mean something else."""
     ratio = settings.pruning_ratio
     if target_params is not None:
         raise ValueError(
@@ -164,7 +156,6 @@ def _check_followed(
 
 
 def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
-    """Return the trajectory of the chosen widths under these settings."""
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
     multiples = multiples_of(view, chosen.widths)
@@ -201,10 +192,6 @@ def _plan(
     settings: PruneSettings,
     target_params: float | None,
 ) -> Plan:
-    """Return the plan of a trajectory, or of the one that reaches ``target_params``.
-
-    ``source`` is what the user gave: a model or a config.
-    """
     field_map = view.field_map
     full, before, notes = _build_and_measure(field_map, {})
     if full is None or before is None:
@@ -255,14 +242,12 @@ def _plan(
 
 
 def _input_notes(chosen: Chosen) -> Iterator[str]:
-    """Yield a note for each input (encoder states) that has to lose channels with a width."""
     for width in chosen.widths:
         for name in width.encoder_states:
             yield f"{name} has to lose channels with {width.name}: the report of a step says which"
 
 
 def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
-    """Yield a note if heads are to be pruned but no ratio says what share of them."""
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)
         yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
@@ -271,17 +256,12 @@ def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
 def _build_and_measure(
     field_map: FieldMap, values: Mapping[FieldPath, int]
 ) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
-    """Build the class without data at some values and measure it.
-
-    Returns:
-        The full model, its size, and notes on what is not known of the size; ``(None, None, ())``
-        if the class refuses the values.
-    """
+    """Return the full model on the meta device, its size and notes on what is unknown of it."""
     full = field_map.builder.build(field_map.config_at(values, shallow=False))
     shallow = field_map.build_at(values)
     if isinstance(full, Refusal) or isinstance(shallow, Refusal):
         return None, None, ()
-    cast("PreTrainedModel", full).tie_weights()  # a build without data does not tie them
+    cast("PreTrainedModel", full).tie_weights()  # a build on the meta device does not tie them
     size, unknown = size_of(field_map, full, shallow)
     return full, size, () if unknown is None else (unknown,)
 
@@ -289,7 +269,6 @@ def _build_and_measure(
 def _width(
     width: Width, moving: MovingWidth, trajectory: Trajectory, every_width: Sequence[Width]
 ) -> PlannedWidth:
-    """Return what the plan says of one width; ``every_width`` are all widths of the model."""
     field_map = trajectory.field_map
     by_step = trajectory.steps()
     values = by_step[-1]
@@ -327,11 +306,7 @@ def _width(
 def _settings_of(
     trajectory: Trajectory, settings: PruneSettings, heads: Collection[tuple[FieldPath, ...]]
 ) -> PruneSettings:
-    """Return the settings that lead where a trajectory does.
-
-    The most common ratio becomes ``pruning_ratio``, the exceptions go into ``ratios``. ``heads``
-    are the fields of the widths whose ratio becomes ``head_pruning_ratio``.
-    """
+    """Return the settings that lead to a trajectory: the most common ratio, and exceptions."""
     free = [moving for moving in trajectory.moving_widths if not moving.clamped]
     common = Counter(moving.ratio for moving in free).most_common(1)
     ratio = common[0][0] if common else settings.pruning_ratio
@@ -340,7 +315,7 @@ def _settings_of(
     }
     of_heads = [moving.ratio for moving in trajectory.moving_widths if moving.fields in heads]
     prune = settings.prune
-    if others and prune is None:  # ratios alone would mean these fields and no others
+    if others and prune is None:  # without prune=, ratios= would name the only fields to prune
         prune = tuple(field_name(moving.fields[0]) for moving in free)
     return replace(
         settings,
@@ -352,19 +327,15 @@ def _settings_of(
 
 
 def _divisors(candidates: Sequence[int], sizes: Collection[int]) -> tuple[int, ...]:
-    """Return the candidates that divide all sizes."""
     return tuple(n for n in candidates if all(size % n == 0 for size in sizes))
 
 
 def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
-    """Return the values that a width's first field can reach while all others stay.
-
-    Only head counts are checked with the class, and only up to ``_ASKED`` of them.
-    """
+    """Return the values that a width's first field can reach while all others keep theirs."""
     field_map, units = trajectory.field_map, trajectory.reachable(moving)
     start = moving.unit_counts[0].units
     value = field_map.values[moving.fields[0]]
-    if not moving.counts_heads or len(units) > _ASKED:
+    if not moving.counts_heads or len(units) > _ASKED:  # not tried with the class
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
         return range(first, last + 1, grid)
 
@@ -377,7 +348,7 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
 def _with_head_counts(
     width: Width, every_width: Sequence[Width], counts: frozenset[FieldPath]
 ) -> set[FieldPath]:
-    """Return the fields of a width and the head counts that share a width with one of them."""
+    """Return the fields of a width, and the head counts that share a width with one of them."""
     related = {
         field
         for other in every_width
@@ -394,19 +365,10 @@ _HALVINGS, _TRIES, _DIGITS = 40, 32, (2, 3, 4, 5, 6)
 def _trajectory_to(
     trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
 ) -> Trajectory:
-    """Return the trajectory of the smallest ratio that leaves ``target`` parameters at most.
+    """Return the trajectory of the smallest common ratio that leaves at most ``target`` parameters.
 
-    If the class refuses the widths of that ratio, the nearest that it accepts are taken; if those
-    do not fit either, the next larger ratios are tried.
-
-    Args:
-        trajectory: all widths that are pruned, with their ratios so far.
-        moving_widths: those of them that get the common ratio.
-        count: counts the model's parameters.
-        target: how many parameters may be left.
-
-    Raises:
-        ValueError: no ratio leaves so few parameters, or the class accepts nothing near it.
+    If the class refuses its widths, the nearest accepted ones are used; if those leave too many,
+    the next larger ratios are tried.
     """
 
     def at(ratio: float) -> Trajectory:
@@ -415,7 +377,7 @@ def _trajectory_to(
     def parameters(trajectory: Trajectory) -> int:
         return count.at(trajectory.steps()[-1])
 
-    # above this ratio, some width would lose all units, and the pruner passes over it instead
+    # above this ratio, some width would lose all units, and the pruner would skip it
     highest = min((_highest(trajectory, moving) for moving in moving_widths), default=0.0)
     if parameters(at(highest)) > target:
         names = ", ".join(moving.name for moving in moving_widths) or "no width"
@@ -449,8 +411,7 @@ def _target_missed(
 ) -> Refusal | None:
     """Return why a trajectory leaves fewer parameters than the target; ``None``: it does not.
 
-    If some width could keep more units without passing the target, the text names it with the
-    ratio that does so. Otherwise it names the one that would come nearest above the target.
+    The text names the width whose own ratio would come nearest to the target.
     """
     reached = count.at(trajectory.steps()[-1])
     if reached == target:
@@ -481,13 +442,12 @@ def _target_missed(
 
 
 def _one_head_ratio(trajectory: Trajectory, moving_widths: Sequence[MovingWidth]) -> bool:
-    """True if all heads that the target decides have the same ratio: a pruner has only one."""
+    """True if all heads whose ratio the target decides have the same one: a pruner has only one."""
     heads = {moving.fields for moving in moving_widths if moving.clamped}
     return len({moving.ratio for moving in trajectory.moving_widths if moving.fields in heads}) < 2
 
 
 def _highest(trajectory: Trajectory, moving: MovingWidth) -> float:
-    """Return the largest ratio that a width can follow."""
     fewest = trajectory.reachable(moving)[0]
     if moving.counts_heads or fewest == moving.unit_counts[0].units:
         return 1.0

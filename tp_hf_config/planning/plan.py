@@ -35,14 +35,14 @@ class PlannedWidth:
         before: field -> value now.
         steps: for each step, field -> value after it.
         asked: the ratio that was asked for.
-        reached: the share of the units that will be gone.
-        reachable: the values that its first field can reach while all other fields stay; head
-            counts only where the class accepts them.
+        reached: the share of the units that will be removed.
+        reachable: the values that its first field can reach while all other fields keep theirs;
+            head counts only if the class accepts them.
         multiples: which of 64, 128 and 256 divide the pruned dimensions (of heads: their channels)
             in every layer.
-        ranks: over which of 2, 4 and 8 tensor-parallel ranks the fields divide; for heads, both
-            the query and the key/value heads.
-        parameters: how many parameters one unit holds.
+        ranks: over which of 2, 4 and 8 tensor-parallel ranks the fields divide; for heads, both the
+            query and the key/value heads.
+        parameters: number of parameters of one unit.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PlannedWidth:
 
     @property
     def after(self) -> dict[str, int]:
-        """Return field -> value after the last step."""
+        """Field -> value after the last step."""
         return self.steps[-1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,17 +78,16 @@ class Plan(Report):
         model: the name of the class.
         settings: the pruner's arguments.
         widths: the widths that are pruned.
-        kept: the name of each other width -> why it stays.
+        kept: the name of each other width -> why it is kept.
         before: the size now.
         after: the size in the end; ``None`` if the class refuses the widths.
         refusal: why the settings cannot be carried out; ``None`` if they can.
-        adjusted: lines about steps at which the class refuses what is asked for, and what is done
-            instead; and about widths that lose less than their ratio says, and why.
-        target: how many parameters were asked for; ``None`` if no number was.
-        why_not_exactly: why fewer are left; ``None`` if as many are left or no number was asked
-            for.
-        tokens: FLOPs are counted for each token; else for each input (an image, a recording).
-        notes: what else the user should know.
+        adjusted: lines on steps at which the class refuses what is asked for, with what is done
+            instead, and on widths that lose less than their ratio asks for, with the reason.
+        target: the number of parameters asked for; ``None`` if none was.
+        why_not_exactly: why fewer are left; ``None`` if they are not.
+        tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).
+        notes: further notes for the user.
         time: how long calibrating and a step with refits take in memory; ``None`` if the class
             refuses the widths, does not run at tiny ones, or takes no tokens.
     """
@@ -111,22 +110,20 @@ class Plan(Report):
 
     @property
     def values(self) -> dict[str, int]:
-        """Return field -> value in the end, for every field that is pruned."""
+        """Field -> value in the end, for every field that is pruned."""
         return {name: value for width in self.widths for name, value in width.after.items()}
 
     @property
     def make_inputs(self) -> MakeInputs | None:
-        """Return the user's function that makes a forward pass's inputs, if there is one."""
+        """The user's function that makes a forward pass's inputs, if there is one."""
         return self._make_inputs
 
     def of_pruner(self) -> dict[str, Any]:
-        """Return the arguments that a pruner needs to carry the plan out."""
+        """Return the pruner's arguments that carry the plan out."""
         return self.settings.of_pruner()
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise if a model is not as the one that the plan was made of, or the class refuses it.
-
-        Where layers may differ, they have entries of their own now (``layers_listed``).
+        """Check that the plan was made for a model of this class and config, which accepts it.
 
         Raises:
             ConfigSyncError: the class refuses what is planned.
@@ -135,6 +132,7 @@ class Plan(Report):
         if self.refusal is not None:
             words = " ".join(line.strip() for line in refusal_lines(self.refusal))
             raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
+        # the caller has listed an entry for each layer if layers may differ (layers_listed)
         view = view_of(model, self.make_inputs)
         name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
@@ -152,7 +150,7 @@ class Plan(Report):
         return [_HEAD, *map(_row, self.widths)]
 
     def lines(self) -> list[str]:
-        """Return the sizes before and after, and what else there is to say."""
+        """Return the sizes before and after, and notes."""
         return [*_sizes(self), *_footnotes(self)]
 
     def __repr__(self) -> str:
@@ -165,7 +163,7 @@ _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ra
 
 
 def described(values: Sequence[int]) -> str:
-    """Return values in few words: ``every 64th from 64 to 8192``, ``3, 6, 9``."""
+    """Describe values briefly: ``every 64th from 64 to 8192``, ``3, 6, 9``."""
     if isinstance(values, range) and len(values) > 4:
         step = values.step
         if step == 1:
@@ -175,13 +173,11 @@ def described(values: Sequence[int]) -> str:
 
 
 def _ordinal(number: int) -> str:
-    """Return ``1st``, ``2nd``, ``3rd``, ``4th``, ..."""
     ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
 
 
 def _row(width: PlannedWidth) -> tuple[str, ...]:
-    """Return the row of one width."""
     ways = [" -> ".join(f"{step[name]:,}" for step in width.steps) for name in width.before]
     return (
         width.name,
@@ -195,7 +191,6 @@ def _row(width: PlannedWidth) -> tuple[str, ...]:
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
-    """Yield a line for parameters, bytes and FLOPs, now and in the end."""
     for key, name in {
         "parameters": "parameters",
         "bytes": "bytes",
@@ -209,7 +204,6 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 
 def _footnotes(plan: Plan) -> list[str]:
-    """Return the lines under the tables."""
     lines = [] if plan.refusal is None else refusal_lines(plan.refusal)
     if plan.target is not None and plan.after is not None:
         lines.append(
@@ -228,7 +222,7 @@ def _footnotes(plan: Plan) -> list[str]:
 
 
 def _ratios(plan: Plan) -> Iterator[str]:
-    """Yield the ratios that lead to the target, the common one of all widths first."""
+    """Yield the ratios that reach the target, the common one of all widths first."""
     settings = plan.settings
     asked = {w.asked for w in plan.widths if not w.before.keys() & settings.ratios.keys()}
     if settings.pruning_ratio in asked:
@@ -245,7 +239,7 @@ class PlannedRefusal:
     Attributes:
         step: the step that leads to them, counted from 1.
         values: field -> value after that step, for the fields that differ from now.
-        reason: the class's own words, or ours.
+        reason: the message of the class, or of this package.
         nearest: accepted settings, each as field -> ratio and field -> the value it leads to.
     """
 
@@ -263,10 +257,6 @@ def _in_python(ratios: Mapping[str, float]) -> str:
 def refusal_lines(
     refusal: PlannedRefusal, written: Callable[[Mapping[str, float]], str] = _in_python
 ) -> list[str]:
-    """Return lines of text: what is refused and why, then what the class accepts instead.
-
-    ``written``: returns ratios as the user writes them.
-    """
     values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
     lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
     for ratios, leads_to in refusal.nearest:
@@ -278,7 +268,6 @@ def refusal_lines(
 
 
 def adjusted_line(adjusted: Adjusted) -> str:
-    """Return one line: what the ratios ask for, why it is refused, and what is done instead."""
     requested = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in adjusted.requested.items())
     accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
     reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
@@ -288,12 +277,10 @@ def adjusted_line(adjusted: Adjusted) -> str:
 
 
 def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
-    """Return the values by field name."""
     return {field_name(field): value for field, value in values.items()}
 
 
 def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
-    """Return the first step that the class refuses, with ratios that it accepts, or ``None``."""
     refused = trajectory.first_refused()
     if refused is None:
         return None
@@ -308,15 +295,13 @@ def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
 
 
 def shortfalls(trajectory: Trajectory) -> list[str]:
-    """Return one line for each width that ends wider than its ratio asks, and why.
-
-    Head counts are left out: ``trajectory.adjusted`` has them.
-    """
+    """Return one line for each width that ends wider than its ratio asks for, with the reason."""
     result: list[str] = []
     for moving in trajectory.moving_widths if trajectory.units_by_step else ():
         units = moving.unit_counts[0].units
         remaining = trajectory.units_by_step[-1][moving.fields][0]
         ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
+        # Trajectory.adjusted has the head counts
         if not moving.counts_heads and remaining > units * (1 - ratio) + 1e-6:
             field = moving.fields[0]
             value = trajectory.field_map.values[field] * remaining // units
@@ -326,7 +311,6 @@ def shortfalls(trajectory: Trajectory) -> list[str]:
 
 
 def _why_wider(trajectory: Trajectory, moving: MovingWidth, remaining: int, ratio: float) -> str:
-    """Return why ``remaining`` units of a width stay although its ``ratio`` asks for fewer."""
     unit_count, fewest = moving.unit_counts[0], trajectory.reachable(moving)[0]
     if trajectory.max_ratio < ratio:
         return f"max_pruning_ratio is {trajectory.max_ratio:g}"
@@ -346,12 +330,12 @@ class Size:
     """How large a model is and what it computes.
 
     Attributes:
-        parameters: how many there are; tied ones count once.
-        bytes: the size of the parameters and saved buffers in the model's dtype.
-        flops: FLOPs of a forward pass, for each token (of a short text) or for each other input;
-            ``None`` if the class does not run without data.
-        gram_bytes: the size of the Gram matrices that ``calibrate`` keeps if memory
-            has room for all; ``None`` if the class does not run at tiny widths.
+        parameters: number of parameters; tied ones count once.
+        bytes: of the parameters and saved buffers, in the model's dtype.
+        flops: FLOPs of a forward pass for each token (of a short text) or other input; ``None`` if
+            the class does not run on the meta device.
+        gram_bytes: bytes of the Gram matrices that ``calibrate`` keeps if memory has room for all;
+            ``None`` if the class does not run at tiny widths.
     """
 
     parameters: int
@@ -361,16 +345,7 @@ class Size:
 
 
 def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:
-    """Return the size of a class built without data, and a note on what is not known of it.
-
-    Args:
-        field_map: the field map of the class.
-        full: the class with all layers, on the meta device.
-        shallow: the shallow model, on the meta device.
-
-    Returns:
-        The size, and a note if the FLOPs are not known, else ``None``.
-    """
+    """Return the size, and a note if the FLOPs are unknown."""
     saved: list[torch.Tensor] = list(full.parameters())
     for module in full.modules():
         hidden = module._non_persistent_buffers_set
@@ -390,9 +365,8 @@ def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[S
 def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | Refusal:
     """Return the FLOPs per token or input of the full model, from one run of the shallow model.
 
-    What each module computes by itself counts once for every module of the full model that is like
-    it, and more where that is larger (it holds a piece for each layer). A ``Refusal``: the class
-    does not run without data, or values decide what it computes.
+    A module's own FLOPs count once for each module of the full model that corresponds to it, scaled
+    by its size: it may hold a piece for each layer.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -415,15 +389,11 @@ def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | 
 
 
 def _own_size(module: nn.Module) -> int:
-    """Return how many numbers are in a module's own parameters; 1 if it has none."""
     return sum(parameter.numel() for parameter in module.parameters(recurse=False)) or 1
 
 
 def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
-    """Return the FLOPs of each module without those of the modules in it.
-
-    FlopCounterMode counts both. ``root`` is the name of the model's class.
-    """
+    """Return each module's FLOPs without its submodules' (FlopCounterMode includes those)."""
     inside = {
         name.removeprefix(root).lstrip("."): count
         for name, count in counts.items()
@@ -441,8 +411,6 @@ def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
 
 
 class ParameterCount:
-    """Compute the number of parameters from the fields, with the field map: no building."""
-
     def __init__(self, field_map: FieldMap, full: nn.Module):
         self.field_map = field_map
         self._kinds = Counter(
@@ -451,7 +419,6 @@ class ParameterCount:
         )
 
     def at(self, values: Mapping[FieldPath, int]) -> int:
-        """Return how many there are at these values; tied ones count once."""
         changes = {field: value - self.field_map.values[field] for field, value in values.items()}
         return sum(
             number
@@ -460,31 +427,24 @@ class ParameterCount:
         )
 
     def _dimension(self, name: str, dim: int, size: int, changes: Mapping[FieldPath, int]) -> int:
-        """Return the size of a tensor dim after the fields change by ``changes``."""
         expression = self.field_map.expression_of(name, dim)
         if expression is None or not expression.fields & changes.keys():
             return size
         return int(expression.evaluate(changes))
 
 
-RATE = 140e9
-"""Operations in float32 in a second, on two CPU cores (`benchmarks/working_time.py`)."""
+RATE = 140e9  # float32 operations a second on two CPU cores (`benchmarks/working_time.py`)
 _HELD_OUT = 8 * WINDOW  # tokens
 _PASSES = 4  # over held-out data: unpruned, cut, refitted, pruned
-_UPPER = 5 / 8  # of a Gram matrix is computed: little of its lower triangle
-_DOUBLE = 2  # an operation in float64 takes as long as so many in float32
+_UPPER = 5 / 8  # share of a Gram matrix that is computed: the upper triangle, in blocks
+_DOUBLE = 2  # float32 operations in the time of one in float64
 
 
 @dataclass(frozen=True)
 class WorkingTime:
-    """How long it takes in memory on two CPU cores, in seconds; experts take longer.
+    """Estimated seconds in memory on two CPU cores; experts take longer."""
 
-    Attributes:
-        calibrate: ``calibrate(model)`` on as many tokens as it takes by default.
-        step: the first step of a pruner with refits.
-    """
-
-    calibrate: float
+    calibrate: float  # on the default number of tokens
     step: float
 
     def __str__(self) -> str:
@@ -494,15 +454,7 @@ class WorkingTime:
 def working_time(
     field_map: FieldMap, full: nn.Module, after: nn.Module, steps: int, flops: int | None
 ) -> WorkingTime | None:
-    """Return how long it takes; ``None``: what weights read is not known, or no FLOPs are.
-
-    Args:
-        field_map: the field map of the class.
-        full: the class with all layers, on the meta device.
-        after: the same in the end.
-        steps: the number of steps.
-        flops: FLOPs of a forward pass for a token.
-    """
+    """Return how long it takes; ``None``: the FLOPs or what weights read are unknown."""
     inputs = inputs_of(field_map, full)
     if inputs is None or flops is None:
         return None
@@ -525,7 +477,6 @@ def working_time(
 
 
 def _said(seconds: float) -> str:
-    """Return a time in two digits: ``31 s``, ``12 min``, ``3.4 h``."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"about {seconds / size:.2g} {unit}"

@@ -1,8 +1,4 @@
-"""Tell from a pruner's settings, before it prunes, that they cannot end in a loadable model.
-
-:mod:`tp_hf_config.graph.full_size` says what each step leaves, from the pruner's own ratios,
-scopes, rounding and ignored layers.
-"""
+"""Check before a pruner prunes whether its settings can end in a loadable model."""
 
 from __future__ import annotations
 
@@ -27,60 +23,43 @@ from .trajectory import MovingWidth, Trajectory
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a pruner on the config graph is going to leave.
-
-    Attributes:
-        trajectory: the widths after each step.
-        kinds: ``id`` of a group -> the fields of its width, and the index of its unit count in the
-            width's ``unit_counts``.
-    """
+    """The widths after each step of a pruner, computed before it starts."""
 
     trajectory: Trajectory
+    # id of a group -> its width's fields, and index of its unit count in unit_counts
     kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
 
     def notes(self, step: int) -> list[str]:
-        """Return lines about what a step does instead of what the ratios ask for.
-
-        Those of the last step also name the widths that lose less than their ratio says.
-        """
         lines = [
             adjusted_line(adjusted)
             for adjusted in self.trajectory.adjusted
             if adjusted.step == step
         ]
+        # the last step also names widths that lose less than their ratio asks for
         last = step == len(self.trajectory.units_by_step)
         return lines + (shortfalls(self.trajectory) if last else [])
 
     def changes(self, step: int) -> bool:
-        """True if a step leaves other widths than there are before it."""
         states = [self.trajectory.start, *self.trajectory.units_by_step]
         return 1 <= step < len(states) and states[step - 1] != states[step]
 
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
-        """Return how many units a step leaves of a group.
-
-        ``None``: the group is not pruned, or does not have the expected units before the step.
-        """
+        """Return how many units a step leaves of a group; ``None``: unknown."""
         states = [self.trajectory.start, *self.trajectory.units_by_step]
         kind = self.kinds.get(id(graph_group))
         if kind is None or not 1 <= step < len(states):
             return None
         fields, index = kind
         before, after = states[step - 1][fields][index], states[step][fields][index]
+        # else something else pruned the group
         return after if before == graph_group.units.count else None
 
 
 def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
-    """Return what a pruner on the config graph is going to leave; raise if that cannot end well.
+    """Return the widths after each step of a pruner; raise if no config describes them.
 
-    ``strict``: also raise if the class refuses what is asked for and the nearest would be done.
-
-    Returns:
-        What each step leaves. ``None`` if importances decide how much of a field goes, or if the
-        pruner has already begun: what it did so far is not known.
-
-    Raises:
-        ConfigSyncError: no config can say what the pruner would leave.
+    ``strict``: also raise if the class accepts only something near what is asked for. ``None``:
+    importances decide how much of a field is removed, or the pruner has already begun.
     """
     if pruner.current_step:
         return None
@@ -98,20 +77,10 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
 
 @dataclass(frozen=True)
 class _PrunedGroup:
-    """One group that the pruner is going to prune.
-
-    Attributes:
-        graph_group: the group.
-        layer: the name of one of its layers, for messages.
-        scope: the name of the scope in which the pruner ranks its units.
-        ratios: for each step, the share of its units that is to be gone.
-        unit_count: its unit count.
-    """
-
     graph_group: GraphGroup
-    layer: str
-    scope: str
-    ratios: tuple[float, ...]
+    layer: str  # name of one of its layers, for messages
+    scope: str  # in which the pruner ranks its units
+    ratios: tuple[float, ...]  # share of its units removed after each step
     unit_count: UnitCount
 
 
@@ -119,11 +88,7 @@ _Groups = dict[tuple[FieldPath, ...], list[_PrunedGroup]]
 
 
 def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | None]:
-    """Return what a pruner on the config graph leaves, and the reason why that cannot end well.
-
-    The first is ``None`` if importances decide how much of a field goes, the second if nothing is
-    wrong.
-    """
+    """Return what a pruner leaves (``None``: importances decide), and why that cannot end well."""
     by_fields: _Groups = {}
     scopes: Counter[str] = Counter()
     for group in _pruned_groups(pruner):
@@ -172,10 +137,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
 
 
 def _ranked_together(ranked: _Groups) -> str | None:
-    """Return the reason if several groups of a field are ranked with others, else ``None``.
-
-    Importances decide then how much of each group goes.
-    """
+    """Return the problem, if any: ranked together, groups of one field lose different numbers."""
     several = {_names(fields): len(groups) for fields, groups in ranked.items() if len(groups) > 1}
     if not several:
         return None
@@ -192,21 +154,16 @@ def _ranked_together(ranked: _Groups) -> str | None:
 
 
 def _first_difference(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
-    """Return the reason for the first field whose groups end with different numbers, if any."""
     alone = (groups for fields, groups in by_fields.items() if fields not in ranked)
     return next(filter(None, (_different_ends(pruner, groups) for groups in alone)), None)
 
 
 def _names(fields: tuple[FieldPath, ...]) -> str:
-    """Return the names of the fields, joined by ``+``."""
     return " + ".join(map(field_name, fields))
 
 
 def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
-    """Return the reason if groups of one field end with different numbers of units, else ``None``.
-
-    The pruner prunes all groups of a field or none: ignored layers keep the whole width.
-    """
+    """Return the problem, if any: groups of one field end with different numbers of units."""
     ends: dict[tuple[int, ...], list[str]] = {}
     for group in groups:
         unit_count = group.unit_count
@@ -228,7 +185,6 @@ def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
 
 
 def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
-    """Yield the groups that the pruner is going to prune, with the layers that it looks at."""
     graph: ConfigGraph = pruner.DG
     channels: Counter[Any] = Counter()  # by fields, layer and whether it loses outputs
     groups: list[tuple[GraphGroup, Any, list[Any]]] = []

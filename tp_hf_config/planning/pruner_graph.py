@@ -34,15 +34,7 @@ def graph_for(
 ) -> tuple[ConfigGraph, str]:
     """Return the graph that a pruner is to prune by, and for reports how it was proved.
 
-    Args:
-        arguments: those of the pruner's constructor; they are adapted to the graph.
-        settings: what to prune.
-        make_inputs: the user's function that makes a forward pass's inputs.
-        cheapest: if no field is named, prune inner widths; else every width, as in Torch-Pruning.
-
-    Raises:
-        UnsupportedModelError: the model cannot be followed, or what is asked for not be pruned.
-        ValueError: a ratio is outside 0 to 1, or nothing would be pruned.
+    The pruner's ``arguments`` are adapted to the graph. ``cheapest``: see :class:`Wanted`.
     """
     model: nn.Module = arguments["model"]
     view = view_of(model, make_inputs)
@@ -77,10 +69,7 @@ def graph_for(
 def _chosen(
     view: ModelView, arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool
 ) -> Chosen:
-    """Return the widths to prune. If head dims cannot be pruned, they stay, and a warning says so.
-
-    Torch-Pruning's ``prune_head_dims`` is true unless it is ruled out, so it may not be asked for.
-    """
+    """Return the widths to prune; if head dims cannot be pruned, they are kept, with a warning."""
     wanted = _wanted_by(arguments, settings, cheapest, bool(view.prefix))
     if wanted.fields is None:
         rooted = _names_root_types(arguments)
@@ -90,6 +79,7 @@ def _chosen(
         return choose(view, wanted)
     except UnsupportedModelError as error:
         nothing_else = wanted.fields == () and not wanted.heads
+        # prune_head_dims is true by default, so the user may not have asked for it
         if not wanted.head_dims or nothing_else:
             raise
         reason = str(error)
@@ -102,7 +92,6 @@ def _chosen(
 
 
 def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
-    """Return the config graph of the chosen widths, with notes on the widths that stay."""
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
     notes = [
@@ -114,7 +103,7 @@ def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
 
 
 def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
-    """Return the layers of a wrapper outside the Hugging Face model: no config describes them."""
+    """Return a wrapper's own layers, which no config describes."""
     inside = set(pretrained.modules())
     return [
         module
@@ -129,9 +118,10 @@ _WITHOUT_EFFECT = {
     "unwrapped_parameters": "it knows which dimensions of bare parameters follow a config field",
     "forward_fn": "no forward pass is run to make it",
 }
-# argument -> True if it is about what a layer puts out
+# argument -> True if it constrains a layer's outputs, False for its inputs
 _CONSTRAINTS = {"in_channel_groups": False, "out_channel_groups": True, "channel_groups": True}
 _BY_LAYER = ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict")
+# the types of a pruner's arguments, as annotations
 _VALUES = {
     **dict.fromkeys(("pruning_ratio", "head_pruning_ratio", "ch_sparsity"), "Share | None"),
     **dict.fromkeys(("max_pruning_ratio", "max_ch_sparsity"), "Share | None"),
@@ -143,27 +133,15 @@ _VALUES = {
     "round_to": "Count | None",
     "importance": "Callable",
 }
-"""What the values of a pruner's arguments are, as annotations."""
 
 
 def check_values(arguments: Mapping[str, Any]) -> None:
-    """Raise if one of a pruner's arguments has a value that no pruner takes.
-
-    Raises:
-        TypeError: it is of another type.
-        ValueError: it is a ratio that is not from 0 to 1, or a number that is too small.
-    """
     for name, value in arguments.items():
         if name in _VALUES:
             check(name, value, _VALUES[name])
 
 
 def check_names(arguments: Iterable[str]) -> None:
-    """Raise if no pruner has one of these arguments.
-
-    Raises:
-        TypeError: no pruner has it.
-    """
     names = {
         name
         for cls in family()
@@ -176,13 +154,7 @@ def check_names(arguments: Iterable[str]) -> None:
 
 
 def _adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, Any]) -> None:
-    """Change a pruner's arguments so that they do on a graph what they do in Torch-Pruning.
-
-    A warning says where they cannot.
-
-    Raises:
-        ValueError: channels are to go together that the graph prunes one by one.
-    """
+    """Change a pruner's arguments so that they mean on a graph what they mean in Torch-Pruning."""
     for name, out in _CONSTRAINTS.items():
         _check_constraint(graph, name, arguments.get(name) or {}, out)
     for name in _BY_LAYER:
@@ -196,7 +168,6 @@ def _adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, A
 def _without_effect(
     graph: ConfigGraph, view: ModelView, arguments: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield a warning for each argument that has no effect on the config graph."""
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
             yield f"{name}= has no effect on the graph made from the config: {why}. Leave it out."
@@ -219,17 +190,7 @@ def _without_effect(
 def _check_constraint(
     graph: ConfigGraph, name: str, counts: Mapping[nn.Module, int], out: bool
 ) -> None:
-    """Raise if channels of a layer are to go together but the graph prunes them otherwise.
-
-    Args:
-        graph: the graph.
-        name: the argument's name.
-        counts: layer -> number of equal runs of its channels that have to lose the same ones.
-        out: the argument is about a layer's outputs, else about its inputs.
-
-    Raises:
-        ValueError: the graph prunes some layer otherwise.
-    """
+    """Raise if the graph prunes apart what ``counts`` wants pruned together."""
     kinds = {
         type(layer).__name__
         for layer, count in counts.items()
@@ -245,10 +206,7 @@ def _check_constraint(
 
 
 def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bool:
-    """True if each of ``count`` equal runs of a layer's channels loses the same, or goes whole.
-
-    A layer that loses no channels passes too.
-    """
+    """True if ``count`` equal runs of a layer's channels lose the same, or are one unit each."""
     for graph_group, side in graph.sides_of(layer):
         channels, table = channels_of(side), side.table
         if is_output(side) is not out or channels == count * table.shape[1]:
@@ -269,13 +227,8 @@ def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bo
 def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -> dict[Any, float]:
     """Return the ratios by layer, extended to the parameter views of these layers.
 
-    Inside a named layer, Torch-Pruning looks for layers of types that it can prune. It would miss a
-    ``Conv1D``, a norm of Transformers' own or stacked experts, which the graph shows it as views.
-
-    Args:
-        graph: the graph.
-        ratios: layer -> ratio; a tuple of layers is ranked together.
-        single: only single layers may be keys.
+    Inside a named layer, Torch-Pruning finds only layers of types that it can prune. It would miss
+    a ``Conv1D``, Transformers' own norms and stacked experts, which are views in the graph.
     """
     result: dict[Any, float] = {}
     for key, ratio in ratios.items():
@@ -296,7 +249,6 @@ def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -
 
 
 def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a warning for ratios of layers that decide nothing, or of which only one can decide."""
     for name in _BY_LAYER:
         heads = name.startswith("head")
         groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
@@ -330,7 +282,6 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
-    """Return why the ratio of a layer decides nothing."""
     if heads:
         return "no heads that are pruned are split out of what it puts out"
     way = " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
@@ -338,14 +289,13 @@ def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
 
 
 def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
-    """Return the names of up to three layers and how many more there are."""
     names = {module: name for name, module in graph.pretrained.named_modules()}
     shown = [names.get(layer, type(layer).__name__) or type(layer).__name__ for layer in layers]
     return listed(shown)
 
 
 def _count_heads(view: ModelView, arguments: dict[str, Any]) -> None:
-    """Set ``num_heads`` to what the model splits its layers into; warn of other counts."""
+    """Set ``num_heads`` to the heads that the model splits layers into; warn of other counts."""
     given = arguments.get("num_heads") or {}
     counts = {module: count for _, module, count in view.head_layers()}
     names = {module: name for name, module, _ in view.head_layers()}
@@ -359,13 +309,11 @@ def _count_heads(view: ModelView, arguments: dict[str, Any]) -> None:
 
 
 def _largest_head_ratio(arguments: Mapping[str, Any]) -> float:
-    """Return the largest head ratio among a pruner's arguments; 0 if none is given."""
     by_layer = (arguments.get("head_pruning_ratio_dict") or {}).values()
     return float(max([arguments.get("head_pruning_ratio") or 0.0, *by_layer]))
 
 
 def _names_root_types(arguments: Mapping[str, Any]) -> bool:
-    """Return whether a pruner prunes layers of fewer types than by Torch-Pruning's default."""
     types = set(arguments.get("root_module_types") or ())
     return bool(types) and not types >= {ops.TORCH_CONV, ops.TORCH_LINEAR}
 
@@ -373,32 +321,18 @@ def _names_root_types(arguments: Mapping[str, Any]) -> bool:
 def _wanted_by(
     arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool, wrapped: bool
 ) -> Wanted:
-    """Return what a pruner's arguments and a hook's settings ask for.
-
-    As in Torch-Pruning, heads are pruned if there is a ratio for them, and head dims if
-    ``num_heads=`` names layers.
-
-    Args:
-        arguments: the pruner's.
-        settings: the hook's.
-        cheapest: if no field is named, inner widths are pruned; else every width inside the model.
-        wrapped: another module reads the model's outputs.
-    """
+    """Return what a pruner's arguments and a hook's settings ask for."""
     named = cheapest or settings.prune is not None or settings.gqa is not None
     heads = bool(arguments.get("prune_num_heads"))
+    # as in Torch-Pruning, heads need a ratio
     heads = heads and (named or _largest_head_ratio(arguments) > 0)
+    # as in Torch-Pruning, head dims need layers in num_heads=
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
     return Wanted(settings.prune, heads, settings.gqa, dims, wrapped=wrapped, cheapest=cheapest)
 
 
 def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
-    """Return the widths that stay because a pruner's arguments keep one of their layers.
-
-    One field sets all groups of a width: if one group has to stay, all of them have to.
-
-    Returns:
-        The fields of each such width -> the reason.
-    """
+    """Return the fields of each width that the pruner's arguments keep -> the reason."""
     types = tuple(arguments.get("root_module_types") or ())
     if (
         not arguments.get("ignored_layers")
@@ -418,6 +352,7 @@ def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldP
     for width in offered:
         of_width = [next(groups) for _ in width.groups]
         every = [graph.refusal_of(graph_group, modules, types) for graph_group in of_width]
+        # one field sets all groups of a width, so one kept group keeps all
         if refusals := [refusal for refusal in every if refusal is not None]:
             others = ", and one config field sets them all" if len(refusals) < len(of_width) else ""
             result[width.fields] = f"{refusals[0].reason}{others}."
@@ -430,10 +365,7 @@ def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldP
 
 
 def _with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[FieldPath, ...]]:
-    """Return the fields of the widths that layers in ``pruning_ratio_dict`` have as their outputs.
-
-    A module with parts names none of them: it reads and writes the residual stream too.
-    """
+    """Return the fields of the widths that are outputs of layers in ``pruning_ratio_dict``."""
     keys = arguments.get("pruning_ratio_dict") or {}
     named = {layer for key in keys for layer in (key if isinstance(key, tuple) else (key,))}
     if not named:
@@ -445,6 +377,7 @@ def _with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[Fi
         dict.fromkeys(
             group.fields
             for group in graph.graph_groups
+            # no modules with submodules: they read and write the residual stream
             if named & {*graph.outputs_of(group).values()}
         )
     )
@@ -453,10 +386,7 @@ def _with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[Fi
 def _why_heads_stay(
     view: ModelView, width: Width, layers: list[dict[str, nn.Module]], arguments: Mapping[str, Any]
 ) -> str | None:
-    """Return why a width that changes attention heads stays; ``None``: it may be pruned.
-
-    ``layers``: for each group of the width, the layers that lose outputs, by name.
-    """
+    """Return why a width that changes attention heads is kept; ``None``: it may be pruned."""
     split = [
         {name: layer for name, layer in group.items() if view.field_map.splits_of(name)}
         for group in layers

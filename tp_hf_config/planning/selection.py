@@ -21,63 +21,41 @@ from .settings import Gqa
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asks to prune.
+    """What the user asks to prune."""
 
-    Attributes:
-        fields: names of config fields; ``None``: what costs least, see ``cheapest``.
-        heads: prune whole attention heads, by Torch-Pruning's head ratios.
-        gqa: how grouped-query heads are pruned; ``None``: as it suits the model.
-        head_dims: also prune the same number of dimensions of every head.
-        wrapped: another module reads the model's outputs, so their width stays by default.
-        stays: the fields of a width -> why the pruner's arguments keep it.
-        with_ratio: the fields of widths that a ratio of the pruner's arguments is for.
-        rooted: the pruner's arguments name the types of layers to prune.
-        cheapest: where no field is named, prune inner widths alone, if there are any; False: every
-            width inside the model, which is what Torch-Pruning's own arguments mean.
-    """
-
+    # names of config fields; None: see cheapest
     fields: tuple[str, ...] | None = None
-    heads: bool = False
-    gqa: Gqa | None = None
-    head_dims: bool = False
-    wrapped: bool = False
+    heads: bool = False  # prune whole attention heads, by Torch-Pruning's head ratios
+    gqa: Gqa | None = None  # None: whichever suits the model
+    head_dims: bool = False  # also prune the same number of dimensions of every head
+    wrapped: bool = False  # another module reads the model's outputs, so their width is kept
+    # fields of a width -> why the pruner's arguments keep it
     stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
+    # fields of widths with a ratio in the pruner's arguments
     with_ratio: Collection[tuple[FieldPath, ...]] = ()
-    rooted: bool = False
+    rooted: bool = False  # the pruner's arguments name the types of layers to prune
+    # If no field is named: prune only inner widths, if there are any. False: every width inside the
+    # model, as Torch-Pruning's own arguments mean.
     cheapest: bool = True
 
     def free(self, widths: Iterable[Width]) -> list[Width]:
-        """Return the widths that the pruner's arguments do not keep."""
         return [width for width in widths if width.fields not in self.stays]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The widths that one pruner prunes.
+    """The widths that one pruner prunes."""
 
-    Attributes:
-        widths: all of them; no two share a tensor dim.
-        heads: those of them that follow the head ratios.
-        how: how the heads are pruned, in words.
-        left_out: the name of a width that is pruned by default -> why it is left out: it shares a
-            tensor dim with one of these.
-        staying: messages about widths that would be pruned but for the pruner's arguments.
-    """
-
-    widths: tuple[Width, ...]
-    heads: tuple[Width, ...] = ()
-    how: str = ""
+    widths: tuple[Width, ...]  # no two share a tensor dim
+    heads: tuple[Width, ...] = ()  # those of them that follow the head ratios
+    how: str = ""  # how the heads are pruned, in words
+    # name of a default width -> why it is left out: it shares a tensor dim with another
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    staying: tuple[str, ...] = ()
+    staying: tuple[str, ...] = ()  # messages on widths that only the pruner's arguments keep
 
 
 def choose(view: ModelView, wanted: Wanted) -> Chosen:
-    """Return the widths to prune.
-
-    Raises:
-        UnsupportedModelError: what is asked for cannot be pruned.
-        ValueError: nothing is asked for.
-    """
+    """Return the widths to prune; raise if nothing is asked for or it cannot be pruned."""
     if wanted.fields == () and not wanted.heads and not wanted.head_dims:
         raise ValueError(
             "prune=() names no field, and no heads are pruned either, so nothing would be. Name a "
@@ -103,7 +81,7 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
 
 
 def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:
-    """Return the fields that are asked for, if nothing but them has to be looked at; else none."""
+    """Return the fields that are asked for, if no other width has to be examined; else none."""
     if wanted.heads or wanted.head_dims or wanted.stays:
         return ()
     by_name = {field_name(field): field for field in view.field_map.values}
@@ -112,11 +90,6 @@ def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:
 
 
 def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
-    """Raise if no experiment can be made with the class, so that nothing of it is proved.
-
-    Raises:
-        UnsupportedModelError: its tiny model does not run.
-    """
     tiny = experiments_of(view.field_map, fields=asked).tiny
     if not isinstance(tiny, Refusal):
         return
@@ -132,7 +105,7 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
 
 
 def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
-    """Yield a message for each width that is asked for but stays."""
+    """Yield a message for each width that is asked for, but kept."""
     if not wanted.stays:
         return
     going = {field for width in chosen for field in width.fields}
@@ -151,13 +124,7 @@ def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterat
 
 
 def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
-    """Raise unless each ratio is for a width that is pruned, and each width has one ratio at most.
-
-    Widths that follow the head ratios take no others.
-
-    Raises:
-        UnsupportedModelError: a ratio is for no such width, or one of several for the same.
-    """
+    """Raise unless each ratio belongs to a pruned width, and each width has at most one ratio."""
     heads = {name for width in chosen.heads for name in width.names}
     free = {name for width in chosen.widths for name in width.names} - heads
     for name in ratios:
@@ -185,7 +152,6 @@ def _widths(view: ModelView) -> tuple[Width, ...]:
 
 
 def _disjoint(widths: Iterable[Width]) -> list[Width]:
-    """Return the widths that share no field with one before them."""
     chosen: list[Width] = []
     for width in widths:
         if not any(set(width.fields) & set(other.fields) for other in chosen):
@@ -194,15 +160,10 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 
 
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
-    """Return the proved widths that are pruned where none is named.
+    """Return the proved widths that are pruned if none is named; if ``alone``, at least one.
 
-    Those that cost least are the inner widths, and those with a ratio of their own; of a class
-    without inner widths, or if the pruner's root types rule them out, all inside the model.
-
-    ``alone``: no heads or head dims are pruned, so some width has to be proved.
-
-    Raises:
-        UnsupportedModelError: ``alone``, and no width is proved.
+    These are the cheapest, the inner widths, and those with a ratio of their own. In a class
+    without inner widths, or if the pruner's root types exclude them: all inside the model.
     """
     default = _inside(view, wanted)
     proved = [width for width in default if width.reason is None]
@@ -217,21 +178,13 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
 
 
 def _inside(view: ModelView, wanted: Wanted) -> list[Width]:
-    """Return the widths inside the model, without heads and numbers of experts."""
     inner = view.inner_widths()
     widths = [width for width in _widths(view) if inner >= set(width.fields)]
     return [w for w in widths if not (wanted.wrapped and (w.outward or w.encoder_states))]
 
 
 def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:
-    """Return the widths that hold the named fields, without those that the arguments keep.
-
-    ``asked``: the same fields by their paths, if no other width has to be looked at; else none.
-
-    Raises:
-        UnknownFieldError: no width has such a field.
-        UnsupportedModelError: a field cannot be pruned.
-    """
+    """Return the widths with the named fields, except for those that the arguments keep."""
     widths = widths_of(view.model, view.field_map, fields=asked)
     if any(width.reason for width in widths):  # others may hold the field
         widths = _widths(view)
@@ -254,11 +207,7 @@ def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> lis
 
 
 def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
-    """Return the widths that count attention heads; those that fit ``wanted.gqa`` are preferred.
-
-    Raises:
-        UnsupportedModelError: heads cannot be pruned.
-    """
+    """Return the widths that count attention heads, preferring those that match ``wanted.gqa``."""
     counts = view.field_map.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & counts]
     proved = [width for width in candidates if width.reason is None]
@@ -270,7 +219,7 @@ def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
         can_move = all(group.count.units > group.count.channel_groups for group in width.groups)
         return (not can_move, several is not (wanted.gqa == "group"), len(width.fields))
 
-    if proved and wanted.gqa:  # the other mode is not what was asked for
+    if proved and wanted.gqa:  # disjoint first: the other mode must not replace a kept width
         return wanted.free(_disjoint(sorted(proved, key=rank)))
     if proved:
         return _disjoint(sorted(wanted.free(proved), key=rank))
@@ -279,11 +228,6 @@ def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
 
 
 def _head_dims(view: ModelView, wanted: Wanted) -> list[Width]:
-    """Return the widths that set head dims alone.
-
-    Raises:
-        UnsupportedModelError: head dims cannot be pruned.
-    """
     fields = view.head_fields() - view.field_map.count_fields()
     candidates = [width for width in _widths(view) if set(width.fields) & fields]
     proved = [width for width in candidates if width.reason is None]
@@ -309,7 +253,6 @@ def _cannot(
 
 
 def _in_words(view: ModelView, heads: Sequence[Width]) -> str:
-    """Return how the heads are pruned, for the report."""
     counts = view.field_map.count_fields()
     parts: list[str] = []
     for width in heads:
@@ -331,14 +274,11 @@ def _in_words(view: ModelView, heads: Sequence[Width]) -> str:
 def _sharing_nothing(
     default: Sequence[Width], asked_for: Sequence[Width]
 ) -> tuple[list[Width], dict[str, str]]:
-    """Return the default widths that share no tensor dim with each other or with ``asked_for``.
+    """Return the default widths that share no tensor dim, and why each other one is left out.
 
-    Of those that share one, the width that holds most of the model wins: the residual stream, then
-    feed-forward widths. Where a class makes a feed-forward width as a multiple of the hidden size,
-    it gets smaller anyway.
-
-    Returns:
-        The widths, and the name of each of the others -> why it stays.
+    Of those that share one, the width with most parameters is kept: the residual stream, then
+    feed-forward widths. A feed-forward width that is a multiple of the hidden size shrinks with it
+    anyway.
     """
     owner = {tensor_dim: width for width in asked_for for tensor_dim in _places(width)}
     left_out: dict[str, str] = {}
@@ -357,7 +297,6 @@ def _sharing_nothing(
 
 
 def _places(width: Width) -> dict[tuple[str, int], None]:
-    """Return the tensor dims that a width sets, as (parameter name, dim), in order."""
     return {dim.place: None for group in width.groups for dim in group.dims}
 
 
@@ -376,7 +315,7 @@ def _check_apart(view: ModelView, chosen: Sequence[Width]) -> None:
 
 
 def inner_widths_of(view: ModelView) -> tuple[Width, ...]:
-    """Return the proved inner widths of a model."""
+    """Return the proved widths inside single layers, of feed-forward layers and experts."""
     layers = _Layers(view)
     widths = widths_of(view.model, view.field_map)
     local = [width for width in widths if width.groups and all(map(layers.hold, width.groups))]
@@ -391,7 +330,7 @@ def inner_widths_of(view: ModelView) -> tuple[Width, ...]:
 
 
 class _Layers:
-    """The layers of a model: elements of lists that have parts."""
+    """The layers of a model: elements of module lists that have submodules."""
 
     def __init__(self, view: ModelView):
         self._view = view
@@ -404,7 +343,7 @@ class _Layers:
         }
 
     def hold(self, group: Group) -> bool:
-        """True if all tensors of a group are in one layer, or side by side outside of layers."""
+        """True if all tensors of a group are in one layer, or are siblings outside of layers."""
         return len({self._of(dim.name) or _around(dim.name) for dim in group.dims}) == 1
 
     def fields_outside(self) -> set[FieldPath]:
@@ -418,19 +357,17 @@ class _Layers:
         }
 
     def _of(self, name: str) -> str:
-        """Return the innermost layer that a tensor is in; empty: it is in none."""
         while name and name not in self._names:
             name = name.rpartition(".")[0]
         return name
 
 
 def _around(name: str) -> str:
-    """Return the module around a tensor's own."""
     return ".".join(name.split(".")[:-2])
 
 
 def _is_joined(view: ModelView, group: Group, streams: set[FieldPath]) -> bool:
-    """True if weights join a group to the streams on two sides, and it is no multiple of them."""
+    """True if several weights join a group to the streams, and no stream field sets its width."""
     joined: set[str] = set()
     for dim in group.dims:
         axes = range(tensor(view.model, dim.name).ndim)

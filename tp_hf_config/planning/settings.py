@@ -1,4 +1,4 @@
-"""Define what a user asks of pruning, and check it."""
+"""What a user asks of pruning, checked."""
 
 from __future__ import annotations
 
@@ -6,34 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+# how grouped heads are pruned: as many query heads from every group, or whole groups
 Gqa = Literal["query", "group"]
-"""How grouped-query heads are pruned.
 
-``"query"``: the same number of query heads from every group; ``"group"``: whole groups.
-"""
+INNER = "inner"  # instead of a field's name: the inner widths, of feed-forward layers and experts
 
-INNER = "inner"
-"""In the place of a field's name: the inner widths, of feed-forward layers and experts."""
-
+# (final ratio, number of steps) -> the ratios from step 0 on
 Scheduler = Callable[[float, int], Sequence[float]]
-"""The final ratio, number of steps -> the ratios from step 0 on."""
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """What a user asks of pruning: the arguments of ``plan`` of the same names.
+    """What a user asks of pruning; see :func:`~tp_hf_config.plan`."""
 
-    Attributes:
-        prune: names of config fields; ``None``: inner widths; where there are none, every width
-            inside the model.
-        ratios: config field -> its own ratio.
-        prune_num_heads: whether attention heads are pruned.
-        per_layer: whether each layer may get widths of its own.
-
-    Raises:
-        ValueError: heads are ruled out although ``gqa`` or ``head_pruning_ratio`` is set.
-    """
-
+    # None: inner widths; in a class without them, every width inside the model
     prune: tuple[str, ...] | None = None
     pruning_ratio: float = 0.5
     ratios: dict[str, float] = field(default_factory=dict)
@@ -65,21 +51,10 @@ class PruneSettings:
         head_pruning_ratio: float = 0.0,
         **others: Any,
     ) -> PruneSettings:
-        """Return the settings that a user's arguments mean.
-
-        Args:
-            prune: config fields, or one; ``None``: those that ``ratios`` names, if it is given;
-                ``"inner"``: inner widths.
-            ratios: config field -> ratio.
-            prune_num_heads: ``None``: prune heads if ``gqa`` or ``head_pruning_ratio`` is set.
-            gqa: as in ``plan``.
-            head_pruning_ratio: as in ``plan``.
-            others: the other attributes.
-        """
         if prune == INNER or (prune is None and ratios is None):
-            names = None
+            names = None  # inner widths
         else:
-            fields = prune or ratios or ()
+            fields = prune or ratios or ()  # without prune=, ratios= names the fields
             names = (fields,) if isinstance(fields, str) else tuple(fields)
         if prune_num_heads is None:
             prune_num_heads = bool(gqa or head_pruning_ratio)
@@ -93,10 +68,7 @@ class PruneSettings:
         )
 
     def in_every_layer(self, names_of: Callable[[str], Sequence[str]]) -> PruneSettings:
-        """Return the settings with a field of every layer for one that all layers stand for.
-
-        ``names_of``: a field's name -> the names of the fields that it stands for.
-        """
+        """Replace fields that represent all layers by those that ``names_of`` returns for them."""
         prune = (
             None
             if self.prune is None
@@ -106,12 +78,12 @@ class PruneSettings:
         return replace(self, prune=None if prune is None else tuple(prune), ratios=ratios)
 
     def of_pruner(self) -> dict[str, Any]:
-        """Return the settings that are arguments of a pruner, without those that say nothing."""
+        """Return the settings that a pruner's constructor takes, without those that are None."""
         own = ("prune", "ratios", "gqa", "per_layer")
         return {k: v for k, v in vars(self).items() if k not in own and v is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings, without the scheduler, as a dict for ``json.dumps``."""
+        """Return the settings for ``json.dumps``, without the scheduler."""
         values = {**vars(self), "prune": None if self.prune is None else list(self.prune)}
         del values["iterative_pruning_ratio_scheduler"]
         return values

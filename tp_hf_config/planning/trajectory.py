@@ -1,4 +1,4 @@
-"""Compute the widths after every step of a pruner, and what the class refuses of them."""
+"""Compute the widths after every step of a pruner, and which of them the class refuses."""
 
 from __future__ import annotations
 
@@ -26,103 +26,70 @@ from ..model.config_json import FieldPath, field_name
 from ..model.tensors import is_matrix_stack, tensor
 
 Values = dict[FieldPath, int]
+# fields of a width -> units left in each kind of its groups (one per unit count)
 UnitsLeft = dict[tuple[FieldPath, ...], tuple[int, ...]]
-"""Fields of each width -> remaining units in each kind of its groups (one per unit count)."""
-# limits: ratios of one width, of several, steps down, states of head counts, values to ask about
+# limits of the search: ratios of one width, of each of several; steps down; head count states;
+# sets of values to try (see Trajectory.patience)
 _TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
 
 
 @dataclass(frozen=True)
 class MovingWidth:
-    """One width that is going to be pruned.
-
-    Attributes:
-        fields: the fields that count its units.
-        unit_counts: the unit counts of its groups, each different one once.
-        ratio: the share of its units that is to be gone in the end.
-        clamped: ``max_pruning_ratio`` limits the ratio itself (ratios of single layers).
-        ratios: the ratios of the steps, if no scheduler is to make them.
-        counts_heads: it counts heads; the nearest number that the class accepts is kept.
-    """
-
-    fields: tuple[FieldPath, ...]
-    unit_counts: tuple[UnitCount, ...]
-    ratio: float
-    clamped: bool = False
-    ratios: tuple[float, ...] | None = None
-    counts_heads: bool = False
+    fields: tuple[FieldPath, ...]  # that count its units
+    unit_counts: tuple[UnitCount, ...]  # of its groups, each different one once
+    ratio: float  # share of its units to remove in the end
+    clamped: bool = False  # max_pruning_ratio limits the ratio itself (ratios of single layers)
+    ratios: tuple[float, ...] | None = None  # after each step; None: from the scheduler
+    counts_heads: bool = False  # ends at the nearest number of heads that the class accepts
 
     @property
     def units(self) -> int:
-        """Return how many units of its fields there are at the start."""
         return self.unit_counts[0].units // self.unit_counts[0].per_field_unit
 
     @property
     def name(self) -> str:
-        """Return the names of the fields, joined by ``+``."""
         return " + ".join(field_name(field) for field in self.fields)
 
 
 @dataclass(frozen=True)
 class RefusedStep:
-    """Widths that the class does not accept.
+    """Widths that the class does not accept."""
 
-    Attributes:
-        step: the step that leads there, counted from 1.
-        values: field -> value, for the fields that differ from the start.
-        reason: the class's own words, or ours.
-    """
-
-    step: int
-    values: Values
+    step: int  # from 1
+    values: Values  # of the fields that differ from the start
     reason: str
 
 
 @dataclass(frozen=True)
 class Adjusted:
-    """A step at which the class refuses what the ratios ask for, and gets something near it.
+    """A step with other widths than the ratios ask for, because the class refuses those."""
 
-    Attributes:
-        step: the step, counted from 1.
-        requested: field -> the value that the ratios ask for, if it gets another one.
-        accepted: field -> the value that it gets instead.
-        reason: the class's own words, or which numbers are possible at all.
-    """
-
-    step: int
-    requested: dict[FieldPath, float]
+    step: int  # from 1
+    requested: dict[FieldPath, float]  # only of fields that get another value
     accepted: Values
     reason: str
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The widths after each step of a pruner.
-
-    Attributes:
-        field_map: the field map of the class.
-        moving_widths: the widths that are pruned.
-        schedule: final ratio -> ratios from step 0 on: Torch-Pruning's scheduler.
-        round_to: the pruner's ``round_to``.
-        max_ratio: the pruner's ``max_pruning_ratio``.
-        patience: limits the search for what the class accepts. Once it was asked about
-            ``patience * (_PATIENT + steps)`` sets of values, no step searches on. With 0, each
-            step takes its first candidate unasked.
-    """
+    """The widths after each step of a pruner, and what the class accepts of them."""
 
     field_map: FieldMap
-    moving_widths: tuple[MovingWidth, ...]
+    moving_widths: tuple[MovingWidth, ...]  # those that are pruned
+    # final ratio -> ratios from step 0 on: Torch-Pruning's scheduler
     schedule: Callable[[float], Sequence[float]]
-    round_to: int = 1
-    max_ratio: float = 1.0
+    round_to: int = 1  # the pruner's round_to
+    max_ratio: float = 1.0  # the pruner's max_pruning_ratio
+    # Limits the search for widths that the class accepts: no step searches on after ``patience *
+    # (_PATIENT + steps)`` sets of values. With 0, each step takes its first candidate untested.
     patience: int = 4
     _refusals: dict[object, Refusal | None] = field(default_factory=dict, compare=False, repr=False)
-    # counts questions with a known answer too: a search must not depend on what was asked before
+    # includes sets with a known answer: the limit must not depend on earlier searches
     _asked: set[object] = field(default_factory=set, init=False, compare=False, repr=False)
 
     @cached_property
     def ratios(self) -> dict[tuple[FieldPath, ...], tuple[float, ...]]:
-        """Return, for the fields of each width, the share that is to be gone after each step."""
+        """Fields of each width -> the share of its units removed after each step."""
         result: dict[tuple[FieldPath, ...], tuple[float, ...]] = {}
         for moving in self.moving_widths:
             most = self.max_ratio if moving.clamped else 1.0
@@ -134,17 +101,15 @@ class Trajectory:
 
     @cached_property
     def units_by_step(self) -> list[UnitsLeft]:
-        """Return, for each step, the remaining units in each kind of group of each width."""
         return [state for _, state in self._steps]
 
     @cached_property
     def start(self) -> UnitsLeft:
-        """Return the units before the first step."""
         return {w.fields: tuple(count.units for count in w.unit_counts) for w in self.moving_widths}
 
     @cached_property
     def _steps(self) -> list[tuple[UnitsLeft, UnitsLeft]]:
-        """Return, for each step, what the rounded ratios alone leave, and what the step leaves."""
+        """For each step, the units that the rounded ratios leave, and those that it leaves."""
         now = self.start
         steps = max(map(len, self.ratios.values()), default=0)
         self._asked.clear()
@@ -176,14 +141,10 @@ class Trajectory:
     def _candidates(
         self, with_heads: UnitsLeft, rounded: UnitsLeft, shrinking: Sequence[MovingWidth], step: int
     ) -> Iterator[UnitsLeft]:
-        """Yield what a step can leave: what the rounded ratios leave first, then what is near it.
+        """Yield what a step can leave: what the rounded ratios leave, then states near it.
 
-        Args:
-            with_heads: what the rounded ratios leave, but with every head count as it was.
-            rounded: what the rounded ratios leave.
-            shrinking: the widths that lose units in ``rounded`` and are no head counts.
-                Torch-Pruning rounds nothing of the others, so they stay.
-            step: the step, counted from 0.
+        ``with_heads``: ``rounded`` with every head count unchanged. ``shrinking``: widths that lose
+        units in ``rounded`` and count no heads; Torch-Pruning rounds none of the others.
         """
         heads = [
             [*self._head_counts(width, with_heads[width.fields], self.ratios[width.fields][step])]
@@ -218,13 +179,13 @@ class Trajectory:
             yield {moving.fields: tuple(number * c.per_field_unit for c in moving.unit_counts)}
 
     def _numbers(self, moving: MovingWidth) -> range:
-        """Return the numbers of field units that rounding alone can leave."""
+        """Return the numbers of field units that rounding can leave."""
         grid = lcm(*(c.step(self.round_to) // c.per_field_unit or 1 for c in moving.unit_counts))
         fewest = max(-(-c.minimum // c.per_field_unit) for c in moving.unit_counts)
         return range(-(-fewest // grid) * grid, moving.units + 1, grid)
 
     def _divisible(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
-        """Yield the state with one width lowered to a multiple of a head count that moves."""
+        """Yield the state with one width lowered to a multiple of a head count that is pruned."""
         counts = [moving for moving in self.moving_widths if moving.counts_heads]
         for moving, heads in product(shrinking, counts):
             number = state[heads.fields][0] // heads.unit_counts[0].per_field_unit
@@ -237,10 +198,7 @@ class Trajectory:
             }
 
     def _alone(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
-        """Yield the state with each width as the class accepts it alone, if several have to change.
-
-        Changing one width at a time does not do then (MobileViT rounds five of its widths).
-        """
+        """Yield the state with each width as the class accepts it alone, if several must change."""
         changes: UnitsLeft = {}
         for width in shrinking:
             rounded = state[width.fields]
@@ -249,18 +207,17 @@ class Trajectory:
                     if units != rounded:
                         changes[width.fields] = units
                     break
+        # one change at a time is not enough (MobileViT rounds five of its widths)
         if len(changes) > 1:
             yield {**state, **changes}
 
     def _smaller(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> Iterator[UnitsLeft]:
-        """Yield the state, then states in which one width is a little smaller."""
         yield state
         for moving in shrinking:
             for units in self._downwards(moving, state[moving.fields]):
                 yield {**state, moving.fields: units}
 
     def _downwards(self, moving: MovingWidth, now: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield fewer and fewer units of a width."""
         for down in range(1, _DOWN):
             units = tuple(
                 n - down * count.step(self.round_to)
@@ -271,7 +228,6 @@ class Trajectory:
 
     @cached_property
     def adjusted(self) -> list[Adjusted]:
-        """Return the steps that leave other widths than the rounded ratios ask for."""
         result: list[Adjusted] = []
         for step, (rounded, state) in enumerate(self._steps):
             values, by_rounding = self.values_of(state), self.values_of(rounded)
@@ -300,16 +256,13 @@ class Trajectory:
         return result
 
     def units(self, moving: MovingWidth) -> list[list[int]]:
-        """Return, for each kind of group of a width, its units after each step."""
         kinds = range(len(moving.unit_counts))
         return [[left[moving.fields][kind] for left in self.units_by_step] for kind in kinds]
 
     def steps(self) -> list[Values]:
-        """Return the values of the fields after each step."""
         return [self.values_of(state) for state in self.units_by_step]
 
     def values_of(self, state: UnitsLeft) -> Values:
-        """Return the value of each field when so many units remain."""
         return {
             field: self.field_map.values[field] * state[w.fields][0] // w.unit_counts[0].units
             for w in self.moving_widths
@@ -317,7 +270,7 @@ class Trajectory:
         }
 
     def first_refused(self) -> RefusedStep | None:
-        """Return the first step that the class refuses or no config can say, or ``None``."""
+        """Return the first step that the class refuses or no config can describe, if any."""
         steps = self.steps()
         for moving in self.moving_widths:
             ends = {
@@ -334,26 +287,20 @@ class Trajectory:
         return None
 
     def accepted(self) -> bool:
-        """True if the class accepts every step; the last is asked about first."""
         return not any(map(self.refusal_of, reversed(self.steps()))) and not self.first_refused()
 
     def refusal_of(self, values: Mapping[FieldPath, int]) -> Refusal | None:
-        """Return the refusal of these values, or ``None``; each set of values is tried once."""
         changed = self._changed(values)
         self._asked.add(key := frozenset(changed.items()))
-        if key not in self._refusals:
+        if key not in self._refusals:  # each set of values is tried once
             self._refusals[key] = self._ask(changed) if changed else None
         return self._refusals[key]
 
     def _changed(self, values: Mapping[FieldPath, int]) -> Values:
-        """Return the values that differ from the start."""
         return {field: v for field, v in values.items() if v != self.field_map.values[field]}
 
     def _ask(self, values: Values) -> Refusal | None:
-        """Return the class's refusal of these values, or ours, or ``None``.
-
-        Ours: a count would vanish, it builds other tensors than pruning leaves, or it does not run.
-        """
+        """Return why the class, or this package, refuses these values; ``None``: accepted."""
         model = self.field_map.build_at(values)
         if isinstance(model, Refusal):
             return model
@@ -366,7 +313,6 @@ class Trajectory:
     def at(
         self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None
     ) -> Trajectory:
-        """Return the same trajectory with other ratios for some widths, and other patience."""
         moving_widths = [
             replace(w, ratio=ratios[w.fields], ratios=None) if w.fields in ratios else w
             for w in self.moving_widths
@@ -375,14 +321,14 @@ class Trajectory:
         return replace(self, moving_widths=tuple(moving_widths), patience=patience)
 
     def reachable(self, moving: MovingWidth) -> range:
-        """Return the numbers of units that rounding can leave of a width; if none, all units."""
+        """Return the numbers of units that rounding can leave of a width; if none, all of them."""
         count = moving.unit_counts[0]
         grid = count.step(self.round_to)
         rounded = range(-(-count.minimum // grid) * grid, count.units + 1, grid)
         return rounded or range(count.units, count.units + 1)
 
     def nearest(self) -> list[Trajectory]:
-        """Return accepted trajectories near this one: one ratio changed, or else several."""
+        """Return accepted trajectories near this one: with one ratio changed, or several."""
         if not self.steps():
             return []
         near = {moving.fields: self._near(moving) for moving in self.moving_widths}
@@ -406,12 +352,9 @@ class Trajectory:
 
 
 def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPath, ...], int]:
-    """Return what each of these widths has to stay a multiple of, counted in units of its fields.
-
-    The class, the kernels or the channel groups require it.
-    """
+    """Return what each width must be a multiple of for class, kernels and channel groups."""
     counts = view.field_map.count_fields()
-    multiples: dict[tuple[FieldPath, ...], int] = {}
+    multiples: dict[tuple[FieldPath, ...], int] = {}  # in units of its fields
     for width in widths:
         multiple = _multiple_in(view, width)
         if len(width.fields) == 1 and not set(width.fields) & counts:
@@ -424,10 +367,7 @@ def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPa
 
 
 def unit_counts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount, ...]:
-    """Return the unit counts of a width's groups, each different one once.
-
-    ``multiple`` is what the width has to stay a multiple of, in units of its fields.
-    """
+    """Return the unit counts of a width's groups; ``multiple`` is in units of its fields."""
     channels: dict[tuple[str, int], int] = {}
     for dim in (dim for group in width.groups for dim in group.dims):
         channels[dim.place] = channels.get(dim.place, 0) + dim.layout.parts * dim.layout.run
@@ -440,16 +380,13 @@ def unit_counts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitC
 
 
 def _multiple_in(view: ModelView, width: Width) -> int:
-    """Return what a width has to stay a multiple of for its kernels and channel groups.
-
-    Stacked experts run in a grouped matrix product that takes only rows of whole 16 bytes. Channel
-    groups have to lose the same number each.
-    """
+    """Return what a width must be a multiple of for its kernels and channel groups."""
     multiple = 1
     for group in width.groups:
         own = group.count.channel_groups  # all groups of a width lose the same number
         for dim in group.dims:
             if dim.dim > 0 and is_matrix_stack(view.model, dim.name):
+                # stacked experts' grouped matrix product takes only rows of whole 16 bytes
                 own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
         multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
     return multiple
