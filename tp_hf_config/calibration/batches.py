@@ -325,6 +325,4 @@ def _first_argument(model: nn.Module) -> str:
     name = getattr(model, "main_input_name", None)
     if isinstance(name, str):
         return name
-    import inspect
-
     return next(iter(inspect.signature(model.forward).parameters))

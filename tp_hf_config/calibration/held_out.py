@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..forward.output_tensors import tensors_in
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace, plain_cut
 from ..model.sharded import whole_tensor
+from ..reports import fields_as_json
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, watched_pass
@@ -329,7 +330,7 @@ class Refits:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for ``json.dumps``."""
-        return asdict(self)
+        return fields_as_json(self)
 
 
 def in_words(change: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,10 +21,6 @@ from ..model.config_json import FieldPath, value_at, with_values
 from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
 from .expressions import Power, Quantity, followed
 from .field_map import Depth
-
-if TYPE_CHECKING:
-    from .expressions import Quantity
-
 
 Sizes = dict[Quantity, int]
 UNSET_PROBES = (24, 40, 8, 2, 4, 1)  # values at which a field that has no value is probed

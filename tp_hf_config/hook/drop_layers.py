@@ -81,8 +81,8 @@ def drop_layers(
     Raises:
         ValueError: the arguments contradict each other.
         UnsupportedModelError: there is no single list of layers, or the model is not supported.
-        ConfigSyncError: no config describes the model without these layers, its outputs would
-            differ, or another live model has the same config object.
+        ConfigSyncError: no config describes the model without these layers, or its outputs would
+            differ.
         CalibrationError: the model cannot be measured on the data of ``calibration``.
     """
     _check_arguments(layers, count, calibration)

@@ -186,8 +186,7 @@ class HFConfigSyncHook:
         Raises:
             CalibrationError: ``refit`` was measured on another model.
             ConfigSyncError: no config describes the result of the pruner's settings. With
-                ``strict``, also if the result is not exactly what they ask for, or if another live
-                model has the same config object.
+                ``strict``, also if the result is not exactly what they ask for.
             UnsupportedModelError: the model is not supported, or cannot be pruned.
             ValueError: this hook follows another pruner, the pruner has another HFConfigSyncHook,
                 or its trace cannot be replaced: it has pruned already, or its constructor is not

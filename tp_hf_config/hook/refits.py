@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..calibration.calibrate import Calibration
 from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refits, Refitting, in_words
@@ -20,9 +20,6 @@ from ..model.sharded import behind
 from ..planning.selection import inner_widths_of
 from .agreement import Agreement
 from .follow import Follower
-
-if TYPE_CHECKING:
-    from ..calibration.calibrate import Calibration
 
 
 class RefitSettings(Protocol):

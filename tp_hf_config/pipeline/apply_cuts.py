@@ -81,6 +81,11 @@ def apply_cuts(
     """
     cuts = cuts if isinstance(cuts, CutList) else CutList.load(cuts)
     if isinstance(model_or_folder, nn.Module):
+        if out is not None:
+            raise PipelineError(
+                "apply_cuts(model, cuts) returns the pruned model and writes nothing: leave out= "
+                "out, and save what it returns with save_pretrained()"
+            )
         model = find_pretrained(model_or_folder)[1]
         check_followable(model)
         return rebuilt(model, cuts)

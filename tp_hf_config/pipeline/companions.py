@@ -94,7 +94,7 @@ def copy_companions(
     folder = (source.folder or _snapshot(source)).resolve()
     if source.trust_remote_code and wanted != LICENCES:
         wanted = (*wanted, _CODE)
-    roots = [folder.resolve()]
+    roots = [folder]
     cached = cached_model(folder)
     if cached is not None:  # the Hub's cache stores links to blobs
         roots.append((cached / "blobs").resolve())

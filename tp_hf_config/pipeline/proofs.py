@@ -125,8 +125,8 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any], recipe: RunRecipe) -
 
 
 def compared(expected: list[Tensor], found: list[Tensor]) -> SameOutputs:
-    """Return how far outputs are from the expected ones; infinitely, if shapes differ."""
-    if [value.shape for value in expected] != [value.shape for value in found]:
+    """Return how far outputs are from the expected ones; infinitely, if shapes differ or none."""
+    if not expected or [value.shape for value in expected] != [value.shape for value in found]:
         return SameOutputs(0, float("inf"))
     apart = [
         float((a - b).norm() / a.norm().clamp_min(1e-30))

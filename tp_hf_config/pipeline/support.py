@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ from ..model.surroundings import (
 )
 from ..model.tensors import saved_buffers
 from ..planning.settings import INNER
-from ..reports import Report, Rows, short
+from ..reports import Report, Rows, fields_as_json, short
 from ..schema import versions
 from ..twin.masked_check import (
     difference_of_pass,
@@ -73,14 +73,12 @@ class WidthSupport:
             folder computes the same bits; ``refused``: an error came before anything was pruned or
             written, or no unit may be removed; ``failed``: anything else.
         why: why it does not work; empty if it does.
-        graph: ``config``, the dependency graph of the experiment; empty if it was refused.
         units: number of units in the tiny model.
     """
 
     fields: tuple[str, ...]
     outcome: Outcome
     why: str = ""
-    graph: str = ""
     units: int = 0
 
     @property
@@ -90,7 +88,7 @@ class WidthSupport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for ``json.dumps``."""
-        return asdict(self)
+        return fields_as_json(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -302,9 +300,8 @@ def _trial(case: Subject, width: Width, folder: Path) -> Tried:
             why = width.reason or why or f"{least} of {width.units} have to stay"
         elif steps > 1:
             why = f"{steps} steps: {why}"
-        graph = "" if outcome == "refused" else "config"
-        return WidthSupport(width.names, outcome, why, graph, width.units), ()
-    return WidthSupport(width.names, "works", "", "config", width.units), tuple(folders)
+        return WidthSupport(width.names, outcome, why, width.units), ()
+    return WidthSupport(width.names, "works", "", width.units), tuple(folders)
 
 
 def attempt(
