@@ -38,29 +38,33 @@ _IN_GRAPH = ("experiments", "full_size", "layer_experiments")
 EXPERIMENTS = ("model", "forward", "fieldmap", "twin", *(f"graph.{name}" for name in _IN_GRAPH))
 """The rooms and modules of the package whose code runs in experiments."""
 
-SLOW = "~"
-"""Before a line of ``sample.txt``: the quick tests leave it out."""
-SAMPLE = [
-    line
-    for line in Path(__file__).with_name("sample.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-]
+SLOW = "~"  # before a line of sample.txt: the quick tests leave it out
+
+
+def _listed(file: str) -> list[str]:
+    """Return the lines of a list of tests, without comments."""
+    lines = Path(__file__).with_name(file).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+LISTS = {"sample": _listed("sample.txt"), "full": _listed("full.txt")}  # mark -> what has it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what ``sample.txt`` lists; a line that stands for nothing is an error."""
+    """Mark what the lists name; a line that stands for nothing is an error."""
     found: set[str] = set()
     for item in items:
         name = item.nodeid.removeprefix("tests/")
-        matching = {line for line in SAMPLE if _stands_for(line.removeprefix(SLOW), name)}
-        found |= matching
-        if matching:
-            item.add_marker("sample")
-        if any(not line.startswith(SLOW) for line in matching):
-            item.add_marker("quick")
-    missing = [line for line in SAMPLE if line not in found]
+        for mark, lines in LISTS.items():
+            matching = {line for line in lines if _stands_for(line.removeprefix(SLOW), name)}
+            found |= matching
+            if matching:
+                item.add_marker(mark)
+            if mark == "sample" and any(not line.startswith(SLOW) for line in matching):
+                item.add_marker("quick")
+    missing = [line for lines in LISTS.values() for line in lines if line not in found]
     if missing and all(Path(argument).name == "tests" for argument in config.args):  # all of them
-        raise pytest.UsageError(f"tests/sample.txt: no test is {', '.join(missing)}")
+        raise pytest.UsageError(f"sample.txt, full.txt: no test is {', '.join(missing)}")
 
 
 def _stands_for(line: str, name: str) -> bool:

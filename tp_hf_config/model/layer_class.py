@@ -268,9 +268,14 @@ def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:
     file = model_class.__module__.rpartition(".")[2]
     return {
         auto: f"{file}.{cls.__name__}"
-        for cls in _generated_in(sys.modules[model_class.__module__])
+        for cls in generated_classes(model_class)
         for auto in cls.loaded_by
     }
+
+
+def generated_classes(model_class: type) -> list[Any]:
+    """The generated classes in the module of one of them."""
+    return _generated_in(sys.modules[model_class.__module__])
 
 
 def _generated_in(module: ModuleType) -> list[Any]:

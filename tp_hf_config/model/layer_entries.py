@@ -18,7 +18,13 @@ from torch import nn
 
 from .build import Builder, Refusal
 from .config_json import FieldPath, config_json, config_nodes
-from .layer_class import auto_map, layer_lists, layerwise_class, stock_class
+from .layer_class import (
+    auto_map,
+    generated_classes,
+    layer_lists,
+    layerwise_class,
+    stock_class,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +146,16 @@ def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any
     return result
 
 
+def _built_from_entries(model: PreTrainedModel) -> bool:
+    """True if every class in ``auto_map`` can be built and initialised from a model's config.
+
+    BigBird's question answering reads a feed-forward width outside the layers.
+    """
+    builder, data = Builder(model), config_json(model.config)
+    classes = generated_classes(type(model))
+    return all(builder.of_class(made).initialised(data) is None for made in classes)
+
+
 def with_own_configs(model: PreTrainedModel, lists: Sequence[LayerList]) -> None:
     """Give the modules of each layer the config that the layer is built from."""
     base = model.base_model
@@ -209,8 +225,8 @@ class ListedLayers:
         if not differing:
             model.__class__ = self.stock
             vars(model.config).pop("auto_map", None)
-        elif Builder(model).initialised(config_json(model.config)) is not None:
-            for node in differing:  # the class also reads the value for all layers
+        elif not _built_from_entries(model):
+            for node in differing:  # a class also reads the value for all layers
                 vars(node)[GLOBAL_READS] = True
         # keep all entries if the class cannot build the result: all layers agree on six heads, but
         # 6 does not divide the hidden size

@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 import zoo
 from auto_classes_child import CASE, outputs_of, weights_of
+from differing import pruned
 
 from tp_hf_config.model.config_json import config_nodes
 from tp_hf_config.model.layer_class import (
@@ -128,6 +129,18 @@ def test_every_auto_class_loads_it_without_this_library(name: str, saved: dict[s
         assert found["attention"] == model.config._attn_implementation
         assert found["experts"] == model.config._experts_implementation
     assert any(found["same_body"] for found in loaded.values())
+
+
+def test_a_class_beside_that_reads_the_value_of_all_layers_loads_too(tmp_path: Path) -> None:
+    """BigBird's question answering has a feed-forward layer of its own, as the config says."""
+    settings = {**zoo._TEXT, "attention_type": "original_full"}
+    layer_zoo._MORE["big_bird"] = lambda: (hf.BigBirdForMaskedLM, hf.BigBirdConfig(**settings))
+    model = pruned("big_bird", ["intermediate_size"])
+    model.save_pretrained(tmp_path)
+    for auto in ("AutoModelForQuestionAnswering", "AutoModelForMaskedLM"):
+        loaded = getattr(hf, auto).from_pretrained(tmp_path, trust_remote_code=True)
+        layers = loaded.bert.encoder.layer
+        assert [layer.intermediate.dense.out_features for layer in layers] == [72, 48]
 
 
 def test_attention_and_experts_are_chosen_as_of_the_stock_class(saved: dict[str, Any]) -> None:
