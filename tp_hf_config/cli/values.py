@@ -35,7 +35,7 @@ def path(text: str) -> Path:
     try:
         return Path(place(text)).expanduser()
     except RuntimeError:
-        raise _wrong(text, "a path; there is no such home folder") from None
+        raise _wrong(text, "a path; this home folder does not exist") from None
 
 
 def calibration(text: str) -> Path | Literal["own"]:

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("every_width")
 COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "export")
 RATIO = "--pruning-ratio 0.2"
 NEW = f"--out new {RATIO}"
-PLAIN = "Say the folder that holds"
+PLAIN = "Give the folder that contains"
 WRONG = {
     "": "Missing command.",
     "prone x": "No such command 'prone'.",
@@ -53,9 +53,9 @@ WRONG = {
     f"check {'x' * 300}": "cannot be read: ",
     "repair nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "repair bare": "bare has no weights (model.safetensors, ",
-    "repair whole --out nothing": "nothing is there already. Say a folder that",
-    "repair whole --out whole/new": "whole/new is inside whole, which is copied. Say a folder out",
-    "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; there is",
+    "repair whole --out nothing": "nothing already exists. Choose a folder that",
+    "repair whole --out whole/new": "whole/new is inside whole, which is copied. Give a folder out",
+    "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; this home",
     "repair whole --given head_dim": "'head_dim': expected num_attention_heads=4",
     "repair whole --given head_dim=x": "'x': expected a whole number, 1 or more",
     "repair whole --heads 0": "Invalid value for '--heads'",
