@@ -387,7 +387,7 @@ def test_no_folder_with_a_config(make: Any, message: str, tmp_path: Path):
 def test_no_weights(tmp_path: Path):
     folder = folders.saved("llama", tmp_path)
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match=r"There is model.fp16.safetensors, which no plain"):
+    with pytest.raises(CheckpointError, match=r"There is model.fp16.safetensors, which from_pre"):
         check_checkpoint(folder)
 
 

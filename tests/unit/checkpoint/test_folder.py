@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_into_the_address_space(
     report = check_checkpoint(folder)
     assert (report.sound, report.why_not) == (
         None,
-        "model.safetensors cannot be mapped: Cannot allocate memory (os error 12)",
+        "model.safetensors cannot be mapped into memory: Cannot allocate memory (os error 12)",
     )
 
 
@@ -315,12 +315,12 @@ def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
         ("\xff\xfe{\0}\0", "config.json is not JSON: 'utf-8' codec can't decode byte 0xff"),
         (
             '{"per_layer_config": [{"a": 3}]}',
-            'per_layer_config says [{"a": 3}]; expected layer -> ',
+            'per_layer_config is [{"a": 3}]; expected the values ',
         ),
-        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config says {"0": 5}; expected layer'),
+        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config is {"0": 5}; expected the va'),
         (
             '{"per_layer_config": {"x": {"a": 3}}}',
-            'per_layer_config says {"x": {"a": 3}}; expected',
+            'per_layer_config is {"x": {"a": 3}}; expected',
         ),
     ],
 )

@@ -186,7 +186,8 @@ def test_transformers_4_does_not_prune_what_it_would_read_wrongly(
     assert code == 1
     assert errors == (
         f"tp-hf-config prune: {source}: Transformers 5 wrote rope_theta into rope_parameters, "
-        "where the installed Transformers 4 does not look. First: tp-hf-config repair "
+        "which "
+        "the installed Transformers 4 does not read. Run first: tp-hf-config repair "
         f"{source}\n"
     )
 
