@@ -249,7 +249,7 @@ class TestWhatIsWritten:
             "classifier.bias, "
             "classifier.weight" in printed.splitlines()
         )
-        assert "2 tensors are not in" in (tmp_path / "out" / "README.md").read_text()
+        assert "2 tensors are missing from" in (tmp_path / "out" / "README.md").read_text()
 
     def test_a_name_on_the_hub(self, models: Path, tmp_path: Path) -> None:
         """A model in the Hub's cache, in a process of its own without a network."""
@@ -650,7 +650,7 @@ class TestRefused:
                 2,
                 "bert",
                 "--out {models} --overwrite",
-                "holds no config.json or model.gguf; --overwrite rep",
+                "contains no config.json or model.gguf; --overwrite rep",
             ),
         ],
     )

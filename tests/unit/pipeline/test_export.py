@@ -256,7 +256,7 @@ class TestRefused:
         """It is said before the proof."""
         model = differing.pruned("llama", ("intermediate_size",))
         model.generation_config.temperature = 0.9
-        with pytest.raises(PipelineError, match=r"\(generation_config\.json\) is one .*`temp"):
+        with pytest.raises(PipelineError, match=r"its generation config\. Correct .*`temp"):
             export(model, tmp_path / "out", to=to)
         assert not list(tmp_path.iterdir())
 
