@@ -170,7 +170,7 @@ def misses(figures: dict[str, dict[str, Any]]) -> list[str]:
         case = figures[name]
         if case["seconds"]["check"] > SECONDS or case["gib"]["check"] > GIB:
             found.append(f"{name}: over {SECONDS:g} s or {GIB} GiB")
-    expected = f"intermediate_size says {WRONG:,}, the weights of layers 0-79 hold 28,672"
+    expected = f"intermediate_size says {WRONG:,}, but the weights of layers 0-79 hold 28,672"
     if figures[CASES[0]]["sound"] is not True or expected not in figures[CASES[1]]["said"]:
         found.append("a verdict is not the right one")
     return found

@@ -112,7 +112,7 @@ class TestErrors:
         assert {
             "is not empty. Choose another folder, or add overwrite=True to replace it",  # by a name
             "a share such as 0.2, 1/5 or 20%",  # a helper's argument
-            "Nothing tells which; say it",  # what a helper returns
+            "No shape shows which one is right; choose one",  # what a helper returns
             "and its config disagree before any pruning",
             "no inputs were found that it runs with",
             "is nested too deeply",  # a reason that another module says

@@ -121,7 +121,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def notes(report: Any) -> tuple[str, ...]:
     """What a report notes, but for heads that no shape shows."""
-    return tuple(note for note in report.notes if not note.startswith("taken as config.json says"))
+    return tuple(
+        note for note in report.notes if not note.startswith("taken from config.json, because")
+    )
 
 
 def header_of(path: Path) -> dict[str, Any]:

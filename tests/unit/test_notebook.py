@@ -153,7 +153,7 @@ class TestShortForms:
                 "RoundtripReport(us: not the same as them (Llama, fresh process))",
             ),
             (SUPPORT, "Support(LlamaForCausalLM: 1 of 2 widths works)"),
-            (Support("Own", why_not="no inputs"), "Support(Own: nothing can be tried: no inputs)"),
+            (Support("Own", why_not="no inputs"), "Support(Own: not tested: no inputs)"),
             (SyncReport(2, error="no " * 99), "SyncReport(sync 2: 0 groups pruned; the config "),
             (GROUP, "PrunedGroup(999 of 2,000 output channels of fc1, in 50 layers)"),
             (GROUP.root, "PrunedLayer(999 of 2,000 output channels of fc1)"),

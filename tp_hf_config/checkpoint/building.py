@@ -48,14 +48,18 @@ def classes_of(
         config = _config_class(data, model)
         if isinstance(config, Refusal):
             return config
-        note = "the folder has code of its own, which was not run" if remote else ""
+        note = (
+            "the folder contains model code, which was not run: the class of Transformers was used"
+            if remote
+            else ""
+        )
         return Classes(config, model, max_modules, note)
     if not remote:
         return model
     if not trust_remote_code:
         raise CheckpointError(
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
-            "run. Read it, then say trust_remote_code=True."
+            "run by default. Read the code, then pass trust_remote_code=True."
         )
     return _remote_classes(data, folder, max_modules)
 
@@ -111,8 +115,8 @@ def _config_class(
     if issubclass(own, other):
         return own  # type: ignore[no-any-return]
     return Refusal(
-        f'model_type says "{short(kind)}", but {model.__name__} (architectures) takes '
-        f"{own.__name__}: one of the two is not this model's. Correct it in config.json"
+        f'model_type is "{short(kind)}", but {model.__name__} (architectures) needs a '
+        f"{own.__name__}. One of the two fields is wrong: correct it in config.json"
     )
 
 
@@ -146,7 +150,7 @@ def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> 
         return Refusal(f"the folder's own code cannot be loaded: {short(error)}")
     if isinstance(config, Refusal):
         return config
-    return Classes(config, model, max_modules, "code of the folder was run")
+    return Classes(config, model, max_modules, "the folder's own code was run")
 
 
 def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
@@ -187,7 +191,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
         return _refused(in_one_line(error))
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        return Refusal(f"dtype says {number(dtype)}, which is no type that torch has")
+        return Refusal(f"dtype is {number(dtype)}, which is not a dtype of torch")
     built = without_data(classes.model, config, classes.max_modules, than="the weights")
     return _refused(built.reason) if isinstance(built, Refusal) else built
 
@@ -234,8 +238,8 @@ def too_large(
     for key, (path, value) in large.items():
         if _is_read(classes, small, str(key)):  # a value that the class only stores is harmless
             return (
-                f"{field_name(path)} says {number(value)}, far above all that the weights have "
-                f"({len(tensors):,} tensors; none is longer than {largest:,})"
+                f"{field_name(path)} is {number(value)}, far larger than any size in the weights "
+                f"({len(tensors):,} tensors; their largest dimension is {largest:,})"
             )
     return None
 

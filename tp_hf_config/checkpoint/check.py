@@ -73,7 +73,7 @@ def place(folder: str | os.PathLike[str]) -> Path:
     try:
         return Path(folder).expanduser()
     except RuntimeError as error:
-        raise CheckpointError(f"{short(folder)}: there is no such home folder") from error
+        raise CheckpointError(f"{short(folder)}: this home folder does not exist") from error
 
 
 def checked(read: Folder) -> CheckReport:
@@ -85,7 +85,7 @@ def checked(read: Folder) -> CheckReport:
         field_map = learn(read.classes, read.config.data or {})
     heads = {} if isinstance(field_map, Refusal) else undecided_heads(field_map)
     said = ", ".join(f"{name}={value}" for name, value in heads.items())
-    note = f"taken as config.json says, because shapes do not tell: {said}"
+    note = f"taken from config.json, because no shape shows the values: {said}"
     return replace(report, undecided=tuple(heads), notes=(*report.notes, *[note] * bool(heads)))
 
 
@@ -107,7 +107,7 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
         refusal = Refusal(config.unsure or "config.json cannot be read")
         return Folder(path, config, weights, refusal)
     if quantisation(config.data) is not None:
-        why = "the weights are quantised (quantization_config), and packed shapes say no widths"
+        why = "the weights are quantised (quantization_config), and packed shapes show no widths"
         return Folder(path, config, weights, Refusal(why))
     try:
         classes = classes_of(config.data, path, len(weights.tensors), trust_remote_code)
@@ -122,8 +122,8 @@ def _report(read: Folder) -> CheckReport:
     notes = [classes.note] if classes and classes.note else []
     if (read.path / ADAPTER).is_file():
         notes.append(
-            f"the folder holds an adapter ({ADAPTER}), which from_pretrained adds where peft is "
-            "installed; it is not checked"
+            f"the folder contains an adapter ({ADAPTER}), which was not checked; from_pretrained "
+            "adds it to the model if peft is installed"
         )
     return CheckReport(
         folder=str(read.path),
@@ -145,7 +145,9 @@ def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
     large = too_large(classes, data, tensors)
     if large is not None:
         return replace(
-            report, sound=False if report.causes else None, why_not=f"{large}: not built"
+            report,
+            sound=False if report.causes else None,
+            why_not=f"{large}; the model was not built",
         )
     assessment = assess(classes, data, tensors)
     if isinstance(assessment, Refusal):
@@ -189,8 +191,8 @@ def _with_ties(
     task = Task(classes, data, tensors, differing_tie=names)
     flipped, _, _ = retied(task, data, assessment)
     if not flipped:
-        return _noted(report, f"{not_untied(names, classes)}: Transformers leaves them apart")
-    return _noted(report, f"{text}: Transformers leaves them apart; repair says so in the config")
+        return _noted(report, f"{not_untied(names, classes)}; Transformers loads them untied")
+    return _noted(report, f"{text}; Transformers loads them untied, and repair corrects the config")
 
 
 def not_untied(names: tuple[str, str], classes: Classes) -> str:
@@ -207,7 +209,8 @@ def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:
     fault = read.config.fault or next(iter(read.weights.faults), None)
     if fault is not None:
         raise CheckpointError(
-            f"{folder}: {fault}. No config mends that: get the file anew, or correct it by hand."
+            f"{folder}: {fault}. No other config can fix that: download the file again, or correct "
+            "it by hand."
         )
     if read.unsure or isinstance(read.classes, Refusal) or read.config.data is None:
         raise CheckpointError(f"{folder}: {read.unsure}.")

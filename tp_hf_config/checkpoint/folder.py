@@ -62,11 +62,11 @@ def check_exists(folder: Path) -> None:
     """Raise CheckpointError if the folder or its config.json does not exist."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}. Say the folder that holds config.json.")
+        raise CheckpointError(f"{folder} {what}. Give the folder that contains config.json.")
     if not (folder / CONFIG).exists():
         inside = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}"))]
         hint = f" There is one in {folder / inside[0]}." if inside else ""
-        raise CheckpointError(f"{folder} has no {CONFIG}.{hint} Say the folder that holds it.")
+        raise CheckpointError(f"{folder} has no {CONFIG}.{hint} Give the folder that contains it.")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -86,7 +86,10 @@ def read_config(folder: Path) -> Config:
         return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
     values = _values(data)
     if values is None:
-        why = f"{CONFIG} has more values, or nests them deeper, than any config that is tried"
+        why = (
+            f"{CONFIG} has more than {_MOST_VALUES:,} values or {_DEEPEST} levels of nesting, more "
+            "than any model needs, and was not checked"
+        )
         return Config(data, None, why)
     faults = (_entries_fault(part) for part in values if isinstance(part, dict))
     return Config(data, fault=next((fault for fault in faults if fault is not None), None))
@@ -134,8 +137,8 @@ def _entries_fault(part: dict[str, Any]) -> str | None:
     if entries is None or (numbered and all(isinstance(entry, dict) for entry in entries.values())):
         return None
     return (
-        f"{_ENTRIES} says {short(json.dumps(entries))}; expected layer -> its values: "
-        f'"{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
+        f"{_ENTRIES} is {short(json.dumps(entries))}; expected the values of each layer by its "
+        f'number: "{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
     )
 
 
@@ -147,8 +150,8 @@ def weights_file(folder: Path) -> str:
         if not _is_weights_file(folder, named):
             raise CheckpointError(
                 f"{folder}: config.json says that its weights are in {short(named)} "
-                "(transformers_weights); expected a safetensors file, or an index of such files, "
-                "in the folder."
+                "(transformers_weights); expected a safetensors file, or an index of safetensors "
+                "files, in the folder."
             )
         return str(named)
     name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
@@ -160,7 +163,11 @@ def weights_file(folder: Path) -> str:
     others = sorted(
         p.name for end in ("safetensors", "bin", "gguf") for p in folder.glob(f"*.{end}")
     )
-    hint = f" There is {others[0]}{and_more(others)}, which no plain load reads." if others else ""
+    hint = (
+        f" There is {others[0]}{and_more(others)}, which from_pretrained does not read by default."
+        if others
+        else ""
+    )
     raise CheckpointError(f"{folder} has no weights ({', '.join(_WEIGHTS)}).{hint}")
 
 
@@ -193,7 +200,7 @@ def read_weights(folder: Path) -> Weights:
     weights = _joined(folder, [file for file in files if _is_inside(file)])
     if outside:
         listed = f"{short(outside[0])}{and_more(outside)}"
-        fault = f"{name} names {listed}, outside the folder: not read"
+        fault = f"{name} names {listed}, which is outside the folder and was not read"
         return replace(weights, faults=(fault, *weights.faults), complete=False)
     nothing = Stored("", ())
     elsewhere = [
@@ -202,7 +209,7 @@ def read_weights(folder: Path) -> Weights:
     if weights.complete and elsewhere:
         fault = (
             f"the index says that {short(elsewhere[0])} is in {short(promised[elsewhere[0]])}"
-            f"{and_more(elsewhere)}; it is not"
+            f"{and_more(elsewhere)}, but it is not there"
         )
         return replace(weights, faults=(*weights.faults, fault))
     return weights
@@ -245,7 +252,7 @@ def _read(path: Path, name: str) -> Weights:
         return _unreadable(f"{name} cannot be read: {error.strerror or error}")
     if start == _POINTER:
         return _unreadable(
-            f"{name} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull"
+            f"{name} is a Git LFS pointer, not the weights. Download the weights: git lfs pull"
         )
     return (
         _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_pickle(path, name)
@@ -262,7 +269,9 @@ def _read_safetensors(path: Path, name: str) -> Weights:
     except SafetensorError as error:
         return _unreadable(f"{name}: safetensors refuses it: {short(error)}")
     except MemoryError as error:
-        return Weights({}, complete=False, unsure=f"{name} cannot be mapped: {short(error)}")
+        return Weights(
+            {}, complete=False, unsure=f"{name} cannot be mapped into memory: {short(error)}"
+        )
     except OSError as error:
         return _unreadable(f"{name} cannot be read: {error.strerror or error}")
 
@@ -275,25 +284,32 @@ def _read_pickle(path: Path, name: str) -> Weights:
     try:
         check_torch_load_is_safe()
     except ValueError:
-        why = f"{name}: torch {torch.__version__} reads pickles unsafely; torch 2.6 or newer does"
-        return Weights({}, complete=False, unsure=f"{why} not. Save it as safetensors, or update.")
+        why = (
+            f"{name}: torch {torch.__version__} does not read pickles safely; torch 2.6 or newer "
+            "does. Update torch, or save the weights as safetensors."
+        )
+        return Weights({}, complete=False, unsure=why)
     try:
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 start = file.read(2)
             if start in (b"", b"PK"):
-                return _unreadable(f"{name} is cut off: it is not a whole torch.save file")
-            why = f"{name} is not in torch.save's zip format, and is not unpickled"
-            return Weights({}, complete=False, unsure=f"{why}. Save it as safetensors.")
+                return _unreadable(f"{name} is truncated: it is not a complete torch.save file")
+            why = (
+                f"{name} is not in torch.save's zip format and was not unpickled, because that "
+                "could run code. Save the weights as safetensors."
+            )
+            return Weights({}, complete=False, unsure=why)
         loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return _unreadable(
-            f"{name} holds more than tensors, and is not unpickled: that could run code"
+            f"{name} contains other objects than tensors and was not unpickled, because that could "
+            "run code"
         )
     except (Exception, RecursionError) as error:  # a broken file may lead to any exception
         return _unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
     if not isinstance(loaded, dict):
-        return _unreadable(f"{name} holds a {type(loaded).__name__}; expected tensors by name")
+        return _unreadable(f"{name} holds a {type(loaded).__name__}; expected a dict of tensors")
     tensors = {
         key: Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), name)
         for key, value in loaded.items()

@@ -158,7 +158,7 @@ def _whole_numbers(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str,
     whole = ("I", "U", "BOOL", "int", "uint", "bool")
     floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     return {
-        name: f"its type is {tensor.dtype}"
+        name: f"its dtype is {tensor.dtype}, not a floating-point dtype"
         for name, tensor in tensors.items()
         if name in floating and tensor.dtype.startswith(whole)
     }

@@ -76,8 +76,8 @@ def repair_checkpoint(
     except OSError as error:
         where = target or path
         raise CheckpointError(
-            f"{where} cannot be written: {error.strerror or error}. {path} is as it was. Write to "
-            "another folder: out=."
+            f"{where} cannot be written: {error.strerror or error}. {path} was not changed. Write "
+            "to another folder: out=."
         ) from error
 
 
@@ -100,7 +100,9 @@ def _planned(
     new = old if rotary.data == read.data else (json.dumps(rotary.data, indent=2) + "\n").encode()
     proof = assess(classes, json.loads(new), tensors)
     if isinstance(proof, Refusal) or not proof.fits:
-        raise CheckpointError(f"{path}: the config that was found does not load what is there.")
+        raise CheckpointError(
+            f"{path}: the weights do not load with the config that was found. Nothing was written."
+        )
     still_tied = names is not None and names[1] in proof.tied.get(names[0], ())
     ties = [not_untied(names, classes)] if names is not None and still_tied else []
     report = RepairReport(
@@ -119,7 +121,10 @@ def _unsolved(path: Path, unsolved: Unsolved) -> str:
     if unsolved.candidates:
         name, value = next(iter(unsolved.candidates[0].items()))
         argument = how_to_give(name, value)
-        return f"{text} Nothing tells which; say it: {argument}. Nothing was written."
+        return (
+            f"{text} No shape shows which one is right; choose one: {argument}. Nothing was "
+            "written."
+        )
     return f"{text} Nothing was written."
 
 
@@ -147,7 +152,9 @@ def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> Repai
     backup = replace_config(path, new)
     after = check_checkpoint(path, trust_remote_code=trust)
     if not after.sound:
-        raise CheckpointError(f"{path} was changed meanwhile: {after} The old config: {backup}")
+        raise CheckpointError(
+            f"{path} was changed during the repair:\n{after}\nThe old config is in {backup}."
+        )
     return replace(report, written=True, backup=backup.name, after=after)
 
 
@@ -157,9 +164,14 @@ def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: boo
     with copied_folder(path, out, new) as (work, left_out):
         after = check_checkpoint(work, trust_remote_code=trust)
         if not after.sound:
-            raise CheckpointError(f"{path} was changed meanwhile: {after} Nothing was written.")
+            raise CheckpointError(
+                f"{path} was changed during the repair:\n{after}\nNothing was written."
+            )
     notes = report.notes
     if left_out:
-        notes = (*notes, f"left out, as no plain files: {', '.join(map(short, left_out[:8]))}")
+        notes = (
+            *notes,
+            f"not copied, because not regular files: {', '.join(map(short, left_out[:8]))}",
+        )
     after = replace(after, folder=str(out))
     return replace(report, folder=str(out), written=True, notes=notes, after=after)

@@ -113,7 +113,7 @@ class CheckReport(Report):
         """Yield the contents of the folder, the causes and the notes."""
         size = f"{self.tensors:,} tensors, {self.parameters:,} parameters, "
         count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
-        yield printable(f"  {self.model or 'no class'}: {size}{count}")
+        yield printable(f"  {self.model or 'unknown class'}: {size}{count}")
         if self.why_not is not None:
             yield printable(f"  {self.why_not}")
         yield from (printable(f"  {cause.text}") for cause in self.causes)
@@ -150,7 +150,7 @@ class RepairReport(Report):
         """Return the folder and what was done."""
         done = "repaired" if self.written else "not written (dry run)"
         if not self.difference:
-            done = "config.json says what the weights are; nothing to repair"
+            done = "config.json fits the weights; nothing to repair"
         return f"{self.folder}: {done}"
 
     def lines(self) -> Iterator[str]:
@@ -159,12 +159,12 @@ class RepairReport(Report):
             yield f"  {printable(name)}: {number(old)} -> {number(new)}"
         for name, value in self.added.items():
             yield (
-                f"  {printable(name)}: {number(value)}, for readers that stand on Transformers 4"
+                f"  {printable(name)}: {number(value)}, added for software based on Transformers 4"
             )
         if self.backup is not None:
             yield f"  the old config is in {self.backup}"
         if self.undecided and self.difference:
-            yield f"  no shape shows {', '.join(self.undecided)}: left as it is"
+            yield f"  not changed, because no shape shows it: {', '.join(self.undecided)}"
         yield from (f"  note: {note}" for note in self.notes)
         if self.difference:
             yield self.difference
@@ -193,11 +193,13 @@ class Difference:
 
     def __str__(self) -> str:
         if self.largest is None or self.relative is None:
-            return f"{self.output}: another shape or type"
+            return f"{self.output}: different shapes or dtypes"
         by = f"by at most {self.largest:.3g} ({self.relative:.3g} of the largest)"
         if not math.isfinite(self.largest):
             by = "some by NaN or infinity"
-        dtypes = "" if self.dtypes is None else f"; {self.dtypes[0]}, there {self.dtypes[1]}"
+        dtypes = ""
+        if self.dtypes is not None:
+            dtypes = f"; its dtype is {self.dtypes[0]}, that of the reference {self.dtypes[1]}"
         return f"{self.output}: {self.elements:,} of {self.of:,} numbers differ, {by}{dtypes}"
 
 
@@ -234,7 +236,7 @@ class RoundtripReport(Report):
         """Return what was run, and the verdict."""
         done = "loads and runs" if self.against is None else f"same outputs as {self.against}"
         runs = self.error is None and not self.loading
-        bad = "computes nothing" if runs else "does not load or run"
+        bad = "runs, but an output has no finite number" if runs else "does not load or run"
         bad = bad if self.against is None else f"not the same as {self.against}"
         return f"{self.what}: {done if self.same else bad} ({self.model}, fresh process)"
 

@@ -42,8 +42,8 @@ def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
         if _by_layer_type(node[_ROPE]):
             if "rope_theta" not in node:
                 reasons.append(
-                    f"{field_name((*path, _ROPE))} differs by type of layer, which no rope_theta "
-                    "can say: readers that stand on Transformers 4 take defaults of their own"
+                    f"{field_name((*path, _ROPE))} differs between layer types, which rope_theta "
+                    "cannot express: software based on Transformers 4 uses its own defaults"
                 )
             continue
         for name, value in _separate_fields(node).items():
@@ -52,16 +52,17 @@ def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
             if present is not None:
                 if present != value:
                     reasons.append(
-                        f"{field_name(at)} says {number(present)}, {_ROPE} {number(value)}: "
-                        "Transformers 4 reads the one, 5 the other; correct one of them by hand"
+                        f"{field_name(at)} is {number(present)}, but {_ROPE} has {number(value)}. "
+                        "Transformers 4 reads the first, Transformers 5 the second: correct one of "
+                        "them by hand"
                     )
             elif _load_the_same(classes, result.data, changed, {*result.added, at}):
                 result = Rotary(changed, {**result.added, at: value})
             else:
                 reasons.append(
-                    f"{field_name(at)} {number(value)} is in {_ROPE} alone, where readers that "
-                    "stand on Transformers 4 do not look; written beside it, "
-                    f"{classes.config.__name__} would not load the same"
+                    f"{field_name(at)} {number(value)} is only in {_ROPE}, which software based on "
+                    f"Transformers 4 does not read. It is not written beside {_ROPE}, because "
+                    f"{classes.config.__name__} would then load another config"
                 )
     return Rotary(result.data, result.added, tuple(reasons))
 

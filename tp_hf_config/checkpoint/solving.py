@@ -135,11 +135,13 @@ def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
     model = classes.model.__name__
     if assessment.failed:
         name, why = next(iter(assessment.failed.items()))
-        return f"{name or 'the checkpoint'} cannot be put together from the tensors: {why}"
-    layers = f"If layers were removed, say how many are left: {how_to_give('num_hidden_layers')}"
+        return f"{name or 'the checkpoint'} cannot be assembled from the stored tensors: {why}"
+    layers = (
+        f"If layers were removed, give the number that remains: {how_to_give('num_hidden_layers')}"
+    )
     if assessment.lost:
-        return f"{model} has no place for {assessment.lost[0]}. {layers}"
-    return f"{assessment.missing[0]} is missing, which {model} builds. {layers}"
+        return f"{assessment.lost[0]} is in the weights, but not in {model}. {layers}"
+    return f"{assessment.missing[0]} is in {model}, but not in the weights. {layers}"
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
@@ -180,7 +182,7 @@ def _widths(
         return given
     empty = next((name for name, shape in assessment.shapes.items() if 0 in shape), None)
     if empty is not None:
-        return _no_width(f"{empty} is empty, and no width is 0", assessment)
+        return _no_width(f"{empty} is empty, but no width can be 0", assessment)
     sizes = {path: value for path, value in given.items() if path in field_map.sizes}
     recovery = recover(field_map, assessment.shapes, sizes)
     if isinstance(recovery, Refusal):
@@ -212,10 +214,12 @@ def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, 
         is_set = len(paths) == 1 and value_in(field_map.data, paths[0]) == value
         if len(paths) != 1 or not (is_set or paths[0] in field_map.sizes):
             names = sorted(field_name(path) for path in (paths or field_map.sizes))
-            which = "several of that name" if len(paths) > 1 else f"no field {name} that sets sizes"
+            which = (
+                f"several fields {name}" if len(paths) > 1 else f"no field {name} that sets a size"
+            )
             hint = f", as in {how_to_give(names[0], value)}" if len(paths) > 1 else ""
             return Unsolved(
-                f"{field_map.builder.config_class.__name__} has {which}: say one of "
+                f"{field_map.builder.config_class.__name__} has {which}: use one of "
                 f"{', '.join(names)}{hint}"
             )
         values[paths[0]] = value
@@ -230,8 +234,8 @@ def _unprovable_change(
     for path in sorted(hidden, key=field_name):
         if recovery.values[path] != field_map.sizes.get(path):
             name = field_name(path)
-            why = f"{name} cannot stay {field_map.sizes[path]}, and no shape shows what it is"
-            return f"{why}: say it, {how_to_give(name)}"
+            why = f"{name} cannot remain {field_map.sizes[path]}, and no shape shows its value"
+            return f"{why}: add {how_to_give(name)}"
     return None
 
 
@@ -314,8 +318,8 @@ def _field_cause(
             said += f", which means {number(stands_for)}"
     held = f"the weights of {_layers(tensors)} hold {number(holds)}"
     if isinstance(holds, bool) or not tensors:
-        held = f"the weights are those of {number(holds)}"
-    return Cause("field", f"{name} {said}, {held}", name, says, holds, tensors)
+        held = f"the weights need {number(holds)}"
+    return Cause("field", f"{name} {said}, but {held}", name, says, holds, tensors)
 
 
 def _no_width(reason: str, assessment: Assessment) -> Unsolved:
@@ -339,7 +343,7 @@ def _in_conflict(conflict: Conflict, assessment: Assessment) -> Unsolved:
         )
         names = tuple(mismatch.name for mismatch in assessment.mismatched)
         reason = f"the shapes fit {listed}"
-        cause = Cause("tensors", f"{reason}, and nothing tells which", tensors=names)
+        cause = Cause("tensors", f"{reason}, and no shape shows which one is right", tensors=names)
         return Unsolved(reason, (cause,), candidates)
     causes = tuple(
         _needs_several(
@@ -353,15 +357,17 @@ def _in_conflict(conflict: Conflict, assessment: Assessment) -> Unsolved:
         for path, by_value in conflict.needs.items()
     )
     if not causes:
-        return _no_width("no one value of the fields gives all these shapes", assessment)
+        return _no_width("no single value of each config field gives all these shapes", assessment)
     listed = ". ".join(cause.text for cause in causes)
-    return Unsolved(f"{listed}. No config says that: prune these layers alike", causes)
+    return Unsolved(
+        f"{listed}. No config can express that: prune these layers to the same width", causes
+    )
 
 
 def _needs_several(path: FieldPath, by_value: dict[int, tuple[str, ...]]) -> Cause:
     """The cause for a field that needs several values; ``by_value``: value -> tensors."""
     parts = [
-        f"{number(value)} in {_layers(names) or 'the rest'}"
+        f"{number(value)} in {_layers(names) or 'other tensors'}"
         for value, names in sorted(by_value.items(), key=lambda item: -len(item[1]))
     ]
     text = f"{field_name(path)} would need several values at once: {'; '.join(parts[:_LISTED])}"
@@ -377,18 +383,21 @@ def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
         kinds.setdefault(kind, []).append(mismatch.name)
     for (name, shape, expected), names in list(kinds.items())[:_LISTED]:
         where = f" ({_layers(names)})" if "*" in name else ""
-        text = f"{short(name)}{where} holds {list(shape)}, the config builds {list(expected or ())}"
+        text = (
+            f"{short(name)}{where} has shape {list(shape)}, but the config builds "
+            f"{list(expected or ())}"
+        )
         yield Cause("tensors", text, tensors=tuple(names))
     if len(kinds) > _LISTED:
-        yield Cause("tensors", f"and {len(kinds) - _LISTED} more kinds of tensors in other shapes")
+        yield Cause("tensors", f"{len(kinds) - _LISTED} more kinds of tensors have other shapes")
 
 
 def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
     """Yield one cause each for tensors that are missing, lost, or cannot be assembled."""
     model = classes.model.__name__
     for names, what in (
-        (assessment.missing, f"missing in the weights: {model} would start them anew"),
-        (assessment.lost, f"in the weights, and {model} has no place for them in this config"),
+        (assessment.missing, f"missing from the weights; {model} would initialise them randomly"),
+        (assessment.lost, f"in the weights, but not in {model} with this config"),
     ):
         if names:
             kinds = list(dict.fromkeys(_name_pattern(name) for name in names))
@@ -398,7 +407,7 @@ def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
     failed = assessment.failed
     if failed:
         name, why = next(iter(failed.items()))
-        text = f"{short(name) or 'the weights'}{and_more(failed)} cannot be put together: {why}"
+        text = f"{short(name) or 'the weights'}{and_more(failed)} cannot be assembled: {why}"
         yield Cause("tensors", text, tensors=tuple(failed))
 
 

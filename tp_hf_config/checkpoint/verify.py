@@ -140,8 +140,15 @@ def verify_checkpoint(
     for each in paths:
         report = check_tensors(read_folder(each, trust_remote_code))
         if report.sound is False:
-            name, causes = report.model or "no class", tuple(cause.text for cause in report.causes)
-            return RoundtripReport(str(each), name, False, loading=causes, error="it is not sound")
+            name = report.model or "unknown class"
+            causes = tuple(cause.text for cause in report.causes)
+            return RoundtripReport(
+                str(each),
+                name,
+                False,
+                loading=causes,
+                error="the folder is not sound, and was not run",
+            )
     folders = [solvable_folder(each, trust_remote_code) for each in paths]
     name, inputs = _example(folders[0])
     with _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True) as finished:
@@ -177,7 +184,7 @@ def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterato
         yield f"{other.path} is of another class: {names[1]}"
     ours, theirs = (dict(entries(read.data)) for read in (folder, other))
     differing = [
-        f"{field_name(path)} {number(ours.get(path))}, there {number(theirs.get(path))}"
+        f"{field_name(path)} {number(ours.get(path))}, in {other.path} {number(theirs.get(path))}"
         for path in dict.fromkeys((*ours, *theirs))
         if ours.get(path) != theirs.get(path) and path[-1] not in ORIGIN
     ]
@@ -276,7 +283,7 @@ def _end_of(code: int, errors: str) -> str:
     if code >= 0:
         return f"the fresh process ended with: {last}"
     if code == -getattr(signal, "SIGKILL", 9):  # Windows has none
-        return "the fresh process was killed (SIGKILL), most often for want of memory"
+        return "the fresh process was killed (SIGKILL), most often because memory ran out"
     return f"the fresh process was ended by signal {-code} ({signal.strsignal(-code)}): {last}"
 
 

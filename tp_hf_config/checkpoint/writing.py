@@ -212,10 +212,10 @@ def check_target(source: Path, out: Path) -> None:
     """Raise CheckpointError if ``out`` exists or is inside ``source``."""
     check_does_not_exist(out)
     if source.resolve() in out.resolve().parents:
-        raise CheckpointError(f"{out} is inside {source}, which is copied. Say a folder outside.")
+        raise CheckpointError(f"{out} is inside {source}, which is copied. Give a folder outside.")
 
 
 def check_does_not_exist(out: Path) -> None:
     """Raise CheckpointError if ``out`` exists, so that nothing is overwritten."""
     if os.path.lexists(out):
-        raise CheckpointError(f"{out} is there already. Say a folder that is not.")
+        raise CheckpointError(f"{out} already exists. Choose a folder that does not exist yet.")

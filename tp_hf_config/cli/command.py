@@ -23,8 +23,8 @@ from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 UsageError: Any = typer.BadParameter.__base__  # click's; new versions have a copy of click
 Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code
 _dumps = partial(json.dumps, indent=2, default=str)
-_NO_MEMORY = "Memory ran out. Use a machine or a --device with more, or prune --stream."
-_UNFORESEEN = "This is not foreseen: --debug shows where it happened."
+_NO_MEMORY = "Memory ran out. Use a machine or a --device with more memory, or prune with --stream."
+_UNFORESEEN = "This error was not expected: --debug shows where it happened."
 
 
 class CouldNotTellError(Exception):

@@ -47,17 +47,21 @@ def _place(help: str, metavar: str, parser: Any = values.path) -> Any:
     return Argument(metavar=metavar, parser=parser, help=help)
 
 
-Folder = Annotated[Path, _place("holds config.json and the weights", "FOLDER")]
+Folder = Annotated[Path, _place("a folder with config.json and the weights", "FOLDER")]
 Other = Annotated[Path | None, _place("a folder to compare it with", "OTHER")]
 Model = Annotated[str, _place("a folder, a GGUF file or a Hub id", "MODEL", values.place)]
-Layered = Annotated[str, _place("a model whose layers differ", "FOLDER", values.place)]
+Layered = Annotated[
+    str, _place("a folder with a model whose layers differ", "FOLDER", values.place)
+]
 Out = Annotated[Path, _value("the folder to write", "DIR", values.path)]
-NewFolder = Annotated[Path | None, _value("write a new folder instead", "DIR", values.path)]
+NewFolder = Annotated[Path | None, _value("write to a new folder instead", "DIR", values.path)]
 Against = Annotated[Path | None, _value("the same as OTHER", "OTHER", values.path)]
-Overwrite = Annotated[bool, Option("--overwrite", help="replace a model that is there, in the end")]
-Trust = Annotated[bool, Option("--trust-remote-code", help="run Python files of the model")]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="replace a model in DIR, once the new one is proved")
+]
+Trust = Annotated[bool, Option("--trust-remote-code", help="run the model's own Python files")]
 AsJson = Annotated[bool, Option("--json", help="print JSON")]
-Debug = Annotated[bool, Option("--debug", help="show the trace of an error")]
+Debug = Annotated[bool, Option("--debug", help="show the traceback of an error")]
 
 Ratio = Annotated[float | None, _value("the share of every width to prune", "R", values.share)]
 Fields = Annotated[
@@ -65,21 +69,23 @@ Fields = Annotated[
 ]
 Ratios = Annotated[Any, _value("a share for each field", "FIELD=R,...", values.ratios)]
 HeadRatio = Annotated[float | None, _value("the share of heads to prune", "R", values.share)]
-OfHeads = Annotated[Gqa | None, Option(help="query heads of every key/value group, or groups")]
+OfHeads = Annotated[Gqa | None, Option(help="prune query heads in each key/value group, or groups")]
 PerLayer = Annotated[bool, Option("--per-layer", help="each layer may get widths of its own")]
 Target = Annotated[
     float | None, _value("parameters to keep (100M), or a share (0.8)", "N", values.amount)
 ]
 Steps = Annotated[int, _number("pruning steps")]
-RoundTo = Annotated[int | None, _number("keep widths multiples of this (64)")]
-MaxRatio = Annotated[float | None, _value("the most that any layer may lose", "R", values.share)]
+RoundTo = Annotated[int | None, _number("make widths multiples of N (64)")]
+MaxRatio = Annotated[
+    float | None, _value("the largest share to prune in a layer", "R", values.share)
+]
 
 Together = Annotated[
-    Ranking, Option(help="rank units of one, of all or of similar layers together")
+    Ranking, Option(help="rank units within each layer, over all or over similar layers")
 ]
 Allocate = Annotated[bool, Option("--allocate", help="find each layer's width for --target-params")]
 Drop = Annotated[
-    Any, _value("first drop the N layers that change least, or LIST=N", "N", values.layers)
+    Any, _value("first drop the N layers of least influence, or LIST=N", "N", values.layers)
 ]
 First = Annotated[
     Importance | None, Option(help="how units are ranked; default: wanda on a text, else magnitude")
@@ -87,8 +93,8 @@ First = Annotated[
 Text = Annotated[
     Any,
     _value(
-        "plain text to run the model on, or what a causal language model writes itself (own); "
-        "default for those: a text that comes with tp-hf-config",
+        "plain text to run the model on, or own: a text that a causal language model writes "
+        "itself; default for these models: a text that comes with tp-hf-config",
         "FILE|own",
         values.calibration,
     ),
@@ -98,13 +104,13 @@ Dtypes = Literal["float32", "float16", "bfloat16", "float64"]
 Stream = Annotated[
     bool | None,
     Option(
-        help="put weights that are cut into mapped files beside --out; default: where the model "
-        "would take more than half of the free memory",
+        help="keep pruned weights in mapped files beside --out, not in memory; default: if the "
+        "model would take more than half of the free memory",
     ),
 ]
-Shards = Annotated[str | None, _value("of weight files, such as 5GB", "S", values.file_size)]
+Shards = Annotated[str | None, _value("largest size of a weight file (5GB)", "S", values.file_size)]
 
-Given = Annotated[Any, _value("any field: text_config.head_dim=64", "FIELD=N,...", values.sizes)]
+Given = Annotated[Any, _value("other fields: text_config.head_dim=64", "FIELD=N,...", values.sizes)]
 To = Annotated[
     Format, Option(help="padded: the stock class, with zeros; decilm: vLLM; gguf: llama.cpp")
 ]
@@ -122,7 +128,7 @@ def _program(
         bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Prune Hugging Face models, and keep their configs true to their weights."""
+    """Prune Hugging Face models and keep config.json correct."""
 
 
 @command()
@@ -150,7 +156,7 @@ def repair(
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
-    """Write the config.json that a folder's weights need, where there is exactly one."""
+    """Write the config.json that a folder's weights need, if there is exactly one."""
     own = {"head_dim": head_dim, "num_attention_heads": heads}
     sizes = {field: size for field, size in own.items() if size is not None}
     for field in sizes.keys() & (given or {}).keys():
@@ -177,7 +183,7 @@ def verify(
 ) -> Answer:
     """Load and run a folder in a fresh process, and compare it with another."""
     if other is not None and against is not None:
-        raise UsageError(f"OTHER and --against name the same: say it once: verify {folder} {other}")
+        raise UsageError(f"OTHER and --against mean the same: give one: verify {folder} {other}")
     other = other or against
     _check_folders(folder, *([] if other is None else [other]))
     from ..checkpoint.verify import verify_checkpoint
@@ -204,7 +210,7 @@ def plan(
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
-    """Say what pruning will give, from the config alone."""
+    """Show what pruning will do, from the config alone."""
     widths = values.widths_of(ctx.params)
     source = _found(model, trust_remote_code)
     from ..pipeline.prune import plan_for
@@ -219,7 +225,7 @@ def plan(
 def prunable(
     model: Model, trust_remote_code: Trust = False, json: AsJson = False, debug: Debug = False
 ) -> Answer:
-    """List what can be pruned, and the proof of it."""
+    """List the widths that can be pruned, with the proof of each."""
     source = _found(model, trust_remote_code)
     from ..graph.prunable import prunable
 
@@ -249,19 +255,19 @@ def prune(
     drop_layers: Drop = None,
     importance: First = None,
     calibration: Text = None,
-    tokens: Annotated[int | None, _number("how many of that text; default: 12,288")] = None,
+    tokens: Annotated[int | None, _number("tokens of that text to use; default: 12,288")] = None,
     no_refit: OnlyCut = False,
     recover: Annotated[int, _number("updates of distillation from the unpruned model", 0)] = 0,
     device: Annotated[str, Option(metavar="D", help="where to compute (cpu, cuda)")] = "cpu",
-    dtype: Annotated[Dtypes | None, Option(help="of the weights; default: as stored")] = None,
+    dtype: Annotated[Dtypes | None, Option(help="dtype of the weights; default: as stored")] = None,
     stream: Stream = None,
-    seed: Annotated[int, _number("of all that is random", 0)] = 0,
+    seed: Annotated[int, _number("random seed", 0)] = 0,
     max_shard_size: Shards = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
-    """Prune a model and write it, once it is proved to load again."""
+    """Prune a model, and write it once it is proved to load again."""
     given = {part.name: ctx.params[part.name] for part in fields(Job) if part.name in ctx.params}
     drop_from, dropped = drop_layers or (None, 0)
     given |= {"drop_layers": dropped, "drop_from": drop_from, "refit": not no_refit}
@@ -288,7 +294,7 @@ def export(
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
-    """Write a model whose layers differ in a form that needs no code of its own."""
+    """Write a model whose layers differ in a format that needs no code of its own."""
     source = _found(folder, trust_remote_code)
     with could_not_tell():
         check_target(out, source=source.folder, overwrite=overwrite)

@@ -35,7 +35,7 @@ def path(text: str) -> Path:
     try:
         return Path(place(text)).expanduser()
     except RuntimeError:
-        raise _wrong(text, "a path; there is no such home folder") from None
+        raise _wrong(text, "a path; this home folder does not exist") from None
 
 
 def calibration(text: str) -> Path | Literal["own"]:
@@ -78,7 +78,7 @@ def count(text: str) -> int:
 def names(text: str) -> tuple[str, ...]:
     fields = tuple(name.strip() for name in text.split(","))
     if not all(fields):
-        raise _wrong(text, "config fields with commas between: hidden_size,intermediate_size")
+        raise _wrong(text, "config fields separated by commas: hidden_size,intermediate_size")
     return fields
 
 
@@ -141,11 +141,14 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
     without = ", ".join(field for field in fields if field not in ratios)
     if "allocate" in given:
         for name in sorted(given.keys() & _ALLOCATED):
-            yield f"--allocate finds each layer's width, and refits: leave {_typed(name)} out"
+            yield f"--allocate finds each width and refits the weights: leave {_typed(name)} out"
         if not target:
-            yield "--allocate finds widths for a size: add --target-params 0.8"
+            yield "--allocate needs the size to reach: add --target-params 0.8"
     elif "ranking" in given and target:
-        yield "--ranking gives each layer a ratio of its own: say --pruning-ratio 0.2"
+        yield (
+            "--ranking gives each layer its own ratio, but --target-params finds one for all "
+            "layers: use --pruning-ratio 0.2 instead"
+        )
     if not given.keys() & _AMOUNTS:
         no_effect = sorted(_typed(name) for name in given.keys() & _NEED_AMOUNT)
         if no_effect or "drop_layers" not in given:
@@ -159,9 +162,12 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
     if "gqa" in given and not target and "head_pruning_ratio" not in given:
         yield "--gqa says which heads to prune, not how many: add --head-pruning-ratio 0.25"
     if ratio and ratios and not fields:
-        yield "--pruning-ratio is for fields without --ratios: name all in --prune, or leave it out"
+        yield (
+            "--pruning-ratio applies to fields that are not in --ratios: name all fields in "
+            "--prune, or leave --pruning-ratio out"
+        )
     if without and not (ratio or target):
-        yield f"which share of {without}? Add --pruning-ratio 0.2"
+        yield f"no ratio is given for {without}: add --pruning-ratio 0.2"
 
 
 def _typed(name: str) -> str:

@@ -83,14 +83,16 @@ def apply_cuts(
     if isinstance(model_or_folder, nn.Module):
         if out is not None:
             raise PipelineError(
-                "apply_cuts(model, cuts) returns the pruned model and writes nothing: leave out= "
-                "out, and save what it returns with save_pretrained()"
+                "apply_cuts(model, cuts) returns the pruned model and writes nothing. Remove out=, "
+                "and save the returned model with save_pretrained()"
             )
         model = find_pretrained(model_or_folder)[1]
         check_followable(model)
         return rebuilt(model, cuts)
     if out is None:
-        raise PipelineError(f"apply_cuts({str(model_or_folder)!r}, cuts): say where to write, out=")
+        raise PipelineError(
+            f"apply_cuts({str(model_or_folder)!r}, cuts) writes a folder: pass its path as out="
+        )
     source = find_source(os.fspath(model_or_folder), trust_remote_code)
     target = Path(out)
     check_target(target, source=source.folder, overwrite=overwrite)

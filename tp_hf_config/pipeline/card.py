@@ -57,14 +57,14 @@ from transformers import {layerwise.auto_class}
 model = {layerwise.loading(folder)}
 ```
 
-Each layer has widths of its own, and the classes of Transformers build all layers alike. \
-`{layerwise.file}`, which tp-hf-config wrote, builds each by its own: that file is the code that \
-`trust_remote_code=True` lets run. It imports nothing but Transformers (5.15 or newer). \
-`tp-hf-config export` writes this model in forms that need no code.
+The layers of this model have different widths, and the classes of Transformers build all layers \
+alike. `{layerwise.file}`, written by tp-hf-config, builds each layer with its own widths. \
+`trust_remote_code=True` allows Transformers to run that file. It imports nothing but Transformers \
+(5.15 or newer). `tp-hf-config export` writes this model in formats that need no code.
 
-Without `trust_remote_code=True` loading fails with `AmbiguousGlobalPerLayerAttributeError`, or \
-says that `ignore_mismatched_sizes` is `False`, since the stock class knows one width for all \
-layers. Do not change config.json.
+Without `trust_remote_code=True`, loading fails with `AmbiguousGlobalPerLayerAttributeError` or \
+with a message that `ignore_mismatched_sizes` is `False`, because the stock class has one width \
+for all layers. Do not change config.json.
 
 {table(("by layer", ""), widths)}
 

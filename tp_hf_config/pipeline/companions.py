@@ -189,8 +189,8 @@ def notes_on_uncopied(
             if type(value) is int and value in changes:
                 name, new = changes[value]
                 notes.append(
-                    f"{file} was not copied; its {field_name(key)} says {value}, as {name} did: "
-                    f"where it goes along by hand and means the same, write {new}"
+                    f"{file} was not copied. Its {field_name(key)} is {value}, like the old "
+                    f"{name}. If you copy the file and the two mean the same, change it to {new}"
                 )
     return tuple(notes)
 
@@ -217,5 +217,5 @@ def _snapshot(source: Source) -> Path:
         )
     except Exception as error:  # from the network, the Hub or the cache
         raise PipelineError(
-            f"{source.name}: its tokenizer and processor files cannot be fetched: {error}"
+            f"{source.name}: its tokenizer and processor files cannot be downloaded: {error}"
         ) from error

@@ -26,7 +26,7 @@ Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 # on which perplexity is measured
-TEXTS = ("held-out text of the calibration file", "a second text, never calibrated on")
+TEXTS = ("held-out text of the calibration file", "a second text, not used for calibration")
 
 
 class Progress:
@@ -87,7 +87,7 @@ def calibration_text(job: Job) -> str | None:
         text = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PipelineError(
-            f"{path}: expected plain text in UTF-8, found other bytes at {error.start:,}"
+            f"{path}: expected plain text in UTF-8, found another encoding at byte {error.start:,}"
         ) from error
     except OSError as error:
         raise PipelineError(f"{path}: calibration text cannot be read: {error.strerror}") from error
@@ -163,8 +163,8 @@ class Pruned(Report):
         if self.layers_differ is not None:
             yield (
                 f"layers differ: {self.layers_differ.loading(str(self.out))} runs "
-                f"{self.layers_differ.file}, written by tp-hf-config, which builds each layer by "
-                "its own widths; tp-hf-config export gives forms without code"
+                f"{self.layers_differ.file}, written by tp-hf-config, which builds each layer with "
+                "its own widths; tp-hf-config export writes formats that need no code"
             )
         yield f"written: {self.out} ({self.seconds:.0f} s)"
 

@@ -47,13 +47,13 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
 
 def _why_unwritable(target: Path, overwrite: bool) -> str | None:
     if not target.parent.is_dir():
-        return f"{target}: the folder it is to be in is not there. Make it first: {target.parent}"
+        return f"{target}: its parent folder does not exist. Create it first: {target.parent}"
     if target.exists() and not target.is_dir():
         return f"{target}: expected a new folder, found a file. Choose another name."
     if target.is_mount():
         return (
-            f"{target}: another disk is mounted here, and a complete folder gets its name at the "
-            f"end. Choose a folder inside: {target / 'pruned'}"
+            f"{target}: another disk is mounted here, so the finished folder cannot be renamed to "
+            f"this path. Choose a folder inside: {target / 'pruned'}"
         )
     if not target.exists() or not any(target.iterdir()):
         return None
@@ -63,8 +63,8 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
         )
     if not any((target / name).is_file() for name in _OF_A_MODEL):
         return (
-            f"{target}: is not empty and holds no {' or '.join(_OF_A_MODEL)}; "
-            "overwrite=True replaces models only."
+            f"{target}: is not empty and contains no {' or '.join(_OF_A_MODEL)}; "
+            "overwrite=True replaces only models."
         )
     return None
 
@@ -74,7 +74,7 @@ def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
         return None
     source = source.resolve()
     if target == source or target in source.parents:
-        return f"{target}: the model to read is in it. Choose another folder."
+        return f"{target}: contains the model to be read. Choose another folder."
     return None
 
 
@@ -91,9 +91,8 @@ def check_savable(model: PreTrainedModel) -> None:
             generation.save_pretrained(folder)
         except ValueError as error:
             raise PipelineError(
-                f"{type(model).__name__}: its generation config (generation_config.json) is one "
-                "that the installed Transformers reads and does not save. Correct it: "
-                f"{in_one_line(error)}"
+                f"{type(model).__name__}: the installed Transformers cannot save its generation "
+                f"config. Correct generation_config.json: {in_one_line(error)}"
             ) from error
 
 

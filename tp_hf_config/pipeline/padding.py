@@ -150,8 +150,8 @@ def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] 
         else:
             layers = " or ".join(map(str, sorted(values)))
             return Refusal(
-                f"{field_name(field)} is {layers} by layer, and nothing proves where zeros would "
-                "have to stand"
+                f"{field_name(field)} differs between layers ({layers}), and it is not proved "
+                "where zeros would have to be added"
             )
     return found
 
@@ -241,7 +241,9 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
     """Give a wider build a model's weights, with zeros for the added units; return why it fails."""
     narrow, wide = model.state_dict(), built.state_dict()
     if narrow.keys() != wide.keys():
-        return Refusal(f"it has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}")
+        return Refusal(
+            f"the padded class has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}"
+        )
     places = positions_left(
         {name: value.shape for name, value in wide.items()},
         ((group.dims, group.count.units, units) for group, units in added),
@@ -258,7 +260,7 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
         for axis, size in enumerate(value.shape):
             kept = places.get(name, {}).get(axis)
             if size != (wide[name].shape[axis] if kept is None else len(kept)):
-                return Refusal(f"nothing proves which channels {name} has in dimension {axis}")
+                return Refusal(f"it is not proved which channels {name} has in dimension {axis}")
     fill(built, model, padded)
     for name in narrow.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
         module, key = owner(built, name)
@@ -280,12 +282,12 @@ def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> Sa
             loud = outputs_of(twin, inputs, recipe)
         if not compared(found, loud).difference <= ROUNDING:
             return Refusal(
-                f"zeros are not neutral in {name}: what its other units compute depends on "
-                "how many there are, as in a norm or a choice over all of them"
+                f"zeros are not neutral in {name}: the other units compute something else when "
+                "units are added, as in a norm or a router over all units"
             )
     same = compared(expected, found)
     if not same.difference <= ROUNDING:
-        return Refusal(f"with zeros its outputs are {same.difference:.0e} off")
+        return Refusal(f"the padded model's outputs differ by {same.difference:.0e}")
     return same
 
 

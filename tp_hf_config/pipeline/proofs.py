@@ -85,7 +85,9 @@ def _none_runs(refusals: list[Refusal]) -> Refusal:
 
 
 def _not_proved(reason: str) -> PipelineError:
-    return PipelineError(f"the model was not written, its round trip is not proved: {reason}")
+    return PipelineError(
+        f"the model was not written, because its round trip could not be proved: {reason}"
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ class SameOutputs:
     difference: float
 
     def __str__(self) -> str:
-        return f"{self.numbers:,} numbers of outputs in float64, {self.difference:.0e} apart"
+        return (
+            f"{self.numbers:,} output numbers compared in float64, largest relative difference "
+            f"{self.difference:.0e}"
+        )
 
 
 def in_float64(model: PreTrainedModel, recipe: RunRecipe) -> PreTrainedModel:

@@ -171,13 +171,13 @@ def _check_plan(planned: Plan, job: Job) -> None:
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in planned.widths
         )
-        why = "; ".join(planned.adjusted) or "Ask for more"
+        why = "; ".join(planned.adjusted) or "Increase the ratio"
         raise PipelineError(f"these ratios prune nothing ({steps}). {why}")
     free = shutil.disk_usage(job.out.expanduser().resolve().parent).free
     if planned.after is not None and planned.after.bytes > free:
         raise PipelineError(
-            f"{job.out}: the pruned model takes {planned.after.bytes:,} bytes, and {free:,} are "
-            "free"
+            f"{job.out}: the pruned model needs {planned.after.bytes:,} bytes on the disk, but "
+            f"only {free:,} are free"
         )
 
 
@@ -185,8 +185,8 @@ def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
     progress.say(widths)
     if job.ranking != "local":
         progress.say(
-            f"the plan is of one ratio for all layers: --ranking {job.ranking} decides how much of "
-            "each goes"
+            f"the plan assumes one ratio for all layers; --ranking {job.ranking} decides how much "
+            "of each layer is pruned"
         )
 
 
@@ -290,15 +290,18 @@ def _allocated(
     assert calibration is not None
     if not calibration.held_out:
         raise PipelineError(
-            "--allocate compares layers on text that is held out, and there is one window alone: "
-            "give a longer text (--calibration FILE), or leave --tokens out"
+            "--allocate compares layers on held-out text, but the text has only one window: give a "
+            "longer text (--calibration FILE), or leave --tokens out"
         )
     if model.num_parameters() <= target:
         raise PipelineError(
-            f"--allocate: the model has {model.num_parameters():,} parameters by then, so "
-            f"--target-params {target:,.0f} prunes no width: take a smaller target"
+            f"--allocate: the model already has only {model.num_parameters():,} parameters, so "
+            f"--target-params {target:,.0f} prunes no width. Choose a smaller target"
         )
-    progress.say("allocating: every layer is cut and refitted alone, the model's answers compared")
+    progress.say(
+        "allocating: each layer is pruned and refitted on its own, and the model's outputs are "
+        "compared"
+    )
     kind: Any = choice.importance
     try:
         return allocate(
@@ -395,7 +398,7 @@ def _write(
     notes += [*rotary_notes, *copied.notes]
     notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.per_layer and layerwise is None:
-        notes.append("all layers have the same widths in the end: the class is the stock one")
+        notes.append("all layers have the same widths after pruning, so the stock class is used")
     held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(
         type(model).__name__,
@@ -431,7 +434,7 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
 def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
     for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
         if old is not None and new is None:
-            yield f"perplexity on {text} was {old:.1f}, and is not finite now: prune less"
+            yield f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
 
 
 def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:

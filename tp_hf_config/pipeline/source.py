@@ -66,18 +66,18 @@ def _source(name: str, trust_remote_code: bool) -> Source:
             raise PipelineError(f"{name}: {_without_config(path)}")
         reason = read_config(path).fault
         if reason is not None:
-            raise PipelineError(f"{name}: {reason}. Get the file anew, or correct it by hand")
+            raise PipelineError(f"{name}: {reason}. Download the file again, or correct it by hand")
         return Source(name, str(path), None, trust_remote_code)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise PipelineError(
                 f"{name}: expected a folder with a config.json, a GGUF file or a Hub id, found a "
-                f"{path.suffix or 'plain'} file. For a model's weights, give the folder: "
-                f"{path.parent}"
+                f"{path.suffix or 'plain'} file. If it contains a model's weights, give its "
+                f"folder: {path.parent}"
             )
         return Source(name, str(path.parent), path.name, trust_remote_code)
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
-        raise PipelineError(f"{name}: there is no such file or folder")
+        raise PipelineError(f"{name}: this file or folder does not exist")
     return Source(name, name, None, trust_remote_code)
 
 
@@ -108,11 +108,11 @@ def check_reachable(source: Source) -> None:
 def _without_config(folder: Path) -> str:
     gguf = sorted(folder.glob("*.gguf"))
     if gguf:
-        return f"no config.json in this folder, but a GGUF file. Say which file: {gguf[0]}"
+        return f"this folder has no config.json, but a GGUF file. Give the file: {gguf[0]}"
     inside = sorted(config.parent for config in folder.glob("*/config.json"))
     if inside:
-        return f"no config.json in this folder, but in one inside. Give that: {inside[0]}"
-    return "no config.json in this folder; expected what save_pretrained writes"
+        return f"this folder has no config.json, but a folder inside does. Give it: {inside[0]}"
+    return "this folder has no config.json; expected a folder that save_pretrained wrote"
 
 
 def config_of(source: Source) -> PreTrainedConfig:
@@ -149,8 +149,8 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     if named and not is_stock and reference is None:
         raise UnsupportedModelError(
             f"{source.name}: Transformers has no class {named[0]}, which config.json names "
-            "(architectures), so parts of the model would be random or lost. Name the class there "
-            "that the weights are for"
+            "(architectures). Another class would lack some weights or initialise them randomly: "
+            "name the class that the weights were saved from"
         )
     if reference is None or (is_stock and not goes_first):
         return class_of(config)
@@ -185,7 +185,7 @@ def _check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         raise UnsupportedModelError(
             f"{source.name} is quantised ({method or 'method unknown'}): packed weights cannot be "
-            "pruned. Prune the float16, bfloat16 or float32 model that it was made of, and "
+            "pruned. Prune the float16, bfloat16 or float32 model that it was made from, and "
             "quantise the result."
         )
 
@@ -199,8 +199,8 @@ def _check_rotary(source: Source) -> None:
     unread = unread_by_transformers_4(read_config(source.folder).data or {})
     if unread:
         raise PipelineError(
-            f"{source.name}: Transformers 5 wrote {', '.join(unread)} into rope_parameters, where "
-            f"the installed Transformers {MAJOR} does not look. First: tp-hf-config repair "
+            f"{source.name}: Transformers 5 wrote {', '.join(unread)} into rope_parameters, which "
+            f"the installed Transformers {MAJOR} does not read. Run first: tp-hf-config repair "
             f"{source.name}"
         )
 
@@ -213,14 +213,14 @@ def _check_gguf(source: Source) -> None:
     if parts is not None and int(parts.contents()) > 1:
         raise UnsupportedModelError(
             f"{source.name} is one of {int(parts.contents())} files of a model, and Transformers "
-            "would read this one alone. Merge them first: llama-gguf-split --merge"
+            "would read only this one. Merge them first: llama-gguf-split --merge"
         )
     unread = list(_unread(reader))  # tensors and fields that scale rotary embeddings
     if unread:
         raise UnsupportedModelError(
             f"{source.name} scales its rotary embeddings ({listed(unread)}), which Transformers "
-            "does not read from a GGUF file: the model would compute something else. Prune the "
-            "safetensors model that it was made of"
+            "does not read from a GGUF file, so the loaded model would compute other outputs. "
+            "Prune the safetensors model that it was made from"
         )
 
 
@@ -265,15 +265,18 @@ def load(
         model.hf_quantizer.remove_quantization_config(model)  # the weights are unpacked now
     notes = _notes(source, info)
     if complete and info["missing_keys"]:
-        raise PipelineError(f"{notes[0]}. The result would have them: add them to the folder first")
+        raise PipelineError(
+            f"{notes[0]}. The pruned model would contain the random values: add these tensors to "
+            "the folder first"
+        )
     return model, notes
 
 
 def _notes(source: Source, info: Mapping[str, Any]) -> tuple[str, ...]:
     # from_pretrained does not list tensors that the class ignores
     kinds = {
-        "missing_keys": f"are not in {source.name} and are random",
-        "unexpected_keys": f"of {source.name} are not read by its class, so the result lacks them",
+        "missing_keys": f"are missing from {source.name} and were initialised randomly",
+        "unexpected_keys": f"of {source.name} are not used by its class, so the result lacks them",
     }
     return tuple(
         f"{len(info[kind])} tensors {what}: {', '.join(sorted(info[kind])[:3])}"
@@ -300,15 +303,15 @@ def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
     if not source.trust_remote_code and "trust_remote_code" in text:
         return _untrusted(source, "its class")
     if source.folder is None:
-        what = f"no such file or folder here, and as a model on the Hub {what}"
+        what = f"no file or folder of this name exists here, and as a model on the Hub {what}"
     if "size mismatch" in text or "ignore_mismatched_sizes" in text:
-        what = f"its config does not fit its weights (tp-hf-config check {source.name}); {what}"
+        what = f"its config does not fit its weights (see tp-hf-config check {source.name}); {what}"
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
     return PipelineError(f"{source.name}: {what}: {type(error).__name__}: {shown}")
 
 
 def _untrusted(source: Source, what: str) -> PipelineError:
     return PipelineError(
-        f"{source.name}: {what} is code that comes with the model, and it is not run unless you "
-        "say so. Look at its .py files, then add trust_remote_code=True"
+        f"{source.name}: {what} is code that comes with the model, which is not run by default. "
+        "Read its .py files, then add trust_remote_code=True"
     )

@@ -124,8 +124,8 @@ class Support(Report):
     def title(self) -> str:
         """Return the class, and why nothing could be tried."""
         if self.why_not is not None:
-            return f"{self.model}: nothing can be tried: {self.why_not}"
-        return f"{self.model} (seen on text alone)" if self.partial else self.model
+            return f"{self.model}: not tested: {self.why_not}"
+        return f"{self.model} (tested on text only)" if self.partial else self.model
 
     def rows(self) -> Rows:
         """Return a row for each width."""
@@ -297,7 +297,7 @@ def _trial(case: Subject, width: Width, folder: Path) -> Tried:
         if outcome == "refused":
             counts = [group.count for group in width.groups]  # one is kept in each channel group
             least = max((max(c.minimum, c.channel_groups) for c in counts), default=0)
-            why = width.reason or why or f"{least} of {width.units} have to stay"
+            why = width.reason or why or f"{least} of {width.units} units must remain"
         elif steps > 1:
             why = f"{steps} steps: {why}"
         return WidthSupport(width.names, outcome, why, width.units), ()

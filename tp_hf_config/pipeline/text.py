@@ -125,7 +125,7 @@ def choose(
         if writes and job.importance == "magnitude":
             warnings.warn(
                 f"--importance magnitude ranks {model_class.__name__} by the size of its weights, "
-                "which often takes what a language model needs most. Leave --importance out, or "
+                "which often removes what a language model needs most. Leave --importance out, or "
                 "at least --no-refit",
                 CalibrationWarning,
                 stacklevel=3,
@@ -167,38 +167,39 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
     name = model_class.__name__
     if job.allocate and job.importance not in (None, *CALIBRATED):
         raise PipelineError(
-            f"--allocate measures what layers carry on a text, --importance {job.importance} does "
-            f"not: leave it out, or take one of {', '.join(CALIBRATED)}"
+            "--allocate needs an importance that is measured by calibration, and --importance "
+            f"{job.importance} is not: leave it out, or use one of {', '.join(CALIBRATED)}"
         )
     if not _takes_text(model_class):
         if job.drop_layers:
             raise UnsupportedModelError(
-                f"{name} takes no text that tells which of its layers change least. In Python: "
-                "tp_hf_config.drop_layers(model, count=2, calibration="
+                f"{name} takes no text, so --drop-layers cannot find the layers of least influence "
+                "on one. In Python: tp_hf_config.drop_layers(model, count=2, calibration="
                 "tp_hf_config.calibrate(model, batches))"
             )
         if job.allocate:
             raise UnsupportedModelError(
-                f"{name} takes no text on which --allocate could compare its layers. In Python: "
+                f"{name} takes no text, so --allocate cannot compare its layers on one. In Python: "
                 "tp_hf_config.allocate(model, tp_hf_config.calibrate(model, batches), "
                 "target_params=0.8)"
             )
         if need or job.calibration is not None:
             raise UnsupportedModelError(
-                f"{name} takes no text, so {need or '--calibration'} is of no use to it. Leave "
+                f"{name} takes no text, so {need or '--calibration'} cannot be used. Leave "
                 "--calibration and --recover out, and use --importance magnitude or random (in "
                 "Python: tp_hf_config.calibrate(model, batches))"
             )
     if job.calibration == "own" and not writes:
         raise PipelineError(
-            f"--calibration own: {name} is no causal language model, it writes no text. Say "
-            "--calibration FILE (plain text, some thousand words of what the model is for)"
+            f"--calibration own: {name} is not a causal language model and cannot write text. Use "
+            "--calibration FILE (plain text: a few thousand words of the kind that the model reads)"
         )
     if need and job.calibration is None and not writes:
         raise PipelineError(
-            f"{need} needs text to run {name} on (the shipped text is for causal language models "
-            "alone). Add --calibration FILE (plain text, some thousand words of what the model is "
-            "for)" + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
+            f"{need} needs text to run {name} on (the shipped text is only for causal language "
+            "models). Add --calibration FILE (plain text: a few thousand words of the kind that "
+            "the model reads)"
+            + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
         )
 
 
@@ -347,8 +348,8 @@ def gather(
         return objective
     if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no logits, so a text cannot tell how well it does: leave "
-            "--recover out, and use another --importance than taylor"
+            f"{type(model).__name__} has no logits, so no loss on a text can be computed: leave "
+            "--recover out, and do not use --importance taylor"
         )
     second = text.held_out[:0]
     if objective.task == "next token" and choice.tokenizer is not None:

@@ -62,7 +62,7 @@ def test_a_report_says_what_was_looked_at(tmp_path: Path):
     report = check_checkpoint(folder)
     assert str(report) == (
         f"{folder}: sound\n  LlamaForCausalLM: 21 tensors, 74,432 parameters, 1 file\n"
-        "  note: taken as config.json says, because shapes do not tell: head_dim=16, "
+        "  note: taken from config.json, because no shape shows the values: head_dim=16, "
         "num_attention_heads=4, num_key_value_heads=2"
     )
     data = json.loads(json.dumps(report.to_dict()))
@@ -112,11 +112,11 @@ def test_pickled_weights_are_sound(tmp_path: Path):
     report = check_checkpoint(folder)
     if small.TORCH < (2, 6):
         assert report.sound is None
-        assert "reads pickles unsafely; torch 2.6 or newer does not" in str(report)
+        assert "does not read pickles safely; torch 2.6 or newer does" in str(report)
         return
     assert (report.sound, report.files) == (True, ("pytorch_model.bin",))
     folders.edit(folder, intermediate_size=80)
-    assert causes(folder) == ["intermediate_size says 80, the weights of layers 0-1 hold 96"]
+    assert causes(folder) == ["intermediate_size says 80, but the weights of layers 0-1 hold 96"]
 
 
 @pytest.mark.parametrize("into", ["base", "task"])
@@ -167,13 +167,14 @@ def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
         (
             "llama",
             {"intermediate_size": 80},
-            ["intermediate_size says 80, the weights of layers 0-1 hold 96"],
+            ["intermediate_size says 80, but the weights of layers 0-1 hold 96"],
         ),
         (
             "llama",
             {"num_hidden_layers": 3},
             [
-                "9 tensors are missing in the weights: LlamaForCausalLM would start them anew: "
+                "9 tensors are missing from the weights; LlamaForCausalLM would initialise them "
+                "randomly: "
                 "model.layers.*.input_layernorm.weight, model.layers.*.mlp.down_proj.weight, "
                 "model.layers.*.mlp.gate_proj.weight (and 6 more)"
             ],
@@ -181,28 +182,30 @@ def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
         (
             "llama-tied",
             {"tie_word_embeddings": False},
-            ["tie_word_embeddings says false, the weights are those of true"],
+            ["tie_word_embeddings says false, but the weights need true"],
         ),
         (
             "qwen3",
             {"head_dim": None},
-            ["head_dim is not set, which means 128, the weights of layers 0-1 hold 12"],
+            ["head_dim is not set, which means 128, but the weights of layers 0-1 hold 12"],
         ),
         (
             "bert",
             {"intermediate_size": 100, "vocab_size": 50},
             [
-                "intermediate_size says 100, the weights of layers 0-1 hold 96",
-                "vocab_size says 50, the weights of bert.embeddings.word_embeddings.weight hold 99",
+                "intermediate_size says 100, but the weights of layers 0-1 hold 96",
+                "vocab_size says 50, but the weights of bert.embeddings.word_embeddings.weight "
+                "hold 99",
             ],
         ),
         (
             "mixtral",
             {"num_local_experts": 8},
-            ["num_local_experts says 8, the weights of layers 0-1 hold 4"]
+            ["num_local_experts says 8, but the weights of layers 0-1 hold 4"]
             if small.TRANSFORMERS >= (5,)  # one tensor of all experts; before a list of modules
             else [
-                "24 tensors are missing in the weights: MixtralForCausalLM would start them anew: "
+                "24 tensors are missing from the weights; MixtralForCausalLM would initialise them "
+                "randomly: "
                 "model.layers.*.block_sparse_moe.experts.4.w1.weight, "
                 "model.layers.*.block_sparse_moe.experts.4.w2.weight, "
                 "model.layers.*.block_sparse_moe.experts.4.w3.weight (and 9 more)"
@@ -212,17 +215,18 @@ def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
             "t5",
             {"d_ff": 55},
             [
-                "d_ff says 55, the weights of layers 0-1 of decoder.block and layers 0-1 of "
+                "d_ff says 55, but the weights of layers 0-1 of decoder.block and layers 0-1 of "
                 "encoder.block hold 96",
             ],
         ),
-        ("gpt2", {"n_embd": 32}, ["n_embd says 32, the weights of layers 0-1 hold 64"]),
+        ("gpt2", {"n_embd": 32}, ["n_embd says 32, but the weights of layers 0-1 hold 64"]),
         (
             "llama",
             {"num_attention_heads": 2},
             [
                 "the shapes fit head_dim=16, num_attention_heads=4, num_key_value_heads=2 or "
-                "head_dim=32, num_attention_heads=2, num_key_value_heads=1, and nothing tells which"
+                "head_dim=32, num_attention_heads=2, num_key_value_heads=1, and no shape shows "
+                "which one is right"
             ],
         ),
     ],
@@ -245,7 +249,9 @@ def test_a_shape_that_no_field_sets(tmp_path: Path):
     tensors["vit.embeddings.cls_token"] = torch.zeros(1, 2, 64)
     save_file(tensors, folder / "model.safetensors")
     found = causes(folder)
-    assert found[0] == "vit.embeddings.cls_token holds [1, 2, 64], the config builds [1, 1, 64]"
+    assert found[0] == (
+        "vit.embeddings.cls_token has shape [1, 2, 64], but the config builds [1, 1, 64]"
+    )
     assert "no width of ViTConfig gives vit.embeddings.cls_token" in found[1]
 
 
@@ -257,7 +263,7 @@ def test_missing_tensors_are_one_cause(tmp_path: Path):
         folder / "model.safetensors",
     )
     assert causes(folder) == [
-        "2 tensors are missing in the weights: LlamaForCausalLM would start them anew: "
+        "2 tensors are missing from the weights; LlamaForCausalLM would initialise them randomly: "
         "model.layers.*.mlp.up_proj.weight"
     ]
 
@@ -269,7 +275,7 @@ def test_tensors_without_a_place_are_one_cause(tmp_path: Path):
         tensors[f"model.layers.{layer}.mlp.norm.weight"] = torch.zeros(96)
     save_file(tensors, folder / "model.safetensors")
     assert causes(folder) == [
-        "2 tensors are in the weights, and LlamaForCausalLM has no place for them in this config: "
+        "2 tensors are in the weights, but not in LlamaForCausalLM with this config: "
         "model.layers.*.mlp.norm.weight"
     ]
 
@@ -279,10 +285,10 @@ def test_tied_tensors_that_differ_in_the_files(tmp_path: Path):
     report = check_checkpoint(folder)
     names = "lm_head.weight and model.embed_tokens.weight"
     text = f"the config ties {names}, which hold different numbers"
-    if small.TRANSFORMERS >= (5,):  # leaves them apart when it loads
+    if small.TRANSFORMERS >= (5,):  # loads them untied
         assert report.sound is True
         assert folders.notes(report) == (
-            f"{text}: Transformers leaves them apart; repair says so in the config",
+            f"{text}; Transformers loads them untied, and repair corrects the config",
         )
     else:
         assert [cause.text for cause in report.causes] == [text]
@@ -308,7 +314,7 @@ def test_a_part_that_is_quantised(part: str, tmp_path: Path):
     folders.edit(folder, **{part: {**inner, "quantization_config": {"quant_method": "fp8"}}})
     report = check_checkpoint(folder)
     assert (report.sound, report.causes) == (None, ())
-    why = "the weights are quantised (quantization_config), and packed shapes say no widths"
+    why = "the weights are quantised (quantization_config), and packed shapes show no widths"
     assert report.why_not == why
 
 
@@ -319,8 +325,8 @@ def test_an_adapter_beside_the_weights_is_noted(tmp_path: Path):
     report = check_checkpoint(folder)
     assert (report.sound, report.causes) == (True, ())
     assert folders.notes(report) == (
-        "the folder holds an adapter (adapter_config.json), which from_pretrained adds where peft "
-        "is installed; it is not checked",
+        "the folder contains an adapter (adapter_config.json), which was not checked; "
+        "from_pretrained adds it to the model if peft is installed",
     )
 
 
@@ -344,14 +350,14 @@ def test_a_config_that_the_class_refuses(tmp_path: Path):
         ({"architectures": ["os"]}, "has no class os, which config.json names"),
         (
             {"model_type": "bert"},
-            'model_type says "bert", but LlamaForCausalLM (architectures) takes LlamaConfig',
+            'model_type is "bert", but LlamaForCausalLM (architectures) needs a LlamaConfig',
         ),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config)"),
         (
             {"num_hidden_layers": 10**9},
-            "num_hidden_layers says 1,000,000,000, far above all that the",
+            "num_hidden_layers is 1,000,000,000, far larger than any size",
         ),
-        ({"num_labels": 10**9}, "num_labels says 1,000,000,000, far above all that the weights"),
+        ({"num_labels": 10**9}, "num_labels is 1,000,000,000, far larger than any size in the"),
     ],
 )
 def test_could_not_tell(fields: dict[str, Any], why: str, tmp_path: Path):
@@ -360,15 +366,15 @@ def test_could_not_tell(fields: dict[str, Any], why: str, tmp_path: Path):
     assert report.causes == ()
     assert report.why_not is not None
     assert why in report.why_not
-    assert f"could not tell\n  {report.model or 'no class'}" in str(report)
+    assert f"could not tell\n  {report.model or 'unknown class'}" in str(report)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "does not exist. Say the folder that holds config.json."),
-        (lambda path: path.write_text(""), "is not a folder. Say the folder that holds"),
-        (lambda path: path.mkdir(), "has no config.json. Say the folder that holds it."),
+        (lambda path: None, "does not exist. Give the folder that contains config.json."),
+        (lambda path: path.write_text(""), "is not a folder. Give the folder that contains"),
+        (lambda path: path.mkdir(), "has no config.json. Give the folder that contains it."),
     ],
 )
 def test_no_folder_with_a_config(make: Any, message: str, tmp_path: Path):
@@ -381,7 +387,7 @@ def test_no_folder_with_a_config(make: Any, message: str, tmp_path: Path):
 def test_no_weights(tmp_path: Path):
     folder = folders.saved("llama", tmp_path)
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match=r"There is model.fp16.safetensors, which no plain"):
+    with pytest.raises(CheckpointError, match=r"There is model.fp16.safetensors, which from_pre"):
         check_checkpoint(folder)
 
 
@@ -392,7 +398,7 @@ def test_a_large_number_that_the_class_does_not_read(tmp_path: Path):
     folder = folders.edit(folders.saved("llama", tmp_path), num_train_tokens=15 * 10**9)
     assert check_checkpoint(folder).sound is True
     folders.edit(folder, intermediate_size=80)
-    assert causes(folder) == ["intermediate_size says 80, the weights of layers 0-1 hold 96"]
+    assert causes(folder) == ["intermediate_size says 80, but the weights of layers 0-1 hold 96"]
 
 
 def test_a_rotary_base_is_no_size(tmp_path: Path):
@@ -432,7 +438,7 @@ def test_large_numbers_that_a_class_reads(
 ):
     found = too_large(Classes(config, model, 100), data, {})
     assert (found is None) == (read is None)
-    assert read is None or str(found).startswith(f"{read} says 1,000,000,000, far above all that")
+    assert read is None or str(found).startswith(f"{read} is 1,000,000,000, far larger than any")
 
 
 @pytest.mark.full
@@ -466,7 +472,7 @@ def test_a_70b_folder_of_holes(tmp_path: Path):
     assert report.parameters == 70_553_706_496
     folders.edit(tmp_path, intermediate_size=28000)
     assert causes(tmp_path) == [
-        "intermediate_size says 28,000, the weights of layers 0-79 hold 28,672"
+        "intermediate_size says 28,000, but the weights of layers 0-79 hold 28,672"
     ]
 
 
@@ -480,7 +486,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folders.edit(folder, intermediate_size=80)
     code, out, _ = shell(capsys, "check", folder)
     assert code == 1
-    assert out.endswith("intermediate_size says 80, the weights of layers 0-1 hold 96\n")
+    assert out.endswith("intermediate_size says 80, but the weights of layers 0-1 hold 96\n")
     _, out, _ = shell(capsys, "check", folder, "--json")
     assert json.loads(out)["causes"][0]["holds"] == 96
     folders.edit(folder, architectures=None)

@@ -97,7 +97,7 @@ def test_a_header_that_lies(change: dict[str, Any], expected: str, folder: Path)
 def test_a_tensor_without_numbers(folder: Path):
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "lm_head.weight": torch.zeros(99, 0)}, folder / WEIGHTS)
-    refused(folder, "lm_head.weight holds [99, 0], the config builds [99, 64]")
+    refused(folder, "lm_head.weight has shape [99, 0], but the config builds [99, 64]")
 
 
 def test_weights_that_do_not_fit_into_the_address_space(
@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_into_the_address_space(
     report = check_checkpoint(folder)
     assert (report.sound, report.why_not) == (
         None,
-        "model.safetensors cannot be mapped: Cannot allocate memory (os error 12)",
+        "model.safetensors cannot be mapped into memory: Cannot allocate memory (os error 12)",
     )
 
 
@@ -157,13 +157,14 @@ def test_a_pickle_with_code_in_it_is_not_run(zipped: bool, folder: Path, tmp_pat
     report = check_checkpoint(folder)
     if zipped:
         assert [cause.text for cause in report.causes] == [
-            "pytorch_model.bin holds more than tensors, and is not unpickled: that could run code"
+            "pytorch_model.bin contains other objects than tensors and was not unpickled, because "
+            "that could run code"
         ]
     else:
         assert report.sound is None
         assert report.why_not == (
-            "pytorch_model.bin is not in torch.save's zip format, and is not unpickled. Save it "
-            "as safetensors."
+            "pytorch_model.bin is not in torch.save's zip format and was not unpickled, because "
+            "that could run code. Save the weights as safetensors."
         )
     assert not (tmp_path / "harmed").exists()
 
@@ -171,13 +172,13 @@ def test_a_pickle_with_code_in_it_is_not_run(zipped: bool, folder: Path, tmp_pat
 def test_a_pickle_that_is_cut_off(folder: Path):
     (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(folder, "pytorch_model.bin is cut off: it is not a whole torch.save file")
+    refused(folder, "pytorch_model.bin is truncated: it is not a complete torch.save file")
 
 
 def test_a_pickle_of_something_else(folder: Path):
     (folder / WEIGHTS).unlink()
     torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin holds a list; expected tensors by name")
+    refused(folder, "pytorch_model.bin holds a list; expected a dict of tensors")
 
 
 # Shards and their index
@@ -223,7 +224,7 @@ def test_an_index_that_names_files_outside(name: str, sharded: Path, tmp_path: P
     index = index_of(sharded)
     index["weight_map"][NORM] = name
     (sharded / INDEX).write_text(json.dumps(index))
-    refused(sharded, "outside the folder: not read")
+    refused(sharded, "which is outside the folder and was not read")
 
 
 def test_an_index_that_promises_what_is_not_there(sharded: Path):
@@ -275,7 +276,9 @@ def test_weights_that_the_config_names_wrongly(name: Any, folder: Path, tmp_path
 def test_a_pointer_of_git_lfs(name: str, folder: Path):
     (folder / WEIGHTS).unlink()
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    refused(folder, f"{name} is a pointer of Git LFS, not the weights. Fetch them: git lfs pull")
+    refused(
+        folder, f"{name} is a Git LFS pointer, not the weights. Download the weights: git lfs pull"
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,12 +315,12 @@ def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
         ("\xff\xfe{\0}\0", "config.json is not JSON: 'utf-8' codec can't decode byte 0xff"),
         (
             '{"per_layer_config": [{"a": 3}]}',
-            'per_layer_config says [{"a": 3}]; expected layer -> ',
+            'per_layer_config is [{"a": 3}]; expected the values ',
         ),
-        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config says {"0": 5}; expected layer'),
+        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config is {"0": 5}; expected the va'),
         (
             '{"per_layer_config": {"x": {"a": 3}}}',
-            'per_layer_config says {"x": {"a": 3}}; expected',
+            'per_layer_config is {"x": {"a": 3}}; expected',
         ),
     ],
 )
@@ -342,7 +345,7 @@ def test_a_config_that_is_a_folder(folder: Path):
         ({"hidden_size": 0}, ""),
         ({"num_hidden_layers": 5000}, "it asks for more than 4,264 modules, far more than the"),
         ({"rope_parameters": 7}, "LlamaConfig refuses config.json: "),
-        ({"dtype": False}, "dtype says false, which is no type that torch has"),
+        ({"dtype": False}, "dtype is false, which is not a dtype of torch"),
     ],
 )
 def test_absurd_values(fields: dict[str, Any], expected: str, folder: Path):
@@ -354,11 +357,14 @@ def test_absurd_values(fields: dict[str, Any], expected: str, folder: Path):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"hidden_size": 10**30}, "hidden_size says about 2**100, far above all that the weights"),
-        ({"intermediate_size": 2**40}, "intermediate_size says 1,099,511,627,776, far above all"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers says 1,000,000,000, far above all"),
-        ({"own": list(range(600_000))}, "config.json has more values, or nests them deeper"),
-        ({"own": json.loads("[" * 80 + "]" * 80)}, "config.json has more values, or nests them"),
+        ({"hidden_size": 10**30}, "hidden_size is about 2**100, far larger than any size in the"),
+        ({"intermediate_size": 2**40}, "intermediate_size is 1,099,511,627,776, far larger than"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, far larger than any"),
+        ({"own": list(range(600_000))}, "config.json has more than 500,000 values or 64 levels"),
+        (
+            {"own": json.loads("[" * 80 + "]" * 80)},
+            "config.json has more than 500,000 values or 64",
+        ),
         ({"architectures": "LlamaForCausalLM"}, "config.json names no class"),
         ({"architectures": ["x" * 10_000]}, "has no class xxx"),
         ({"model_type": ["llama"], "architectures": [5]}, "config.json names no class"),
@@ -405,12 +411,12 @@ def test_code_of_the_folder_is_only_run_when_it_is_trusted(
             call(folder)
         assert str(error.value) == (
             f"{folder}: its class is code in the folder (auto_map in config.json), which is not "
-            "run. Read it, then say trust_remote_code=True."
+            "run by default. Read the code, then pass trust_remote_code=True."
         )
     assert not mark.exists()
     report = check_checkpoint(folder, trust_remote_code=True)
     assert (report.sound, report.model) == (True, "OwnModel")
-    assert folders.notes(report) == ("code of the folder was run",)
+    assert folders.notes(report) == ("the folder's own code was run",)
     assert mark.exists()
 
 
@@ -419,7 +425,9 @@ def test_code_beside_a_class_of_transformers_is_not_run(folder: Path, tmp_path: 
     folders.edit(folder, auto_map={"AutoConfig": "own.OwnConfig"})
     report = check_checkpoint(folder)
     assert report.sound is True
-    assert folders.notes(report) == ("the folder has code of its own, which was not run",)
+    assert folders.notes(report) == (
+        "the folder contains model code, which was not run: the class of Transformers was used",
+    )
     assert not (tmp_path / "mark").exists()
 
 

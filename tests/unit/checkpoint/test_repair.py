@@ -128,7 +128,7 @@ def test_tensors_that_no_setting_unties(tmp_path: Path):
     )
     found, report = check_checkpoint(folder), repair_checkpoint(folder)
     assert found.sound is True
-    assert folders.notes(found) == (f"{text}: Transformers leaves them apart",)
+    assert folders.notes(found) == (f"{text}; Transformers loads them untied",)
     assert (report.written, report.fields, report.notes) == (False, {}, (text,))
     assert report.after == found
     assert folders.files(folder) == before
@@ -153,7 +153,7 @@ def test_a_dry_run_says_what_the_folder_will_be_like(
     assert planned.after == done.after == check_checkpoint(folder)
     assert done.after is not None
     assert done.after.parameters > 0
-    assert any(note.startswith("taken as config.json says") for note in done.after.notes)
+    assert any(note.startswith("taken from config.json, because") for note in done.after.notes)
 
 
 def test_a_field_that_is_there_under_two_names(tmp_path: Path):
@@ -162,7 +162,7 @@ def test_a_field_that_is_there_under_two_names(tmp_path: Path):
     assert folders.config_of(folder)["n_embd"] == 64
     assert not folders.loads(folder)
     report = check_checkpoint(folder)
-    text = "hidden_size says 32, the weights of layers 0-1 hold 64"
+    text = "hidden_size says 32, but the weights of layers 0-1 hold 64"
     assert [cause.text for cause in report.causes] == [text]
     assert repair_checkpoint(folder).fields == {"hidden_size": (32, 64)}
     assert folders.loads(folder)
@@ -267,8 +267,9 @@ def test_a_given_field_that_no_shape_shows_takes_effect_under_its_alias(tmp_path
 def test_a_number_of_layers_is_not_guessed(tmp_path: Path):
     error = refused(folders.edit(folders.saved("llama", tmp_path), num_hidden_layers=3))
     assert str(error).endswith(
-        "is missing, which LlamaForCausalLM builds. If layers were removed, say how many are left: "
-        "given={'num_hidden_layers': ...} or --given num_hidden_layers=N. Nothing was written."
+        "is in LlamaForCausalLM, but not in the weights. If layers were removed, give the number "
+        "that remains: given={'num_hidden_layers': ...} or --given num_hidden_layers=N. Nothing "
+        "was written."
     )
 
 
@@ -277,7 +278,7 @@ def test_a_sound_folder_is_left_alone(tmp_path: Path):
     before = folders.files(folder)
     report = repair_checkpoint(folder)
     assert (report.written, report.fields, report.difference) == (False, {}, "")
-    assert str(report).endswith("config.json says what the weights are; nothing to repair")
+    assert str(report).endswith("config.json fits the weights; nothing to repair")
     assert folders.files(folder) == before
 
 
@@ -303,8 +304,8 @@ def test_heads_that_no_shape_decides_are_asked_for(tmp_path: Path):
         {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
     )
     assert str(error).endswith(
-        "Nothing tells which; say it: given={'head_dim': 16} or --given head_dim=16. Nothing was "
-        "written."
+        "No shape shows which one is right; choose one: given={'head_dim': 16} or --given "
+        "head_dim=16. Nothing was written."
     )
 
 
@@ -313,7 +314,7 @@ def test_heads_that_no_shape_decides_are_asked_for(tmp_path: Path):
     [
         ("hidden_act", "sliu", "sliu"),
         ("n_head", 3, "must be divisible by num_heads"),
-        ("n_embd", 10**25, "far above all that the weights have"),
+        ("n_embd", 10**25, "far larger than any size in the weights"),
     ],
 )
 def test_what_the_class_refuses_is_to_be_corrected_by_hand(
@@ -337,7 +338,7 @@ def test_a_field_of_a_config_inside_can_be_said_in_the_shell(
         repair_checkpoint(folder, given={"num_attention_heads": 4})
     name = "text_config.num_attention_heads"
     assert (
-        f"LlavaConfig has several of that name: say one of {name}, "
+        f"LlavaConfig has several fields num_attention_heads: use one of {name}, "
         f"vision_config.num_attention_heads, as in given={{'{name}': 4}} or --given {name}=4."
     ) in str(error.value)
     _, out, _ = shell(capsys, "repair", folder, "--given", f"{name}=4", "--json")
@@ -353,7 +354,7 @@ def test_heads_that_stay_are_named(tmp_path: Path):
     folder = folders.edit(folders.saved("bert", tmp_path), intermediate_size=8)
     report = repair_checkpoint(folder)
     assert report.undecided == ("num_attention_heads",)
-    assert "no shape shows num_attention_heads: left as it is" in str(report)
+    assert "not changed, because no shape shows it: num_attention_heads" in str(report)
 
 
 def test_a_given_field_that_the_class_has_not(tmp_path: Path):
@@ -361,7 +362,7 @@ def test_a_given_field_that_the_class_has_not(tmp_path: Path):
     with pytest.raises(CheckpointError) as error:
         repair_checkpoint(folder, given={"width": 3})
     assert (
-        "LlamaConfig has no field width that sets sizes: say one of head_dim, hidden_size, "
+        "LlamaConfig has no field width that sets a size: use one of head_dim, hidden_size, "
         "intermediate_size, num_attention_heads, num_key_value_heads, vocab_size"
     ) in str(error.value)
 
@@ -442,8 +443,8 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(CheckpointError) as error:
         repair_checkpoint(folder)
     assert str(error.value) == (
-        f"{folder} cannot be written: No space left on device. {folder} is as it was. Write to "
-        "another folder: out=."
+        f"{folder} cannot be written: No space left on device. {folder} was not changed. Write "
+        "to another folder: out=."
     )
 
 
@@ -537,7 +538,7 @@ def test_a_new_folder_is_written_and_the_old_one_stays(tmp_path: Path):
     assert folders.files(folder) == before
     assert report.folder == str(out)
     assert report.backup is None
-    assert report.notes == ("left out, as no plain files: elsewhere",)
+    assert report.notes == ("not copied, because not regular files: elsewhere",)
     assert folders.config_of(out)["intermediate_size"] == 96
     assert (out / "onnx" / "note.txt").read_text() == "inside"
     assert (out / "1_Pooling" / "config.json").read_bytes() == (
@@ -584,7 +585,7 @@ def test_a_new_folder_inside_the_old_one(inside: str, tmp_path: Path):
         with pytest.raises(CheckpointError) as error:
             repair_checkpoint(folder, out=out)
         assert str(error.value) == (
-            f"{out} is inside {folder}, which is copied. Say a folder outside."
+            f"{out} is inside {folder}, which is copied. Give a folder outside."
         )
     assert folders.files(folder) == before
     assert not (folder / "deep").exists()
@@ -593,7 +594,9 @@ def test_a_new_folder_inside_the_old_one(inside: str, tmp_path: Path):
 def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path):
     folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
     (tmp_path / "new").mkdir()
-    with pytest.raises(CheckpointError, match=r"new is there already\. Say a folder that is not"):
+    with pytest.raises(
+        CheckpointError, match=r"new already exists\. Choose a folder that does not"
+    ):
         repair_checkpoint(folder, out=tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -622,7 +625,7 @@ def test_the_home_folder(
 
 def test_a_home_folder_that_nobody_has(tmp_path: Path):
     folder, nobody = folders.saved("llama", tmp_path), "~nobody-of-this-name/x"
-    message = f"{nobody}: there is no such home folder"
+    message = f"{nobody}: this home folder does not exist"
     for call in (
         lambda: check_checkpoint(nobody),
         lambda: repair_checkpoint(nobody),

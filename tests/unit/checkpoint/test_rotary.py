@@ -56,7 +56,7 @@ def test_what_stands_in_one_place_is_written_beside_it(
     report = repair_checkpoint(folder)
     assert (report.written, report.fields, report.added) == (True, {}, added)
     for path, value in added.items():
-        assert f"  {path}: {value}, for readers that stand on Transformers 4" in str(report)
+        assert f"  {path}: {value}, added for software based on Transformers 4" in str(report)
     after = folders.config_of(folder)
     for path in added:
         *inside, last = path.split(".")
@@ -124,8 +124,8 @@ def test_what_longrope_has_beside_its_factors(tmp_path: Path):
 def test_one_number_cannot_say_what_differs_by_layer(tmp_path: Path):
     folder = folders.saved("gemma3-deep", tmp_path)
     said = (
-        "rope_parameters differs by type of layer, which no rope_theta can say: readers that stand "
-        "on Transformers 4 take defaults of their own",
+        "rope_parameters differs between layer types, which rope_theta cannot express: software "
+        "based on Transformers 4 uses its own defaults",
     )
     before = folders.files(folder)
     report = repair_checkpoint(folder)
@@ -141,8 +141,9 @@ def test_what_would_not_load_the_same_is_not_written(tmp_path: Path):
         data.pop(name, None)
     (folder / "config.json").write_text(json.dumps(data))
     theta, part = (
-        f"{name} is in rope_parameters alone, where readers that stand on Transformers 4 do not "
-        "look; written beside it, GPTNeoXConfig would not load the same"
+        f"{name} is only in rope_parameters, which software based on Transformers 4 does not read. "
+        "It is not written beside rope_parameters, because GPTNeoXConfig would then load another "
+        "config"
         for name in ("rope_theta 10000.0", "partial_rotary_factor 0.25")
     )
     report = repair_checkpoint(folder)
@@ -153,8 +154,8 @@ def test_two_numbers_that_differ(tmp_path: Path):
     folder = folders.of_transformers_5(folders.saved("llama", tmp_path))
     folders.edit(folder, rope_theta=10000.0)
     said = (
-        "rope_theta says 10000.0, rope_parameters 500000.0: Transformers 4 reads the one, 5 the "
-        "other; correct one of them by hand",
+        "rope_theta is 10000.0, but rope_parameters has 500000.0. Transformers 4 reads the first, "
+        "Transformers 5 the second: correct one of them by hand",
     )
     assert repair_checkpoint(folder).notes == said
     assert folders.config_of(folder)["rope_theta"] == 10000.0
@@ -185,7 +186,8 @@ def test_transformers_4_does_not_prune_what_it_would_read_wrongly(
     assert code == 1
     assert errors == (
         f"tp-hf-config prune: {source}: Transformers 5 wrote rope_theta into rope_parameters, "
-        "where the installed Transformers 4 does not look. First: tp-hf-config repair "
+        "which "
+        "the installed Transformers 4 does not read. Run first: tp-hf-config repair "
         f"{source}\n"
     )
 

@@ -93,7 +93,7 @@ class Crashing(Killed):
 @pytest.mark.parametrize(
     ("model_class", "said"),
     [
-        (Killed, "the fresh process was killed (SIGKILL), most often for want of memory"),
+        (Killed, "the fresh process was killed (SIGKILL), most often because memory ran out"),
         (Crashing, "the fresh process was ended by signal 6 (Aborted): "),
     ],
 )
@@ -160,8 +160,8 @@ def test_a_folder_that_is_not_sound_is_not_run(tmp_path: Path):
     folder = folders.edit(folders.saved("llama", tmp_path), intermediate_size=80)
     report = verify_checkpoint(folder)
     assert not report.same
-    assert report.loading == ("intermediate_size says 80, the weights of layers 0-1 hold 96",)
-    assert report.error == "it is not sound"
+    assert report.loading == ("intermediate_size says 80, but the weights of layers 0-1 hold 96",)
+    assert report.error == "the folder is not sound, and was not run"
 
 
 def test_a_folder_of_which_nothing_can_be_told(tmp_path: Path):
@@ -200,8 +200,8 @@ def test_what_two_folders_have_not_in_common_is_said(tmp_path: Path):
     assert (report.same, report.error, report.against) == (False, None, str(places[1]))
     (note,) = report.notes
     assert note.startswith("config.json differs: ")
-    assert "intermediate_size 96, there 48" in note
-    assert [str(one) for one in report.differences] == ["logits: another shape or type"]
+    assert f"intermediate_size 96, in {places[1]} 48" in note
+    assert [str(one) for one in report.differences] == ["logits: different shapes or dtypes"]
     report = verify_checkpoint(llama, bert)
     assert not report.same
     assert report.notes[0] == f"{bert} is of another class: BertForSequenceClassification"
@@ -229,7 +229,7 @@ def test_numbers_that_are_all_nan_prove_nothing(tmp_path: Path, capsys: pytest.C
     with_tensor(one, "model.norm.weight", slice(None), float("nan"))
     assert shell(capsys, "verify", one)[:2] == (
         1,
-        f"{one}: computes nothing (LlamaForCausalLM, fresh process)\n"
+        f"{one}: runs, but an output has no finite number (LlamaForCausalLM, fresh process)\n"
         "  note: every number of logits is NaN or infinite\n",
     )
     report = verify_checkpoint(one, one)
@@ -300,7 +300,7 @@ def test_how_far_apart_two_types_compute(tmp_path: Path):
     assert str(difference) == (
         f"logits: {difference.elements:,} of 792 numbers differ, by at most "
         f"{difference.largest:.3g} ({difference.relative:.3g} of the largest); "
-        "float32, there bfloat16"
+        "its dtype is float32, that of the reference bfloat16"
     )
     assert json.loads(json.dumps(report.to_dict()))["differences"][0]["dtypes"] == [
         "float32",

@@ -37,7 +37,8 @@ pytestmark = pytest.mark.usefixtures("every_width")
 COMMANDS = ("check", "repair", "verify", "plan", "prunable", "prune", "export")
 RATIO = "--pruning-ratio 0.2"
 NEW = f"--out new {RATIO}"
-PLAIN = "Say the folder that holds"
+PLAIN = "Give the folder that contains"
+ABSENT = "no file or folder of this name exists here, and as a model on the Hub its"
 WRONG = {
     "": "Missing command.",
     "prone x": "No such command 'prone'.",
@@ -53,9 +54,9 @@ WRONG = {
     f"check {'x' * 300}": "cannot be read: ",
     "repair nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "repair bare": "bare has no weights (model.safetensors, ",
-    "repair whole --out nothing": "nothing is there already. Say a folder that",
-    "repair whole --out whole/new": "whole/new is inside whole, which is copied. Say a folder out",
-    "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; there is",
+    "repair whole --out nothing": "nothing already exists. Choose a folder that",
+    "repair whole --out whole/new": "whole/new is inside whole, which is copied. Give a folder out",
+    "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; this home",
     "repair whole --given head_dim": "'head_dim': expected num_attention_heads=4",
     "repair whole --given head_dim=x": "'x': expected a whole number, 1 or more",
     "repair whole --heads 0": "Invalid value for '--heads'",
@@ -63,33 +64,33 @@ WRONG = {
     "verify nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "verify whole nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "verify whole --against bare": "bare has no weights (model.safetensors, ",
-    "verify whole whole --against whole": "say it once: verify whole whole",
-    "prunable no/such/place": "no/such/place: there is no such file or folder",
-    "prunable nothing": "nothing: no config.json in this folder; expected what save_",
+    "verify whole whole --against whole": "give one: verify whole whole",
+    "prunable no/such/place": "no/such/place: this file or folder does not exist",
+    "prunable nothing": "nothing: this folder has no config.json; expected a folder t",
     "prunable broken": "broken: config.json is not JSON: ",
-    "prunable nowhere": "nowhere: no such file or folder here, and as a model on the",
-    "prunable us/nowhere": "us/nowhere: no such file or folder here, and as a model",
+    "prunable nowhere": f"nowhere: {ABSENT}",
+    "prunable us/nowhere": f"us/nowhere: {ABSENT}",
     f"prunable {'x' * 300}/y": "cannot be read: ",
     "plan": "Missing argument 'MODEL'.",
     "plan x": "say how much to prune: --pruning-ratio 0.2, --ratios FIELD=0.2, ",
     f"plan '' {RATIO}": "'': expected a folder, a file or a name",
-    f"plan nowhere {RATIO}": "nowhere: no such file or folder here, and as a model on",
+    f"plan nowhere {RATIO}": f"nowhere: {ABSENT}",
     f"plan text.bin {RATIO}": "expected a folder with a config.json, a GGUF file or a",
     f"plan x {RATIO} --target-params 0.5": "leave --pruning-ratio out",
     f"plan x {RATIO} --gqa group": "add --head-pruning-ratio 0.25",
-    f"plan x {RATIO} --ratios a=0.1": "name all in --prune",
-    "plan x --prune a,b --ratios a=0.1": "which share of b? Add --pruning-ratio 0.2",
+    f"plan x {RATIO} --ratios a=0.1": "name all fields in --prune",
+    "plan x --prune a,b --ratios a=0.1": "no ratio is given for b: add --pruning-ratio 0.2",
     "plan x --steps 0": "Invalid value for '--steps'",
     "prune nowhere --out new": "say how much to prune",
     f"prune x {RATIO}": "Missing option '--out'",
-    f"prune nowhere {NEW}": "nowhere: no such file or folder here, and as a model on t",
+    f"prune nowhere {NEW}": f"nowhere: {ABSENT}",
     f"prune broken {NEW}": "broken: config.json is not JSON: ",
-    f"prune whole --out no/such {RATIO}": "Make it first: ",
+    f"prune whole --out no/such {RATIO}": "Create it first: ",
     f"prune whole --out text {RATIO}": "expected a new folder, found a file. C",
     f"prune whole --out whole {RATIO}": "is not empty. Choose another folder, or",
     f"prune whole {NEW} --calibration ''": "'': expected a folder, a file or a name",
     f"prune whole {NEW} --calibration ./own": "own: calibration text cannot be read: No such fi",
-    f"prune whole {NEW} --calibration text": "text: expected plain text in UTF-8, found other b",
+    f"prune whole {NEW} --calibration text": "text: expected plain text in UTF-8, found anothe",
     f"prune whole {NEW} --dtype flaot32": "'flaot32' is not one of 'float32', ",
     f"prune whole {NEW} --importance best": "'best' is not one of 'wanda', 'activation', 'flap'",
     f"prune whole {NEW} --pruning-ration 0.2": "--max-pruning-ratio",
@@ -99,8 +100,8 @@ WRONG = {
     "prune x --out y --drop-layers 2 --round-to 8": "; or leave --round-to out",
     "prune x --out y --drop-layers 1 --per-layer": "; or leave --per-layer out",
     "prune x --out y --drop-layers 1 --ranking isomorphic": "; or leave --ranking out",
-    "prune x --out y --ranking global --target-params 0.8": "--ranking gives each layer a ",
-    "prune x --out y --allocate": "--allocate finds widths for a size: add --target-params 0.8",
+    "prune x --out y --ranking global --target-params 0.8": "--ranking gives each layer its ",
+    "prune x --out y --allocate": "--allocate needs the size to reach: add --target-params 0.8",
     **{
         f"prune x --out y --allocate --target-params 0.8 {more}": f"leave {more.split()[0]} out"
         for more in (
@@ -148,7 +149,7 @@ REFUSED = {
             ("1/0", "x", "", "1e999999999", "1e9999999%"), "a share such as 0.2, 1/5 or 20%"
         ),
     },
-    values.names: {"a,": "config fields with commas between: hidden_size,intermediate_size"},
+    values.names: {"a,": "config fields separated by commas: hidden_size,intermediate_size"},
     values.ratios: {
         "a": "hidden_size=0.1,intermediate_size=0.3",
         "a=0.1,a=0.2": "one value for every field, found two for a",
@@ -452,13 +453,13 @@ class TestFaults:
         (tmp_path / "strange").mkdir()
         (tmp_path / "strange" / "config.json").write_text('{"model_type": "nothing"}')
         for name, message in {
-            "nowhere": "there is no such file or folder\n",
-            "nowhere.gguf": "there is no such file or folder\n",
-            "models": f"no config.json in this folder, but a GGUF file. Say which file: {tmp_path}"
+            "nowhere": "this file or folder does not exist\n",
+            "nowhere.gguf": "this file or folder does not exist\n",
+            "models": f"this folder has no config.json, but a GGUF file. Give the file: {tmp_path}"
             "/models/x.gguf\n",
             "weights.bin": "expected a folder with a config.json, a GGUF file or a Hub id, found a "
-            f".bin file. For a model's weights, give the folder: {tmp_path}\n",
-            ".": "no config.json in this folder, but in one inside. Give that: "
+            f".bin file. If it contains a model's weights, give its folder: {tmp_path}\n",
+            ".": "this folder has no config.json, but a folder inside does. Give it: "
             f"{tmp_path}/broken\n",
             "broken": "config.json is not JSON: Expecting property name enclosed in double ",
             "strange": "its config cannot be read: ValueError: The checkpoint you are trying to ",
@@ -484,7 +485,7 @@ class TestFaults:
         assert code == 1
         assert errors == (
             f"tp-hf-config prunable: {folder}: modeling_own.Own is code that comes with the model, "
-            "and it is not run unless you say so. Look at its .py files, then add "
+            "which is not run by default. Read its .py files, then add "
             "--trust-remote-code\n"
         )
         assert not ran.exists()
@@ -510,7 +511,7 @@ class TestFaults:
         assert (code, out) == (2, "")
         assert errors == (
             "tp-hf-config prunable: ZeroDivisionError: by zero\n"
-            "This is not foreseen: --debug shows where it happened.\n"
+            "This error was not expected: --debug shows where it happened.\n"
         )
         code, _, errors = shell(capsys, "prunable", vit, "--debug")
         assert code == 2

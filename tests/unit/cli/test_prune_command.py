@@ -245,10 +245,11 @@ class TestWhatIsWritten:
         (folder / "config.json").write_text(json.dumps(data))
         _, printed, _ = shell(capsys, "prune", folder, "--out", tmp_path / "out", *QUARTER)
         assert (
-            f"note: 2 tensors are not in {folder} and are random: classifier.bias, "
+            f"note: 2 tensors are missing from {folder} and were initialised randomly: "
+            "classifier.bias, "
             "classifier.weight" in printed.splitlines()
         )
-        assert "2 tensors are not in" in (tmp_path / "out" / "README.md").read_text()
+        assert "2 tensors are missing from" in (tmp_path / "out" / "README.md").read_text()
 
     def test_a_name_on_the_hub(self, models: Path, tmp_path: Path) -> None:
         """A model in the Hub's cache, in a process of its own without a network."""
@@ -333,7 +334,7 @@ class TestCalibrated:
         assert abs(cut["perplexity_second_text"]["after"] / before - 1) > 1e-3
         card = (out / "README.md").read_text().splitlines()
         for line in (
-            f"- Perplexity on a second text, never calibrated on: {before:.1f} before, "
+            f"- Perplexity on a second text, not used for calibration: {before:.1f} before, "
             f"{after:.1f} after.",
             "| importance | `wanda` |",
             "| calibration | `shipped text` |",
@@ -350,7 +351,7 @@ class TestCalibrated:
         shown = (tmp_path / "out" / "README.md").read_text().splitlines()
         for key, text in {
             "perplexity": "held-out text of the calibration file",
-            "perplexity_second_text": "a second text, never calibrated on",
+            "perplexity_second_text": "a second text, not used for calibration",
         }.items():
             before, after = found[key].values()
             assert f"- Perplexity on {text}: {before:.1f} before, {after:.1f} after." in shown
@@ -407,7 +408,7 @@ class TestCalibrated:
         assert not [line for line in errors if line.startswith("calibrating")]
         assert [line for line in errors if line.startswith("warning")] == [
             "warning: --importance magnitude ranks LlamaForCausalLM by the size of its weights, "
-            "which often takes what a language model needs most. Leave --importance out, or at "
+            "which often removes what a language model needs most. Leave --importance out, or at "
             "least --no-refit"
         ]
 
@@ -640,16 +641,16 @@ class TestRefused:
                 1,
                 "bert",
                 "--recover 3 --calibration {text}",
-                "BertModel has no logits, so a text cannot tell how well it does: leave --recover",
+                "BertModel has no logits, so no loss on a text can be computed: leave --recover",
             ),
             (1, "vit", "--device cuda:99", "device cuda:99 cannot be used: "),
             (2, "bert", "--prune no", "BertModel cannot prune no: no such wid"),
-            (2, "bert", "--out {bert} --overwrite", "bert: the model to read is in it. Cho"),
+            (2, "bert", "--out {bert} --overwrite", "bert: contains the model to be read. C"),
             (
                 2,
                 "bert",
                 "--out {models} --overwrite",
-                "holds no config.json or model.gguf; --overwrite rep",
+                "contains no config.json or model.gguf; --overwrite rep",
             ),
         ],
     )
@@ -680,8 +681,8 @@ class TestRefused:
         code, _, errors = shell(capsys, *typed, "--head-pruning-ratio", "0.01")
         assert code == 1
         assert errors == (
-            "tp-hf-config prune: these ratios prune nothing (num_attention_heads 0.01 of 4). Ask "
-            "for more\n"
+            "tp-hf-config prune: these ratios prune nothing (num_attention_heads 0.01 of 4). "
+            "Increase the ratio\n"
         )
         assert os.listdir(tmp_path) == []
 
@@ -723,7 +724,7 @@ class TestRefused:
         code, _, errors = shell(capsys, "prune", folder, "--out", tmp_path / "out", *QUARTER)
         assert code == 1
         assert (
-            f"{folder}: its config does not fit its weights (tp-hf-config check {folder}); its "
+            f"{folder}: its config does not fit its weights (see tp-hf-config check {folder}); its "
             "weights cannot be loaded: RuntimeError: "
         ) in errors
         assert os.listdir(tmp_path) == ["model"]
@@ -744,7 +745,7 @@ class TestRefused:
         typed = ("prune", models / "roberta", "--out", tmp_path / "out", *QUARTER)
         for content, message in {
             b" \n": "the calibration text is empty",
-            b"\xff\xfe\x00": "expected plain text in UTF-8, found other bytes at 0",
+            b"\xff\xfe\x00": "expected plain text in UTF-8, found another encoding at byte 0",
             b"w1 w2 w3": "the calibration text has 3 tokens, at least 8 are needed",
         }.items():
             (tmp_path / "text").write_bytes(content)
@@ -803,7 +804,7 @@ class TestRefused:
         )
         assert code == 1
         assert (
-            "the model was not written, its round trip is not proved: BertModel: not "
+            "the model was not written, because its round trip could not be proved: BertModel: not "
             "the same as the live model" in errors
         )
         assert os.listdir(tmp_path) == []

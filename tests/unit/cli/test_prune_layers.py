@@ -65,8 +65,8 @@ class TestRanked:
         )
         assert code == 0, errors
         assert (
-            "the plan is of one ratio for all layers: --ranking global decides how much of each "
-            "goes" in errors.splitlines()
+            "the plan assumes one ratio for all layers; --ranking global decides how much of each "
+            "layer is pruned" in errors.splitlines()
         )
         widths = widths_of(out)
         assert min(widths) < max(widths)
@@ -81,7 +81,7 @@ class TestRanked:
         loading = f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)'
         assert lines[-2] == (
             f"layers differ: {loading} runs {FILE}, written by tp-hf-config, which builds each "
-            "layer by its own widths; tp-hf-config export gives forms without code"
+            "layer with its own widths; tp-hf-config export writes formats that need no code"
         )
         assert lines[-1].startswith(f"written: {out} (")
         card = (out / "README.md").read_text()
@@ -94,9 +94,9 @@ class TestRanked:
             "| ranking | `global` |",
         ):
             assert line in card.splitlines()
-        assert "`trust_remote_code=True` lets run" in card
+        assert "`trust_remote_code=True` allows Transformers to run that file" in card
         assert "`tp-hf-config export`" in card
-        assert "Without `trust_remote_code=True` loading fails with `Ambiguous" in card
+        assert "Without `trust_remote_code=True`, loading fails with `Ambiguous" in card
         code, printed, _ = shell(capsys, "check", out, "--trust-remote-code")
         assert (code, printed.splitlines()[0]) == (0, f"{out}: sound")
         code, printed, _ = shell(capsys, "verify", out, "--trust-remote-code")
@@ -182,7 +182,7 @@ class TestByRatio:
         code, printed, errors = shell(capsys, *typed)
         assert code == 0, errors
         assert (
-            "note: all layers have the same widths in the end: the class is the stock one"
+            "note: all layers have the same widths after pruning, so the stock class is used"
             in printed.splitlines()
         )
         assert "layers differ" not in printed
@@ -279,7 +279,7 @@ class TestAllocated:
         typed = ("prune", first, "--out", second, *self.TARGET)
         code, _, errors = shell(capsys, *typed)
         assert code == 1
-        assert "is code that comes with the model, and it is not run unless you say so" in errors
+        assert "is code that comes with the model, which is not run by default. Read its" in errors
         code, printed, errors = shell(capsys, *typed, "--trust-remote-code")
         assert code == 0, errors
         old, new = (" ".join(map(str, widths_of(folder))) for folder in (first, second))
@@ -293,13 +293,13 @@ class TestAllocated:
         [
             (
                 "--tokens 62",
-                "--allocate compares layers on text that is held out, and there is one window "
-                "alone: give a longer text (--calibration FILE), or leave --tokens out",
+                "--allocate compares layers on held-out text, but the text has only one window: "
+                "give a longer text (--calibration FILE), or leave --tokens out",
             ),
             (
                 "--drop-layers 2",
-                "--allocate: the model has 74,432 parameters by then, so --target-params 115,708 "
-                "prunes no width: take a smaller target",
+                "--allocate: the model already has only 74,432 parameters, so --target-params "
+                "115,708 prunes no width. Choose a smaller target",
             ),
             (
                 "--prune hidden_size",

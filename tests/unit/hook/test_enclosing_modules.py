@@ -118,9 +118,9 @@ def test_numbers_in_files_that_a_pruned_folder_leaves_behind_are_told(tmp_path: 
     (tmp_path / "link.json").symlink_to(tmp_path / "of-others")
     left = Copied((), (*files, "link.json"))
     fields = {"hidden_size": (384, 300), "intermediate_size": (1536, 1152)}
-    says = "1_Pooling/config.json was not copied; its {} says 384, as hidden_size did: where it "
+    says = "1_Pooling/config.json was not copied. Its {} is 384, like the old hidden_size. If you "
     assert notes_on_uncopied(find_source(str(tmp_path)), left, fields) == tuple(
-        says.format(key) + "goes along by hand and means the same, write 300"
+        says.format(key) + "copy the file and the two mean the same, change it to 300"
         for key in ("word_embedding_dimension", "deep.also[0]")
     )
 

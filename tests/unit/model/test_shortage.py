@@ -121,5 +121,5 @@ def test_the_shell_says_what_to_do(
     assert main.main(["check", "."]) == 2
     assert capsys.readouterr().err == (
         f"tp-hf-config check: OutOfMemoryError: {CUDA}\n"
-        "Memory ran out. Use a machine or a --device with more, or prune --stream.\n"
+        "Memory ran out. Use a machine or a --device with more memory, or prune with --stream.\n"
     )

@@ -19,7 +19,7 @@ from tp_hf_config.pipeline.text import Choice, choose, class_writes_text
 FILE = Path("there/text.txt")
 TEXTS = {None: None, "own": None, FILE: "w1 w2"}
 _ADD = (
-    "Add --calibration FILE (plain text, some thousand words of what the model is for)",
+    "Add --calibration FILE (plain text: a few thousand words of the kind that the model reads)",
     ", or use --importance magnitude",
 )
 
@@ -128,7 +128,7 @@ class TestChosen:
     def test_a_language_model_that_is_ranked_by_magnitude_and_cut(self, models: Path) -> None:
         message = (
             "--importance magnitude ranks LlamaForCausalLM by the size of its weights, which often "
-            "takes what a language model needs most. Leave --importance out, or at least "
+            "removes what a language model needs most. Leave --importance out, or at least "
             "--no-refit"
         )
         with pytest.warns(CalibrationWarning) as warned:
@@ -155,39 +155,39 @@ class TestRefused:
             (
                 "bert",
                 {"importance": "wanda"},
-                "--importance wanda needs text to run BertModel on (the shipped text is for "
-                f"causal language models alone). {''.join(_ADD)}",
+                "--importance wanda needs text to run BertModel on (the shipped text is only for "
+                f"causal language models). {''.join(_ADD)}",
             ),
             (
                 "t5",
                 {"importance": "taylor"},
                 "--importance taylor needs text to run T5ForConditionalGeneration on (the shipped "
-                f"text is for causal language models alone). {''.join(_ADD)}",
+                f"text is only for causal language models). {''.join(_ADD)}",
             ),
             (
                 "roberta",
                 {"recover": 2},
-                "--recover needs text to run RobertaForMaskedLM on (the shipped text is for "
-                f"causal language models alone). {_ADD[0]}",
+                "--recover needs text to run RobertaForMaskedLM on (the shipped text is only for "
+                f"causal language models). {_ADD[0]}",
             ),
             (
                 "bert",
                 {"allocate": True},
-                "--allocate needs text to run BertModel on (the shipped text is for causal "
-                f"language models alone). {_ADD[0]}",
+                "--allocate needs text to run BertModel on (the shipped text is only for causal "
+                f"language models). {_ADD[0]}",
             ),
             (
                 "bert",
                 {"drop_layers": 1},
-                "--drop-layers needs text to run BertModel on (the shipped text is for causal "
-                f"language models alone). {_ADD[0]}",
+                "--drop-layers needs text to run BertModel on (the shipped text is only for causal "
+                f"language models). {_ADD[0]}",
             ),
             (
                 "t5",
                 {"calibration": "own"},
-                "--calibration own: T5ForConditionalGeneration is no causal language model, it "
-                "writes no text. Say --calibration FILE (plain text, some thousand words of what "
-                "the model is for)",
+                "--calibration own: T5ForConditionalGeneration is not a causal language model and "
+                "cannot write text. Use --calibration FILE (plain text: a few thousand words of "
+                "the kind that the model reads)",
             ),
         ],
     )
@@ -209,16 +209,16 @@ class TestRefused:
         with pytest.raises(UnsupportedModelError) as refused:
             chosen(models / "vit", **settings)
         assert str(refused.value) == (
-            f"ViTForImageClassification takes no text, so {what} is of no use to it. Leave "
+            f"ViTForImageClassification takes no text, so {what} cannot be used. Leave "
             "--calibration and --recover out, and use --importance magnitude or random (in "
             "Python: tp_hf_config.calibrate(model, batches))"
         )
 
     def test_layers_of_a_model_of_images(self, models: Path) -> None:
-        message = "ViTForImageClassification takes no text that tells which of its layers change"
+        message = "ViTForImageClassification takes no text, so --drop-layers cannot find the layers"
         with pytest.raises(UnsupportedModelError, match=message):
             chosen(models / "vit", drop_layers=1)
-        message = "ViTForImageClassification takes no text on which --allocate could compare its "
+        message = "ViTForImageClassification takes no text, so --allocate cannot compare its layers"
         with pytest.raises(UnsupportedModelError, match=message):
             chosen(models / "vit", allocate=True)
 
@@ -226,8 +226,8 @@ class TestRefused:
         with pytest.raises(PipelineError) as refused:
             chosen(models / "llama-gqa", allocate=True, importance="taylor")
         assert str(refused.value) == (
-            "--allocate measures what layers carry on a text, --importance taylor does not: leave "
-            "it out, or take one of wanda, activation, flap, obs"
+            "--allocate needs an importance that is measured by calibration, and --importance "
+            "taylor is not: leave it out, or use one of wanda, activation, flap, obs"
         )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])

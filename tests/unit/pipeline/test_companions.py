@@ -33,8 +33,8 @@ def test_a_number_in_a_file_that_was_left_is_told(tmp_path: Path) -> None:
     changed = {"hidden_sizes": ([8, 16], [8, 12]), "hidden_size": (64, 48)}
     left = Copied((), ("1_Pooling/config.json",))
     assert notes_on_uncopied(Source("model", str(tmp_path)), left, changed) == (
-        "1_Pooling/config.json was not copied; its word_embedding_dimension says 64, as "
-        "hidden_size did: where it goes along by hand and means the same, write 48",
+        "1_Pooling/config.json was not copied. Its word_embedding_dimension is 64, like the old "
+        "hidden_size. If you copy the file and the two mean the same, change it to 48",
     )
 
 

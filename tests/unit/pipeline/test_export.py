@@ -208,7 +208,9 @@ class TestPadded:
 
         monkeypatch.setattr(padding_module, "save_model", broken)
         model = differing.pruned("llama", ("intermediate_size",))
-        with pytest.raises(PipelineError, match="the model was not written, its round trip is not"):
+        with pytest.raises(
+            PipelineError, match="the model was not written, because its round trip could not"
+        ):
             export(model, tmp_path / "out", to="padded")
         assert not list(tmp_path.iterdir())
 
@@ -227,7 +229,7 @@ class TestRefused:
         self, name: str, fields: tuple[str, ...], reason: str, tmp_path: Path
     ) -> None:
         model = differing.pruned(name, fields)
-        with pytest.raises(PipelineError, match=f"cannot be written so: {reason}what its other"):
+        with pytest.raises(PipelineError, match=f"cannot be written so: {reason}the other units"):
             export(model, tmp_path / "out", to="padded")
         assert not list(tmp_path.iterdir())
 
@@ -254,7 +256,7 @@ class TestRefused:
         """It is said before the proof."""
         model = differing.pruned("llama", ("intermediate_size",))
         model.generation_config.temperature = 0.9
-        with pytest.raises(PipelineError, match=r"\(generation_config\.json\) is one .*`temp"):
+        with pytest.raises(PipelineError, match=r"its generation config\. Correct .*`temp"):
             export(model, tmp_path / "out", to=to)
         assert not list(tmp_path.iterdir())
 
@@ -300,7 +302,7 @@ class TestCommand:
         typed = ("export", folder, "--to", "padded", "--out", tmp_path / "out")
         code, printed, errors = shell(capsys, *typed)
         assert (code, printed) == (1, "")
-        assert "is code that comes with the model, and it is not run unless you say so" in errors
+        assert "is code that comes with the model, which is not run by default. Read its" in errors
         assert folders.content(tmp_path) == before
 
     def test_wrong_usage_is_said_before_anything_is_loaded(

@@ -183,8 +183,8 @@ class TestWindows:
         with pytest.raises(UnsupportedModelError) as refused:
             gather(job(recover=recover), choice, tiny.build("bert"), Progress())
         assert str(refused.value) == (
-            "BertModel has no logits, so a text cannot tell how well it does: leave --recover "
-            "out, and use another --importance than taylor"
+            "BertModel has no logits, so no loss on a text can be computed: leave --recover "
+            "out, and do not use --importance taylor"
         )
 
 
@@ -250,7 +250,7 @@ def test_the_result_says_which_text_is_which() -> None:
         return str(replace(result, **perplexities)).splitlines()  # type: ignore[arg-type]
 
     held_out = "perplexity on held-out text of the calibration file: 1.5 -> 2.5"
-    second = "perplexity on a second text, never calibrated on: 3.0 -> 4.2"
+    second = "perplexity on a second text, not used for calibration: 3.0 -> 4.2"
     parameters = "parameters: 2 -> 1 (50.0%)"
     both = lines(perplexity=(1.5, 2.5), perplexity_second_text=(3, 4.21))
     assert both[1:4] == [parameters, held_out, second]

@@ -59,8 +59,8 @@ class TestTarget:
         with pytest.raises(PipelineError) as refused:
             check_target(tmp_path, overwrite=False)
         assert str(refused.value) == (
-            f"{tmp_path}: another disk is mounted here, and a complete folder gets its name at the "
-            f"end. Choose a folder inside: {tmp_path}/pruned"
+            f"{tmp_path}: another disk is mounted here, so the finished folder cannot be renamed "
+            f"to this path. Choose a folder inside: {tmp_path}/pruned"
         )
 
     def test_a_name_that_just_fits(self, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ class TestGenerationConfig:
         with pytest.raises(PipelineError) as refused:
             prune.prune_checkpoint(job)
         text = str(refused.value)
-        start = "LlamaForCausalLM: its generation config (generation_config.json) is one that the "
+        start = "LlamaForCausalLM: the installed Transformers cannot save its generation config. "
         assert text.startswith(start)
         assert "`temperature`" in text
         assert "`top_p`" in text

@@ -63,8 +63,8 @@ class TestClass:
             class_for(source, config_of(source))
         assert str(refused.value) == (
             "model: Transformers has no class LlamaForRewards, which config.json names "
-            "(architectures), so parts of the model would be random or lost. Name the class there "
-            "that the weights are for"
+            "(architectures). Another class would lack some weights or initialise them randomly: "
+            "name the class that the weights were saved from"
         )
 
 
@@ -81,7 +81,7 @@ class TestNotes:
     def test_tensors_that_the_class_does_not_read(self, tmp_path: Path) -> None:
         head = {f"v_head.summary.{kind}": torch.ones(1, 64) for kind in ("weight", "bias")}
         assert self.noted("llama", tmp_path, head) == (
-            "2 tensors of model are not read by its class, so the result lacks them: "
+            "2 tensors of model are not used by its class, so the result lacks them: "
             "v_head.summary.bias, v_head.summary.weight",
         )
 

@@ -79,8 +79,8 @@ class TestGGUF:
             check_source(source, config_of(source))
         assert str(refused.value) == (
             f"{tmp_path}/model.gguf scales its rotary embeddings (rope_freqs.weight), which "
-            "Transformers does not read from a GGUF file: the model would compute something else. "
-            "Prune the safetensors model that it was made of"
+            "Transformers does not read from a GGUF file, so the loaded model would compute other "
+            "outputs. Prune the safetensors model that it was made from"
         )
 
     @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ class TestGGUF:
                 r"\(llama\.rope\.scaling\.type, llama\.rope\.scaling\.factor\)",
             ),
             ({"llama.rope.scaling.type": "none"}, None),
-            ({"split.count": 2}, "is one of 2 files of a model, and Transformers would read this"),
+            ({"split.count": 2}, "is one of 2 files of a model, and Transformers would read only"),
             ({"split.count": 1}, None),
         ],
         ids=["linear", "none", "split", "whole"],

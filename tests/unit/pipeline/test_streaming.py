@@ -234,14 +234,16 @@ class TestACutListOfOtherTensors:
         with pytest.raises(PipelineError) as refused:
             apply_cuts(folder, cuts, tmp_path / "out")
         assert str(refused.value) == (
-            f"1 tensors are not in {folder} and are random: model.layers.0.mlp.up_proj.weight. "
-            "The result would have them: add them to the folder first"
+            f"1 tensors are missing from {folder} and were initialised randomly: "
+            "model.layers.0.mlp.up_proj.weight. "
+            "The pruned model would contain the random values: add these tensors to the folder "
+            "first"
         )
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     def test_tensors_that_are_left_out(self, cuts: Any, tmp_path: Path) -> None:
         folder = self.edited(tmp_path / "model", more="v_head.summary.bias")
-        with pytest.warns(UserWarning, match=r"are not read by its class, so the result lacks th"):
+        with pytest.warns(UserWarning, match=r"are not used by its class, so the result lacks th"):
             apply_cuts(folder, cuts, tmp_path / "out")
 
 
