@@ -212,7 +212,7 @@ def test_python_is_answered_in_python() -> None:
         inside = {id(part) for node in said for part in ast.walk(node) if part is not node}
         for node in said:
             text = ast.unparse(node)
-            commands = ("tp-hf-config", "llama-", "in the shell", "or --given")
+            commands = ("tp-hf-config", "pip install", "llama-", "in the shell", "or --given")
             if id(node) not in notes | inside and OPTION.search(text):
                 found += [] if any(word in text for word in commands) else [(path.name, text)]
     assert found == []

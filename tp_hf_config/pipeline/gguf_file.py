@@ -157,12 +157,13 @@ def _not_computed(config: PreTrainedConfig) -> Refusal | None:
     return None
 
 
-def _convert(folder: Path, out: Path, outtype: str, name: str, *options: str) -> None:
+def _convert(folder: Path, out: Path, outtype: str, name: str, *switches: str) -> None:
     """Run the converter in a process of its own, which has no network."""
-    converter = [sys.executable, "-m", "convert_hf_to_gguf"]
-    options = ("--outfile", str(out), "--outtype", outtype, "--model-name", name, *options)
+    options = {"outfile": out, "outtype": outtype, "model-name": name}
+    typed = [sys.executable, "-m", "convert_hf_to_gguf", str(folder.resolve())]
+    typed += [f"--{key}={value}" for key, value in options.items()]
     ended = subprocess.run(
-        [*converter, folder.resolve(), *options],
+        [*typed, *(f"--{one}" for one in switches)],
         cwd=out.parent,  # Python imports from there first, and there is no code
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -221,7 +222,7 @@ def _fields(source: Source, llama: LlamaLayers, tokenizer: PreTrainedTokenizerBa
         data = {**config_json(llama.config), "architectures": ["LlamaForCausalLM"]}
         (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
         kind = _TYPES[llama.weights["model.embed_tokens.weight"].dtype][1]
-        _convert(folder, out, kind, base_model(source), "--vocab-only")
+        _convert(folder, out, kind, base_model(source), "vocab-only")
         _check_cuts(tokenizer, tokenizer_of(_file_in(Path(place))))
         for name, field in gguf.GGUFReader(out).fields.items():
             # written anyway; scaled frequencies are a tensor
