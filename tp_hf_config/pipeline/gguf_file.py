@@ -51,6 +51,10 @@ _DECI = "deci"  # llama.cpp's name of a Llama with widths by layer
 _ROTARY_FACTORS = "rope_freqs.weight"
 _CLOSE = 1e-6  # relative difference up to which float32 frequencies count as the default ones
 _BY_LENGTH = ("dynamic", "longrope")
+_OTHER_CUTS = (
+    "its tokenizer cuts text in another way. If the folder has no tokenizer.model, and the "
+    "original model has one, copy that into the folder"
+)
 Fields = dict[str, tuple[Any, Any, Any]]  # name -> value, type and type of an element
 _NO_FOLDER = (
     "llama.cpp's converter reads a folder with weights and tokenizer. Save both to a folder with "
@@ -92,7 +96,9 @@ def prepare(
     def write(out: Path) -> tuple[int, SameTensors]:
         folder = source.folder or snapshot(source)
         _convert(folder, out / GGUF_FILE, _TYPES[_exact(matrices)][1], base_model(source))
-        size = sum(int(one.n_elements) for one in gguf.GGUFReader(out / GGUF_FILE).tensors)
+        reader = gguf.GGUFReader(out / GGUF_FILE)
+        _check_scores(reader)
+        size = sum(int(one.n_elements) for one in reader.tensors)
         file, config = _file_in(out), copy.deepcopy(model.config)
         try:
             found = tokenizer_of(file)
@@ -196,10 +202,15 @@ def _check_cuts(tokenizer: PreTrainedTokenizerBase, found: PreTrainedTokenizerBa
     text = " ".join(re.findall(r"\b[a-z]+\b", shipped_text()))
     cut, expected = (one(text, add_special_tokens=False)["input_ids"] for one in (found, tokenizer))
     if cut != expected:
-        raise _another(
-            "its tokenizer cuts text in another way. If the folder has no tokenizer.model, and the "
-            "original model has one, copy that into the folder"
-        )
+        raise _another(_OTHER_CUTS)
+
+
+def _check_scores(reader: Any) -> None:
+    """Raise if merges have no order: without tokenizer.model, the converter scores all -1000."""
+    model, scores = map(reader.get_field, ("tokenizer.ggml.model", "tokenizer.ggml.scores"))
+    in_pieces = model is not None and model.contents() == "llama"
+    if in_pieces and (scores is None or len(set(scores.contents())) == 1):
+        raise _another(_OTHER_CUTS)
 
 
 def _file_in(out: Path) -> Source:
