@@ -25,7 +25,7 @@ $(VENV)/.demo: $(VENV)/.pip setup.cfg
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet --editable '.[demo,test,dev]'
+	$(BIN)/pip install --quiet --editable '.[demo,test,dev,gguf]'
 	touch $@
 
 # What tests need, installed; they do it by themselves too.
@@ -120,6 +120,7 @@ hunt: $(VENV)/.demo
 # docs/engines.md: pruned models in CTranslate2, ONNX Runtime, OpenVINO, llama.cpp, vLLM and
 # sentence-transformers, each in an environment of its own (9 GB). Takes about an hour.
 engines: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[gguf]'
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 
 # The documentation site, into site/. Any warning fails it, which --quiet would hide from --strict.

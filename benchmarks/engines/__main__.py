@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from asking import ask, compare
-from cases import CASES, NEW_TOKENS, PROMPTS, Case, make, write_gguf
+from cases import CASES, NEW_TOKENS, PROMPTS, Case, make
 from environments import ENGINES, Engine, Environment, install
 from page import page, show
 from rich.console import Console
 from transformers.utils import logging
 
+from tp_hf_config import export
 from tp_hf_config.schema import dated
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def _measured(engine: Engine, environment: Environment, case: Case, seconds: int
     folder = FOLDERS / case.key
     expected = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     if engine.reads == "gguf" and not (folder / "gguf").exists():
-        write_gguf(case, folder / "model", folder / "gguf")
+        export(folder / "model", folder / "gguf", to="gguf", trust_remote_code=True)
     started = time.monotonic()
     given = ask(environment.python, engine.module, folder, engine.reads, seconds)
     result = compare(expected, given, engine.within)

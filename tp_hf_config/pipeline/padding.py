@@ -60,15 +60,14 @@ def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
     stock, fields, proof = result
     recipe = map_of(model).recipe
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> tuple[int, SameOutputs]:
         save_model(stock, folder)
         prove_roundtrip(stock, folder, recipe)
+        return stock.num_parameters(), proof
 
     return Ready(
         write,
         fields,
-        stock.num_parameters(),
-        proof,
         loading=f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)",
     )
 

@@ -109,6 +109,27 @@ class SameOutputs:
         )
 
 
+@dataclass(frozen=True)
+class SameTensors:
+    """Transformers read a model's tensors back from a GGUF file.
+
+    Attributes:
+        tensors: how many were compared.
+        difference: the largest difference of a value, relative to values above 1.
+        unread: why the file was not read back; empty if it was.
+    """
+
+    tensors: int = 0
+    difference: float = 0.0
+    unread: str = ""
+
+    def __str__(self) -> str:
+        if self.unread:
+            return f"none, the file was not read back: {self.unread}"
+        off = f"at most {self.difference:.0e} off" if self.difference else "bit for bit the same"
+        return f"Transformers read {self.tensors} tensors back from the file, {off}"
+
+
 def in_float64(model: PreTrainedModel, recipe: RunRecipe) -> PreTrainedModel:
     """Return a copy of a model on the CPU, in float64 and eval mode, without fused kernels."""
     twin: Any = copy.deepcopy(model).cpu().double().train(False)

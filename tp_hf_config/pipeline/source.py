@@ -155,7 +155,7 @@ def class_for(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]
     if reference is None or (is_stock and not goes_first):
         return class_of(config)
     if not source.trust_remote_code:
-        raise _untrusted(source, reference)
+        raise untrusted(source, reference)
     try:
         return get_class_from_dynamic_module(reference, source.place)  # type: ignore[no-any-return]
     except Exception as error:  # that code may raise anything
@@ -301,7 +301,7 @@ def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
 def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
     text = " ".join(str(error).split())
     if not source.trust_remote_code and "trust_remote_code" in text:
-        return _untrusted(source, "its class")
+        return untrusted(source, "its class")
     if source.folder is None:
         what = f"no file or folder of this name exists here, and as a model on the Hub {what}"
     if "size mismatch" in text or "ignore_mismatched_sizes" in text:
@@ -310,7 +310,7 @@ def _cannot(source: Source, what: str, error: Exception) -> TPHFConfigError:
     return PipelineError(f"{source.name}: {what}: {type(error).__name__}: {shown}")
 
 
-def _untrusted(source: Source, what: str) -> PipelineError:
+def untrusted(source: Source, what: str) -> PipelineError:
     return PipelineError(
         f"{source.name}: {what} is code that comes with the model, which is not run by default. "
         "Read its .py files, then add trust_remote_code=True"

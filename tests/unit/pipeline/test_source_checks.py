@@ -14,7 +14,6 @@ import transformers as hf
 from tp_hf_config.errors import UnsupportedModelError
 from tp_hf_config.pipeline import gguf_file
 from tp_hf_config.pipeline.companions import Copied, copy_companions
-from tp_hf_config.pipeline.llama import Layer, LlamaLayers
 from tp_hf_config.pipeline.source import (
     Source,
     check_source,
@@ -24,35 +23,31 @@ from tp_hf_config.pipeline.source import (
     load,
 )
 
-SCALED = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-TOKENS = ["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(29))]
-VOCABULARY: dict[str, Any] = {
-    "tokenizer_model": "gpt2",
-    "tokenizer_pre": "gpt-2",
-    "token_list": TOKENS,
-    "token_types": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 29,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 
-
-def write(path: Path, seed: int = 0, **settings: Any) -> hf.LlamaForCausalLM:
+def write(path: Path, seed: int = 0, scaled: bool = False) -> hf.LlamaForCausalLM:
     """Write a GGUF file of a small Llama, and return the Llama."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = hf.LlamaConfig(**sizes, **heads, **settings)
+    sizes = {"hidden_size": 4, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 32}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     model = hf.LlamaForCausalLM(config).eval()
     path.parent.mkdir(exist_ok=True)
-    llama = LlamaLayers(config, dict(model.state_dict()), [Layer(48, 2, 2)], {}, None)
-    gguf_file.write_file(path, llama, VOCABULARY, gguf_file.rotary_factors(config), "tiny")
+    widths = {
+        "vocab_size": 32,
+        "embedding_length": 4,
+        "block_count": 1,
+        "feed_forward_length": 48,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 2,
+    }
+    kind = gguf.GGUFValueType.UINT32
+    fields = {f"llama.{name}": (value, kind, None) for name, value in widths.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    tensors = [
+        (names.get_name(key, try_suffixes=(".weight",)), value)
+        for key, value in model.state_dict().items()
+    ]
+    factors = [("rope_freqs.weight", torch.ones(1))] if scaled else []
+    gguf_file.write_file(path, "llama", fields, [*factors, *tensors])
     return model
 
 
@@ -73,7 +68,7 @@ class TestGGUF:
 
     def test_scaled_rotary_embeddings(self, tmp_path: Path) -> None:
         """Transformers would read it without its scaling, and say nothing."""
-        write(tmp_path / "model.gguf", rope_parameters=SCALED)
+        write(tmp_path / "model.gguf", scaled=True)
         source = find_source(str(tmp_path / "model.gguf"))
         with pytest.raises(UnsupportedModelError) as refused:
             check_source(source, config_of(source))
