@@ -32,7 +32,7 @@ from tp_hf_config import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:pruned groups are recorded"),
 ]
-SYNC_LATER = "Nothing was written; go on pruning and sync again."
+SYNC_LATER = "Nothing was written. Continue to prune, then call hook.sync()."
 
 
 def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
@@ -375,7 +375,7 @@ def fails_to_sync(hook: HFConfigSyncHook, model: nn.Module) -> ConfigSyncError:
     assert report.error == str(raised.value)
     assert (report.fields, report.attributes, report.buffers, report.ties) == ({}, (), (), ())
     assert report.proof == ""
-    assert str(report).endswith(f"; the config does not follow: {raised.value}")
+    assert str(report).endswith(f"; the config is not updated: {raised.value}")
     assert report.to_dict()["error"] == str(raised.value)
     return raised.value
 
@@ -452,9 +452,9 @@ def test_heads_pruned_unequally(projection: str):
     attention = model.encoder.layer[0].attention.self
     cut(pruner, getattr(attention, projection), [8, 10, 13])  # of the second head
     assert str(fails_to_sync(hook, model)) == (
-        f"encoder.layer.0.attention.self.{projection}: its heads lost different numbers of "
-        "dimensions, so what is left cannot be told apart into equal heads. Tell the pruner about "
-        "the heads (num_heads=), or keep the layer (ignored_layers=)."
+        f"encoder.layer.0.attention.self.{projection}: its attention heads lost different numbers "
+        "of dimensions, so the remaining channels are not equal heads. Pass the number of heads "
+        f"to the pruner (num_heads={{layer: heads}}), or keep the layer (ignored_layers=)."
     )
 
 
@@ -471,8 +471,8 @@ def test_heads_told_nothing_about_are_refused_not_regrouped():
 EMBEDDED = "roberta.embeddings.word_embeddings"
 EMBEDDINGS = f"{EMBEDDED}.weight"
 UNTIE = (
-    "RobertaForMaskedLM stores them once, so a reload would change one of them. Prune them in one "
-    "group, keep them (ignored_layers=), or untie them before pruning "
+    "RobertaForMaskedLM saves tied weights once, so a reload would change one of them. Prune them "
+    "in one group, keep them (ignored_layers=), or untie them before pruning "
     "(config.tie_word_embeddings=False)."
 )
 

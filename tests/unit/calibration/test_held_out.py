@@ -158,15 +158,21 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     result, after = hook.reports[0].refits, model.num_parameters()
     text = str(warned[0].message)
     assert text.startswith(
-        f"this step removes {before - after:,} of {before:,} parameters, and is expected to change "
-        f"the model's answers by KL {result.refit:.3g} on held-out data: do not expect good "
-        "answers without training (over 0.5); under 0.1 is hardly noticeable. As many parameters "
-        "cost KL "
+        f"this step removes {before - after:,} of {before:,} parameters. On held-out data the "
+        f"output distribution is expected to change by a KL divergence of {result.refit:.3g}: do "
+        "not expect good answers without training (over 0.5). A change below 0.1 is hardly "
+        "noticeable. If as many parameters are removed from the inner widths only, the expected KL "
+        "divergence is "
     )
-    other = float(text.partition("As many parameters cost KL ")[2].split()[0])
+    other = float(
+        text.partition("inner widths only, the expected KL divergence is ")[2].split(":")[0]
+    )
     ratio = (before - after) / (2 * 3 * 64 * 96)
-    assert f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. Outputs change by ' in text
-    assert f"allocate(model, calibration, target_params={after}) takes most from" in text
+    assert (
+        f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. The outputs of layers change by '
+        in text
+    )
+    assert f"allocate(model, calibration, target_params={after}) prunes most in" in text
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
     calibration = calibrate(fresh, calibrated.batches(fresh))

@@ -143,12 +143,13 @@ def test_a_layer_that_goes_after_the_hook_was_attached() -> None:
     assert str(synced.value) == (
         "LlamaForCausalLM and its config disagree: the config builds model.layers.2, "
         + RANDOM.format("it")
-        + "Set config.num_hidden_layers = 2. Nothing was written; go on pruning and sync again."
+        + "Set config.num_hidden_layers = 2. Nothing was written. Continue to prune, then call "
+        "hook.sync()."
     )
     small.assert_same(before, small.state_of(model))
     model.config.num_hidden_layers = 2
     assert hook.sync().proof == (
-        "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json"
+        "proved: 21 tensors have the shapes that LlamaForCausalLM builds from the new config.json"
     )
 
 
@@ -167,9 +168,8 @@ def test_a_pruner_of_layers_that_are_gone_does_not_begin_a_step() -> None:
         with pytest.raises(UnsupportedModelError) as raised:
             pruner.step()
         assert str(raised.value) == (
-            f"LlamaForCausalLM has {what} since the hook was attached, and the pruner's groups are "
-            "those of before. Make a new pruner of the model as it is now. Nothing was pruned by "
-            "this step."
+            f"LlamaForCausalLM has {what} since the hook was attached, so the pruner's groups are "
+            "out of date. Make a new pruner for this model. This step pruned nothing."
         )
         small.assert_same(before, small.state_of(model))
 

@@ -323,7 +323,7 @@ class TestSaid:
         assert report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
         assert "encoder_hidden_states has to lose the same channels" in report.graph
         assert (
-            "  encoder_hidden_states: give it 16 channels now, report.inputs says which"
+            "  encoder_hidden_states: this input now has 16 channels; report.inputs lists them"
         ) in str(report).splitlines()
 
     def test_what_a_wrapper_hands_over_keeps_its_width_by_default(self) -> None:

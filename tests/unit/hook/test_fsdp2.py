@@ -148,8 +148,8 @@ def test_one_whole_weight_at_a_time(ranks: list[dict[str, Any]]) -> None:
 
 MESSAGES = {
     "no shard": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2). Its "
-    "weights cannot be cut in place: pass a function that makes your fully_shard calls on the "
-    "pruned model, HFConfigSyncHook(shard=shard)",
+    "weights cannot be cut in place. Pass a function that makes your fully_shard "
+    "calls on the pruned model: HFConfigSyncHook(shard=shard)",
     "drop_layers": "UnsupportedModelError: LlamaForCausalLM: model.embed_tokens.weight is sharded "
     "by fully_shard (FSDP2). A pruner that is constructed with HFConfigSyncHook(shard=shard) "
     "prunes it, where shard(module) makes your fully_shard calls; anything else wants the whole "
@@ -314,7 +314,7 @@ class TestCopies:
                 "TrainingError: rank 1 decided otherwise than rank 0 at step 1 "
                 "(model.layers.0.self_attn.o_proj). Every rank needs the same settings and the "
                 "same importances: equal seeds, and statistics that are summed over all ranks. "
-                "The model is as it was."
+                "The model is unchanged."
             )
             assert results["untouched"]
             assert results["again, with one seed"] == "nothing was raised"
@@ -380,7 +380,7 @@ def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:
             "TrainingError: rank 1 decided otherwise than rank 0 at step 1 "
             "(model.layers.0.self_attn.o_proj). Every rank needs the same settings and the same "
             "importances: equal seeds, and statistics that are summed over all ranks. The sharded "
-            "model is as it was."
+            "model is unchanged."
         )
         assert failures["untouched"]
         assert failures["again, with one seed"] == "nothing was raised"

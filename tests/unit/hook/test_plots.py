@@ -150,7 +150,10 @@ class TestHistory:
 
 @pytest.mark.parametrize("plot", [plot_widths, plot_history])
 def test_nothing_to_draw(plot: Any, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^nothing to draw: no report yet. Call pruner.step()"):
+    with pytest.raises(
+        ValueError,
+        match=r"^there is nothing to plot: the hook has no report yet. Call pruner.step\(\)",
+    ):
         plot([], tmp_path / "no.png")
 
 
@@ -162,4 +165,4 @@ def test_without_matplotlib_it_says_what_to_type(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError) as raised:
         plot([SyncReport(1)], tmp_path / "no.png")
-    assert str(raised.value) == "pictures need matplotlib: pip install 'tp-hf-config[plot]'"
+    assert str(raised.value) == "plots need matplotlib: pip install 'tp-hf-config[plot]'"

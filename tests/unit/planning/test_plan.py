@@ -767,7 +767,9 @@ class TestCarriedOut:
     def test_a_pruner_that_says_otherwise(self) -> None:
         model = small.llama()
         hook = HFConfigSyncHook(plan=plan(model, pruning_ratio=0.25))
-        words = "the pruner has pruning_ratio=0.3, and the hook's plan pruning_ratio=0.25: leave "
+        words = (
+            "the pruner has pruning_ratio=0.3, but the hook's plan has pruning_ratio=0.25. Leave "
+        )
         with pytest.raises(ValueError, match=f"^{words}"):
             tp.pruner.BasePruner(
                 model,
@@ -779,7 +781,9 @@ class TestCarriedOut:
 
     def test_a_hook_that_is_told_more(self) -> None:
         result = plan(small.llama())
-        with pytest.raises(ValueError, match="the plan says what is pruned, so leave out prune="):
+        with pytest.raises(
+            ValueError, match=r"the plan already says what to prune\. Leave out prune="
+        ):
             HFConfigSyncHook(plan=result, prune="intermediate_size")
 
     def test_scheduler(self) -> None:

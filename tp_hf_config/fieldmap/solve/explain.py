@@ -15,7 +15,7 @@ from .fit import Conflict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AGAIN = "Nothing was written; go on pruning and sync again."  # how messages end
+AGAIN = "Nothing was written. Continue to prune, then call hook.sync()."  # how messages end
 
 
 def explain_conflict(
