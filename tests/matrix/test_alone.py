@@ -512,8 +512,8 @@ class TestArguments:
         """Embeddings alone are outputs of the residual stream, of no feed-forward layer."""
         told, report = self.told(small.llama(), root_module_types=[nn.Embedding])
         assert told == [
-            "intermediate_size stays at 64: root_module_types= (Embedding) holds no layer like "
-            "model.layers.0.mlp.gate_proj."
+            "intermediate_size stays at 64: root_module_types= (Embedding) does not include the "
+            "type of model.layers.0.mlp.gate_proj."
         ]
         assert report.fields == {"hidden_size": (32, 16)}
 

@@ -265,8 +265,8 @@ def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
         assert result.cut is None
         used.append(([layer.used for layer in result.layers], result.notes))
     note = (
-        "2 weights are not refitted: nothing is held out to judge their refits, and they got fewer "
-        "than 8 tokens a channel. Pass more batches"
+        "2 weights are not refitted: no data is held out, so their refits cannot be compared, and "
+        "they were measured on fewer than 8 tokens a channel. Pass more batches"
     )
     assert used == [([False, False], [note]), ([True, True], [])]
 
@@ -288,8 +288,8 @@ def test_an_expert_that_no_held_out_token_reaches_needs_eight_tokens_a_channel(
     assert len(unreached) == 4  # a token goes to two of four experts
     assert all(layer.used == enough for layer in unreached)
     note = (
-        "4 weights are not refitted: no held-out token reaches them to judge their refits, and "
-        "they got fewer than 8 tokens a channel. Pass more batches"
+        "4 weights are not refitted: no held-out token reaches them, so their refits cannot be "
+        "compared, and they were measured on fewer than 8 tokens a channel. Pass more batches"
     )
     assert (note in result.notes) == (not enough)
 
@@ -328,7 +328,7 @@ def test_tied_heads_keep_their_embeddings() -> None:
     result = hook.reports[0].refits
     assert result is not None
     assert result.notes == [
-        "not refitted, for it is the table of embeddings too: model.embed_tokens.weight"
+        "not refitted, because it is also the embedding matrix: model.embed_tokens.weight"
     ]
 
 
@@ -438,7 +438,7 @@ def test_weights_that_were_not_measured_are_named() -> None:
     calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].refits
     assert result is not None
-    assert f"not refitted, for it was not measured: {name}" in result.notes
+    assert f"not refitted, because it was not measured: {name}" in result.notes
     assert [layer.weight for layer in result.layers] == [name.replace("0", "1")]
 
 
@@ -468,7 +468,9 @@ def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
 def test_another_model_s_calibration_is_refused() -> None:
     model, other = llama(), llama()
     calibration = calibrate(other, calibrated.batches(other, 2))
-    with pytest.raises(CalibrationError, match="is another model than the LlamaForCausalLM that"):
+    with pytest.raises(
+        CalibrationError, match="was measured on another model than the LlamaForCausalLM that"
+    ):
         calibrated.pruner_of(model, HFConfigSyncHook(refit=calibration))
 
 

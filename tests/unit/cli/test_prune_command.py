@@ -745,7 +745,7 @@ class TestRefused:
         for content, message in {
             b" \n": "the calibration text is empty",
             b"\xff\xfe\x00": "expected plain text in UTF-8, found other bytes at 0",
-            b"w1 w2 w3": "the calibration text has 3 tokens, at least 8 are needed",
+            b"w1 w2 w3": "the calibration text has 3 tokens, but at least 8 are needed",
         }.items():
             (tmp_path / "text").write_bytes(content)
             code, _, errors = shell(capsys, *typed, "--calibration", tmp_path / "text")

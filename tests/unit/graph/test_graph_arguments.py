@@ -58,7 +58,7 @@ def test_torch_prunings_own_root_types_stand_for_all(types: Any) -> None:
 
 @pytest.mark.parametrize("types", [[nn.Embedding], [nn.Embedding, nn.Conv2d]])
 def test_only_groups_with_outputs_of_a_root_type(types: Any) -> None:
-    words = "^intermediate_size stays at 64: root_module_types= .* holds no layer like "
+    words = "^intermediate_size stays at 64: root_module_types= .* does not include the type of "
     with pytest.warns(PrunerSettingsWarning, match=words):
         pruner, hook = pruner_of(small.llama(), root_module_types=types)
     pruner.step()

@@ -492,7 +492,7 @@ class TestInfluence:
 
     def test_another_models_calibration_is_refused(self) -> None:
         calibration = calibrate(deep_zoo.build("llama"), batches())
-        with pytest.raises(CalibrationError, match="what was measured is another model"):
+        with pytest.raises(CalibrationError, match="the calibration was measured on another model"):
             drop_layers(deep_zoo.build("llama"), count=1, calibration=calibration)
 
 

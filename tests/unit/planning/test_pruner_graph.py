@@ -204,7 +204,7 @@ class TestSteps:
         before = small.state_of(model)
         importance = tp.importance.GroupTaylorImportance()
         pruner, _ = pruner_of(model, prune="intermediate_size", importance=importance)
-        words = "^GroupTaylorImportance fails .* no parameter has a gradient, .* loss.backward()"
+        words = "^GroupTaylorImportance fails .* no parameter has a gradient. .* loss.backward()"
         with pytest.raises(ValueError, match=words):
             list(pruner.step(interactive=interactive) or ())
         small.assert_same(before, small.state_of(model))
@@ -229,11 +229,12 @@ class TestSteps:
         model = small.llama()
         assert self.why(model, pruning_ratio=0.0) == "nothing was pruned: all ratios are 0"
         assert self.why(model, ignored_layers=[model]) == (
-            "nothing was pruned: no group takes part (prune=, ignored_layers=, root_module_types=)"
+            "nothing was pruned: the settings exclude every group (prune=, ignored_layers=, "
+            "root_module_types=)"
         )
         assert self.why(model, importance=tp.importance.BNScaleImportance()) == (
-            "nothing was pruned: BNScaleImportance gave no value to any group (it may need "
-            "gradients, or batch norms)"
+            "nothing was pruned: BNScaleImportance returned no importance for any group (it may "
+            "need gradients, or batch norms)"
         )
 
     def test_groups_that_nobody_prunes(self) -> None:
@@ -241,8 +242,8 @@ class TestSteps:
         assert len(list(pruner.step(interactive=True))) == 3
         assert hook.last_report is not None
         assert hook.last_report.notes == [
-            "nothing was pruned: less than one unit of each was to go, or no group that the step "
-            "gave was pruned"
+            "nothing was pruned: the ratios ask for less than one unit of each group, or no group "
+            "that the step yielded was pruned"
         ]
 
     def test_a_step_too_many(self) -> None:
@@ -255,7 +256,7 @@ class TestSteps:
             pruner.step()
         assert hook.last_report is not None
         assert hook.last_report.notes[-1] == (
-            "nothing was pruned: all steps of the pruner were taken (iterative_steps=1)"
+            "nothing was pruned: the pruner has already taken all its steps (iterative_steps=1)"
         )
 
 
