@@ -183,7 +183,11 @@ def test_a_class_without_such_layers_is_refused(name: str) -> None:
 def test_uniform_layers_refuse_it_before_the_cut_and_say_what_allows_it(name: str) -> None:
     model = zoo.build(name)
     shapes = [parameter.shape for parameter in model.parameters()]
-    with pytest.raises(ConfigSyncError, match=r"widths of its own: per_layer=True\. Nothing is"):
+    with pytest.raises(
+        ConfigSyncError,
+        match=r"each layer have its own widths: per_layer=True\. "
+        "Nothing is",
+    ):
         tp.pruner.MetaPruner(
             model,
             example_inputs=None,

@@ -340,7 +340,7 @@ def test_prune_a_field_that_is_none():
     with pytest.raises(UnsupportedModelError) as raised:
         attached_to(small.bert(), hook)
     assert str(raised.value) == (
-        "BertModel cannot prune nonsense: no such width. Widths that can: hidden_size, "
+        "BertModel cannot prune nonsense: no such width. Widths that can be pruned: hidden_size, "
         "intermediate_size, num_attention_heads + hidden_size."
     )
 
@@ -348,16 +348,15 @@ def test_prune_a_field_that_is_none():
 def test_head_dims_of_a_rotary_model():
     model = small.llama()
     heads = {layer.self_attn.q_proj: 4 for layer in model.model.layers}
-    with pytest.warns(PrunerSettingsWarning, match="head dims stay") as warned:
+    with pytest.warns(PrunerSettingsWarning, match="head dims are kept") as warned:
         attached_to(model, HFConfigSyncHook(prune="inner"), num_heads=heads)
     assert str(warned[0].message) == (
-        "prune_head_dims=True, but head dims stay: "
-        "LlamaForCausalLM cannot prune head dims: it encodes positions in its head dims (its "
-        "position tables are as wide as a head), so they are not interchangeable (head_dim: units "
-        "are not interchangeable in model.layers.*.self_attn.k_proj.weight, "
-        "model.layers.*.self_attn.q_proj.weight). Leave prune_head_dims out, or prune whole heads "
-        "(prune_num_heads=True). Widths that can: hidden_size, intermediate_size, "
-        "num_attention_heads + num_key_value_heads."
+        "prune_head_dims=True, but head dims are kept: LlamaForCausalLM cannot prune head dims: "
+        "it encodes positions in its head dims (its position tables are as wide as a head), so "
+        "they are not interchangeable (head_dim: units are not interchangeable in "
+        "model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.q_proj.weight). Leave "
+        "prune_head_dims out, or prune whole heads (prune_num_heads=True). Widths that can be "
+        "pruned: hidden_size, intermediate_size, num_attention_heads + num_key_value_heads."
     )
 
 

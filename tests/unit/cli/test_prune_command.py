@@ -706,7 +706,7 @@ class TestRefused:
         assert errors == (
             "tp-hf-config prune: LlamaForCausalLM: refused at step 1 (hidden_size 32, "
             "intermediate_size 64): at least 72.\n"
-            "  taken: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
+            "  accepted: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
             "intermediate_size 72)\n"
         )
         options = errors.splitlines()[1].split()[1:3]

@@ -311,8 +311,8 @@ class TestSaid:
 
     def test_a_plan_says_so(self) -> None:
         assert plan(bart(), prune=["d_model"], pruning_ratio=0.5).notes == (
-            "encoder_hidden_states has to lose channels with d_model: the report of a step says "
-            "which",
+            "remove the channels that d_model loses from the input encoder_hidden_states too: "
+            "report.inputs of a step lists the remaining ones",
         )
         assert plan(bart(), prune=["decoder_ffn_dim"], pruning_ratio=0.5).notes == ()
 

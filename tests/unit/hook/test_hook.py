@@ -561,7 +561,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
 def test_the_history_is_torch_prunings():
     plain, followed = small.bert(), small.bert()
     reference = self_traced(plain, ignored_layers=all_but_ffn(plain))
-    with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+    with pytest.warns(PrunerSettingsWarning, match="^hidden_size is kept at 32: ignored_layers="):
         pruner = self_traced(
             followed, ignored_layers=all_but_ffn(followed), hooks=[HFConfigSyncHook()]
         )

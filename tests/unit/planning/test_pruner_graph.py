@@ -52,10 +52,12 @@ class TestAdapted:
     def test_round_to_and_ignored_layers(self) -> None:
         model = small.llama()
         kept = [layer.self_attn for layer in model.model.layers]
-        with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+        with pytest.warns(
+            PrunerSettingsWarning, match="^hidden_size is kept at 32: ignored_layers="
+        ):
             report = step(model, round_to=24, ignored_layers=kept)
         assert report.fields == {"intermediate_size": (64, 24)}
-        assert report.notes[0].startswith("hidden_size stays at 32")
+        assert report.notes[0].startswith("hidden_size is kept at 32")
 
     def test_example_inputs_of_one_s_own_change_no_choice(self) -> None:
         model = small.llama()
@@ -99,15 +101,18 @@ class TestHeads:
         assert report.fields == {"num_key_value_heads": (2, 1), "num_attention_heads": (4, 2)}
 
     def test_how_no_heads_go(self) -> None:
-        with pytest.raises(ValueError, match=r"^gqa='group' says how attention heads go"):
+        with pytest.raises(
+            ValueError,
+            match=r"^gqa='group' asks for attention heads to be pruned, but prune_num_heads=False",
+        ):
             plan(small.llama(), gqa="group", prune_num_heads=False)
 
     def test_a_model_without_heads(self) -> None:
         with pytest.raises(UnsupportedModelError) as raised:
             pruner_of(zoo.build("convnext"), prune_num_heads=True, head_pruning_ratio=0.5)
         assert str(raised.value) == (
-            "ConvNextForImageClassification cannot prune attention heads: no heads were seen. "
-            "Widths that can: hidden_sizes[0], hidden_sizes[1]."
+            "ConvNextForImageClassification cannot prune attention heads: no attention heads were "
+            "found. Widths that can be pruned: hidden_sizes[0], hidden_sizes[1]."
         )
 
 
