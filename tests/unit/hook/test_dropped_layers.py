@@ -94,7 +94,7 @@ class TestArguments:
 
     def test_a_model_with_several_lists_is_asked_which(self) -> None:
         model = deep_zoo.build("bart")
-        message = r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Say"
+        message = r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Name one of them"
         with pytest.raises(UnsupportedModelError, match=message):
             drop_layers(model, [0])
         with pytest.raises(UnsupportedModelError, match=r"which='middle' names no list of layers"):
@@ -212,7 +212,7 @@ class TestConfig:
     def test_layers_that_compute_by_their_place_are_refused(self) -> None:
         model = deep_zoo.build("gpt2", scale_attn_by_inverse_layer_idx=True)
         before = small.state_of(model)
-        with pytest.raises(ConfigSyncError, match=r"logits differs by .* their place"):
+        with pytest.raises(ConfigSyncError, match=r"logits differs by .* their number or position"):
             drop_layers(model, [0])
         small.assert_same(before, small.state_of(model))
         assert drop_layers(model, [3]).fields == {"n_layer": (4, 3)}
