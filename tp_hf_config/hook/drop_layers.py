@@ -492,9 +492,9 @@ class OutputsWithout:
             error = _relative_error(value, now.get(key))
             if not error <= _TOLERANCE * torch.finfo(value.dtype).eps:
                 raise ConfigSyncError(
-                    f"{type(self._model).__name__} without these layers of {layers} has other "
-                    f"outputs than when these layers pass their input on unchanged: {key} differs "
-                    f"by {error:.1e}. A part after these layers depends on their number or "
+                    f"{type(self._model).__name__} without these layers of {layers} does not "
+                    f"compute the same as when these layers pass their input on unchanged: {key} "
+                    f"differs by {error:.1e}. A part after these layers depends on their number or "
                     "position. Drop other layers; the last layers often work. Nothing was changed."
                 )
         whole = {} if isinstance(self._whole, Refusal) else self._whole

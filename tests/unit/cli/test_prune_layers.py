@@ -355,8 +355,8 @@ class TestCodeThatComesWithAModel:
         typed = ("prune", folder, "--out", tmp_path / "out", *GLOBAL, *FFN, "--trust-remote-code")
         code, _, errors = shell(capsys, *typed)
         assert code == 1
-        assert "--per-layer: Own is code that came with the model (transformers_modules." in (
-            errors
-        )
-        assert "from where no saved model could import it. Leave it out, or put" in errors
+        assert (
+            "--per-layer: Own is defined in code that came with the model (transformers_modules."
+        ) in errors
+        assert "from where a saved model cannot import it. Leave --per-layer out, or put" in errors
         assert not (tmp_path / "out").exists()

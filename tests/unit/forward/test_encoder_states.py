@@ -296,7 +296,8 @@ class TestSaid:
         assert found["decoder_ffn_dim"].encoder_states == ()
         (row,) = (line for line in str(prunable(model)).splitlines() if line.startswith("d_model"))
         assert row.endswith(
-            "units permuted: same outputs; encoder_hidden_states has to lose the same channels"
+            "units permuted: same outputs; remove the same channels from the input "
+            "encoder_hidden_states"
         )
 
     def test_an_input_is_no_tensor_to_prune(self) -> None:

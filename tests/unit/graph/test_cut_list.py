@@ -115,7 +115,7 @@ class TestCarriedOut:
         name = "model.layers.0.mlp.down_proj.weight"
         assert str(cuts).endswith(" refitted")
         assert cuts.kept(name)[1].tolist() == refitted(zoo.build("llama")).kept(name)[1].tolist()
-        message = "weights were refitted, and a cut list says what was cut alone"
+        message = "weights were refitted, but a cut list stores only which channels were removed"
         with pytest.raises(ValueError, match=message):
             cuts.save(tmp_path / "cuts.safetensors")
         with pytest.raises(ValueError, match=message):
@@ -150,7 +150,7 @@ class TestTheList:
 
     def test_another_class_is_refused(self, cuts: CutList) -> None:
         bert = zoo.build("bert")
-        message = f"for a LlamaForCausalLM, and this is a {type(bert).__name__}"
+        message = f"for a LlamaForCausalLM, but this is a {type(bert).__name__}"
         with pytest.raises(UnsupportedModelError, match=message):
             apply_cuts(bert, cuts)
 
@@ -216,11 +216,11 @@ class TestTheList:
             (lambda t, _: t.update(edits=[]), "expected an object of model, before, after"),
             (
                 lambda t, _: t["edits"].update(a=5),
-                "a: expected a list of what is done to it",
+                "a: expected a list of cuts",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{}]),
-                "a: expected what is kept",
+                "a: expected the positions that are kept",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"x": "0"}}]),
@@ -232,11 +232,11 @@ class TestTheList:
             ),
             (
                 lambda _, p: p["0"].fill_(3),
-                "positions have to rise from 0 on, each the",
+                "positions have to increase, without duplicates",
             ),
             (
                 lambda _, p: p["0"].sub_(99),
-                "positions have to rise from 0 on, each the",
+                "positions have to increase, without duplicates",
             ),
             (
                 lambda _, p: p.update({"0": p["0"].float()}),

@@ -294,8 +294,8 @@ def test_a_width_of_which_the_class_takes_no_smaller_number_is_refused() -> None
     model = hf.BitForImageClassification(config)
     found = {width.name: width.reason for width in prunable(model).widths}
     assert found["embedding_size"] == (
-        "less of embedding_size cannot be built in the tiny model, so that nothing shows it: "
-        "num_channels (31) must be divisible by num_groups (32)"
+        "the tiny model cannot be built with a smaller embedding_size, so pruning it cannot be "
+        "checked: num_channels (31) must be divisible by num_groups (32)"
     )
 
 

@@ -94,7 +94,10 @@ class TestArguments:
 
     def test_a_model_with_several_lists_is_asked_which(self) -> None:
         model = deep_zoo.build("bart")
-        message = r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Name one of them"
+        message = (
+            r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Name one of "
+            "them"
+        )
         with pytest.raises(UnsupportedModelError, match=message):
             drop_layers(model, [0])
         with pytest.raises(UnsupportedModelError, match=r"which='middle' names no list of layers"):
@@ -120,7 +123,9 @@ class TestArguments:
         config = copy.deepcopy(model.config)
         config.use_weighted_layer_sum = True
         classes = hf.Wav2Vec2ForSequenceClassification(config)
-        with pytest.raises(UnsupportedModelError, match="another layer_weights too"):
+        with pytest.raises(
+            UnsupportedModelError, match="the config also builds another layer_weights"
+        ):
             drop_layers(classes, [1])
 
     def test_a_config_that_does_not_build_the_model_is_refused(self) -> None:
@@ -503,7 +508,9 @@ class TestReport:
         lines = str(report).split("\n")
         assert lines[0] == "model.layers: 2 of 4 layers dropped (1, 2)"
         assert lines[1] == "  num_hidden_layers 4 -> 2"
-        assert lines[2].startswith("  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors are")
+        assert lines[2].startswith(
+            "  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors have"
+        )
         assert repr(report).startswith("DroppedLayers(model.layers: 2 of 4")
         assert "<p>num_hidden_layers 4 -&gt; 2</p>" in report._repr_html_()
 

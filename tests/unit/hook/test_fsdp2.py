@@ -151,21 +151,22 @@ MESSAGES = {
     "weights cannot be cut in place. Pass a function that makes your fully_shard "
     "calls on the pruned model: HFConfigSyncHook(shard=shard)",
     "drop_layers": "UnsupportedModelError: LlamaForCausalLM: model.embed_tokens.weight is sharded "
-    "by fully_shard (FSDP2). A pruner that is constructed with HFConfigSyncHook(shard=shard) "
-    "prunes it, where shard(module) makes your fully_shard calls; anything else wants the whole "
-    "model in one process.",
+    "by fully_shard (FSDP2). Construct the pruner with "
+    "hooks=[HFConfigSyncHook(shard=shard)], where shard(module) makes your "
+    "fully_shard calls. Everything else needs the whole model in one process.",
     "inside": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2) and inside a "
-    "ModuleDict. Pass the model itself: the .inner of that",
+    "ModuleDict. Pass the model itself, the .inner of that module",
     "other settings": "CalibrationError: rank 1 made another decision than rank 0 at calibrate "
     "(the settings). Every rank needs the same settings and the same "
     "importances: equal seeds, and statistics that are summed over all ranks",
     "no data": "CalibrationError: the calibration data is empty on every rank. Pass at least one "
     "batch on one of them",
     "tensor parallelism": "UnsupportedModelError: LlamaForCausalLM: "
-    "model.layers.0.mlp.up_proj.weight is sharded over several processes by tensor parallelism or "
-    "DeepSpeed ZeRO-3. Prune the model's folder, and load the pruned one: tp-hf-config prune "
-    "FOLDER, or apply_cuts(folder, cuts, out) with the cuts of a pruner elsewhere. Of sharded "
-    "models only those of fully_shard (FSDP2) can be pruned.",
+    "model.layers.0.mlp.up_proj.weight is sharded over several processes by "
+    "tensor parallelism or DeepSpeed ZeRO-3. Only models that are sharded "
+    "by fully_shard (FSDP2) can be pruned. Prune the model's folder "
+    "instead, and load the result: tp-hf-config prune FOLDER, or "
+    "apply_cuts(folder, cuts, out) with the cut list of an unsharded model.",
 }
 MESSAGES["both"] = MESSAGES["tensor parallelism"]
 
@@ -300,10 +301,10 @@ class TestCopies:
 
     def test_the_wrapper_is_refused(self, copies: list[dict[str, Any]]) -> None:
         said = (
-            "UnsupportedModelError: a DistributedDataParallel holds on to the Parameters that it "
-            "was given, and would not train pruned ones. Pass the LlamaForCausalLM inside, the "
-            ".module of that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). "
-            "After the step let go of the wrapper, and wrap the pruned model anew"
+            "UnsupportedModelError: a DistributedDataParallel keeps the Parameters that it was "
+            "made with, and would not train pruned ones. Pass the LlamaForCausalLM inside, its "
+            ".module, on every rank, with distributed=True (HFConfigSyncHook, calibrate). After "
+            "the step, discard the wrapper and wrap the pruned model again"
         )
         for results in copies:
             for name in ("calibrate", "pruner"):

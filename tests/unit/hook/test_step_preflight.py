@@ -66,11 +66,12 @@ def test_a_choice_that_the_class_does_not_take() -> None:
             pruner.step()
     assert str(raised.value) == (
         "BasePruner: nothing of step 1 is pruned, because no config would describe the result: "
-        "LlamaConfig refuses what the weights are now (hidden_size 32 -> 23). It says: "
+        "LlamaConfig refuses the values of the pruned weights (hidden_size 32 -> 23). Its message: "
         "\"'validate_architecture': "
         "ValueError: The hidden size (23) is not a multiple of the number of attention heads "
-        '(4).". The nearest it takes: hidden_size 20 or 24. Choose ratios that end there after '
-        "every step, or round_to= a number that the class accepts."
+        '(4).". The nearest values that it accepts: hidden_size 20 or 24. '
+        "Choose ratios that give accepted values after every step, or set round_to= to a number "
+        "that the class accepts."
     )
     small.assert_same(before, small.state_of(model))
     assert (pruner.current_step, hook.reports, pruner.DG._pruning_history) == (0, [], [])

@@ -249,8 +249,8 @@ class TestCarriedOut:
         assert (model.config.hidden_size, model.config.word_embed_proj_dim) == (44, 48)
         assert told == [
             [
-                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors there: "
-                "model.decoder.project_in.weight); nearest valid: hidden_size 44"
+                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors with "
+                "these values: model.decoder.project_in.weight); nearest valid: hidden_size 44"
             ]
         ]
 
