@@ -181,8 +181,8 @@ def test_layers_of_one_kind_in_another_order_are_noted(tmp_path: Path) -> None:
     hook, pruner = attached(model)
     pruner.step()
     assert hook.last_report.notes == [
-        "the layers of model.layers are not in their original order (layer_idx says 2, 1, 0): a "
-        "reload numbers them anew"
+        "the layers of model.layers are not in their original order (layer_idx says 2, 1, 0). A "
+        "reload numbers them again"
     ]
     model.save_pretrained(tmp_path)
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path).eval()

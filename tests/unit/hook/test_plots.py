@@ -143,7 +143,9 @@ class TestHistory:
         ]
 
     def test_a_metric_of_another_length_is_refused(self, hook: HFConfigSyncHook, tmp_path: Path):
-        with pytest.raises(ValueError, match=r"^perplexity has 1 values for 2 pruning steps: give"):
+        with pytest.raises(
+            ValueError, match=r"^perplexity has 1 values for 2 pruning steps: expected 2"
+        ):
             hook.plot_history(tmp_path / "no.png", {"perplexity": [3.0]})
         assert list(tmp_path.iterdir()) == []
 

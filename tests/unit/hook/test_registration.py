@@ -405,7 +405,7 @@ def test_a_class_is_no_hook():
 
 def test_a_wrong_hook_is_refused_before_any_tracing():
     spy = FullSpy()
-    with pytest.raises(TypeError, match="has no after_step"):
+    with pytest.raises(TypeError, match="has no method after_step"):
         small.pruner_of(small.mlp(), hooks=[spy, object()])
     assert spy.log == []
 
