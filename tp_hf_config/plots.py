@@ -97,7 +97,7 @@ def plot_allocation(
     below.set_yscale("log")
     below.set_ylabel(f"{measure}, if only this layer is pruned")
     below.set_xlabel("layer")
-    below.legend(title="of it pruned", ncols=3)
+    below.legend(title="share pruned", ncols=3)
     figure.savefig(path)
     return figure
 

@@ -391,7 +391,7 @@ def test_layers_of_different_widths():
     ]
     assert error.conflicts == {"intermediate_size": {48: names[0], 64: names[1]}}
     assert str(error) == (
-        "no LlamaConfig describes the current weights of LlamaForCausalLM. intermediate_size: "
+        "no LlamaConfig describes LlamaForCausalLM with these widths. intermediate_size: "
         f"{', '.join(names[0])} need 48, {', '.join(names[1])} need 64 (it was 64). One field "
         "sets all of these, so each has to lose the same number of channels: prune them all at "
         "one ratio with local ranking (global_pruning=False), or keep them all (ignored_layers=). "
@@ -562,8 +562,8 @@ def test_a_tensor_that_the_config_cannot_size():
     model.register_parameter("extra", nn.Parameter(torch.rand(3)))
     message = str(fails_to_sync(hook, model))
     assert message == (
-        "no BertConfig describes the current weights of BertForTokenClassification: extra: found "
-        "[3], but the config builds no such tensor. No field of the config sets these dimensions "
+        "no BertConfig describes BertForTokenClassification: extra: found [3], but the config "
+        "builds no such tensor with these widths. No field of the config sets these dimensions "
         "separately: keep the layers (ignored_layers=). " + SYNC_LATER
     )
 

@@ -667,7 +667,7 @@ def test_report_of_a_failed_sync_to_json():
     with pytest.raises(ConfigSyncError):
         hook.sync()
     data = json.loads(json.dumps(hook.last_report.to_dict()))
-    assert data["error"].startswith("no LlamaConfig describes the current weights")
+    assert data["error"].startswith("no LlamaConfig describes LlamaForCausalLM with these widths")
     assert data["fields"] == {}
     assert len(data["groups"]) == 1
 

@@ -44,7 +44,7 @@ def explain_conflict(
         for (named, by_value), field in zip(needs.items(), conflict.needs, strict=True)
     ]
     return ConfigSyncError(
-        f"no {type(model.config).__name__} describes the current weights of {name}. "
+        f"no {type(model.config).__name__} describes {name} with these widths. "
         + "; ".join(parts)
         + ". One field sets all of these, so each has to lose the same number of channels: prune "
         "them all at one ratio with local ranking (global_pruning=False), or keep them all "
@@ -78,9 +78,9 @@ def explain_refusal(
 
 def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> ConfigSyncError:
     return ConfigSyncError(
-        f"no {type(model.config).__name__} describes the current weights of "
-        f"{type(model).__name__}: {listed(mismatches, '; ')}. No field of the config sets these "
-        f"dimensions separately: keep the layers (ignored_layers=). {AGAIN}"
+        f"no {type(model.config).__name__} describes {type(model).__name__} with these widths: "
+        f"{listed(mismatches, '; ')}. No field of the config sets these dimensions separately: "
+        f"keep the layers (ignored_layers=). {AGAIN}"
     )
 
 
