@@ -612,9 +612,8 @@ def test_where_no_tiny_model_runs_the_model_is_refused() -> None:
             hooks=[HFConfigSyncHook()],
         )
     assert str(raised.value) == (
-        "OnlyFloats cannot be pruned: the tiny model does not run: float32 only. Which channels "
-        "belong together is found on a tiny model of the class, in float64, which has to run "
-        "forward and backward. Load the weights into a class that does: "
-        "LlamaModel.from_pretrained(...)."
+        "OnlyFloats cannot be pruned: the tiny model does not run: float32 only. To find the "
+        "channels that belong together, a tiny model of the class has to run forward and backward "
+        "in float64. Load the weights into a class that does: LlamaModel.from_pretrained(...)."
     )
     small.assert_same(before, small.state_of(model))

@@ -316,10 +316,12 @@ class Refits:
         used = sum(layer.used for layer in self.layers)
         text = f"{used} of {len(self.layers)} weights refitted in {self.seconds:.1f} s"
         if self.cut is not None and self.refit is not None:
-            text += f"; {self.measure} on held-out data {self.cut:.3g} cut, {self.refit:.3g}"
-            text += " refitted"
+            text += (
+                f"; {self.measure} on held-out data {self.cut:.3g} without refits, {self.refit:.3g}"
+            )
+            text += " with refits"
         if self.after is not None:
-            text += f", {self.after:.3g} measured after the cut"
+            text += f", {self.after:.3g} measured after pruning"
         expected = self.expected
         meaning = [] if expected is None else [f"KL {expected:.3g}: {in_words(expected)}"]
         return "\n    ".join([text, *meaning, *self.notes])
@@ -463,7 +465,7 @@ class Refitting:
         try:
             run_held_out(self._step.calibration, self._outputs.compare, "held-out data, pruned")
         except CalibrationError as error:  # inputs as wide as a pruned width
-            self.result.notes.append(f"not measured after the cut: {error}")
+            self.result.notes.append(f"not measured after pruning: {error}")
             return
         after = self._outputs.mean()
         self.result.after = None if math.isnan(after) else after

@@ -167,7 +167,7 @@ class CutList:
             raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
         fault = _not_as_saved(table, tensors, metadata.get(_CHECKSUM)) or _fault(table, tensors)
         if fault is not None:
-            raise CheckpointError(f"{path}: {fault}. Save it anew: hook.cuts.save(path)")
+            raise CheckpointError(f"{path}: {fault}. Save it again: hook.cuts.save(path)")
         edits = {
             name: tuple(_edit_of(entry, tensors) for entry in entries)
             for name, entries in table["edits"].items()

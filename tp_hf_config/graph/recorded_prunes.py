@@ -60,8 +60,8 @@ class RecordedPrunes:
         """Drop the recorded prunes and raise ``UnsupportedModelError``: no hook is attached."""
         self.clear()
         raise UnsupportedModelError(
-            "this pruner's groups are those of a config, and no HFConfigSyncHook is attached that "
-            "would update it: hook.register(pruner). Nothing was pruned."
+            "this pruner uses the graph made from a config, but no HFConfigSyncHook is attached "
+            "that would update the config. Call hook.register(pruner). Nothing was pruned."
         )
 
     def _settle(self) -> None:

@@ -137,7 +137,7 @@ class Plan(Report):
         name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
-                f"this plan was made for a {self.model} with another config than the one of this "
+                f"this plan was made for a {self.model} with another config than that of this "
                 f"{name}. Make a new one: tp_hf_config.plan(model, ...)."
             )
 

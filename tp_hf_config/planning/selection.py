@@ -98,9 +98,9 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
     if inner is not cls:
         way_out = f"Load the weights into a class that does: {inner.__name__}.from_pretrained(...)."
     raise UnsupportedModelError(
-        f"{cls.__name__} cannot be pruned: {tiny.reason.rstrip('.')}. Which channels belong "
-        "together is found on a tiny model of the class, in float64, which has to run forward and "
-        f"backward. {way_out}"
+        f"{cls.__name__} cannot be pruned: {tiny.reason.rstrip('.')}. To find the channels that "
+        "belong together, a tiny model of the class has to run forward and backward in float64. "
+        f"{way_out}"
     )
 
 

@@ -360,7 +360,7 @@ def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> 
     assert result.refit is not None
     assert result.after is None
     assert result.notes[-1].startswith(
-        "not measured after the cut: LlamaForCausalLM does not run on batch 1 of the calibration "
+        "not measured after pruning: LlamaForCausalLM does not run on batch 1 of the calibration "
         "data, {'inputs_embeds': [2, 7, 64]}: "
     )
 

@@ -193,7 +193,7 @@ class TestTheList:
             self.rewritten(file, change, checksum=False)
             with pytest.raises(CheckpointError, match="it was changed after it was saved: its sha"):
                 CutList.load(file)
-            with pytest.raises(CheckpointError, match=r"Save it anew: hook\.cuts\.save\(path\)$"):
+            with pytest.raises(CheckpointError, match=r"Save it again: hook.cuts.save\(path\)$"):
                 apply_cuts(small.llama(), file)
 
     def test_a_file_without_a_checksum_is_refused(self, cuts: CutList, tmp_path: Path) -> None:

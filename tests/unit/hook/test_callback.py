@@ -287,8 +287,8 @@ class TestTrainer:
         ({}, "say when to prune, either every=100 or at=(100, 200, 300)"),
         ({"every": 2, "at": (2,)}, "say when to prune, either every=100 or at=(100, 200, 300)"),
         ({"every": 0}, "every=0: expected 1 or more optimizer steps"),
-        ({"at": (3, 2)}, "at=(3, 2): expected rising optimizer steps"),
-        ({"at": (0, 2)}, "at=(0, 2): expected rising optimizer steps"),
+        ({"at": (3, 2)}, "at=(3, 2): expected increasing optimizer steps"),
+        ({"at": (0, 2)}, "at=(0, 2): expected increasing optimizer steps"),
         (
             {"every": 2, "build": pruner_of, "pruning_ratio": 0.5},
             "pruning_ratio: your function makes the pruner, so pass these arguments to the pruner "

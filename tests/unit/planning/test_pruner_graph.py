@@ -291,8 +291,8 @@ def test_a_forward_pass_that_no_made_up_inputs_satisfy() -> None:
         step(model)
     assert str(raised.value) == (
         "LongformerForMultipleChoice cannot be pruned: the tiny model does not run: `input_ids` "
-        "should have two dimensions. Which channels belong together is found on a tiny model of "
-        "the class, in float64, which has to run forward and backward. Load the weights into a "
-        "class that does: LongformerModel.from_pretrained(...)."
+        "should have two dimensions. To find the channels that belong together, a tiny model of "
+        "the class has to run forward and backward in float64. Load the weights into a class that "
+        "does: LongformerModel.from_pretrained(...)."
     )
     small.assert_same(before, small.state_of(model))

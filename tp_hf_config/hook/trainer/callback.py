@@ -76,7 +76,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         if every is not None and every < 1:
             raise ValueError(f"PruningCallback: every={every}: expected 1 or more optimizer steps")
         if min(at, default=1) < 1 or list(at) != sorted(set(at)):
-            raise ValueError(f"PruningCallback: at={tuple(at)}: expected rising optimizer steps")
+            raise ValueError(
+                f"PruningCallback: at={tuple(at)}: expected increasing optimizer steps"
+            )
         if build is not None and settings:
             raise ValueError(
                 f"PruningCallback: {', '.join(settings)}: your function makes the pruner, so pass "
