@@ -224,7 +224,7 @@ class TestTheList:
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"x": "0"}}]),
-                "a: expected the di",
+                "a: expected dimension numbers",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"0": "9"}}]),

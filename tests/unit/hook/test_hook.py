@@ -311,7 +311,7 @@ def test_groups_that_are_listed_and_not_pruned():
     groups[0].prune()  # and later, by hand
     assert (widths(model), true(model), hook.pending) == ((24, 64), True, ())
     with pytest.warns(
-        PrunerSettingsWarning, match=r"only together with intermediate_size in model"
+        PrunerSettingsWarning, match=r"only if these are pruned too: intermediate_size in model"
     ):
         groups[1].prune()
     assert (widths(model), true(model), len(hook.pending)) == ((24, 64), True, 1)
