@@ -591,7 +591,9 @@ def test_what_is_only_held_is_measured_once_it_is_asked_for(
     with pytest.warns(CalibrationWarning, match="refits need at least"):
         calibration.measure()
     assert passes == [1]
-    assert str(calibration).startswith(f"LlamaForCausalLM on {tokens} tokens: what ")
+    assert str(calibration).startswith(
+        f"LlamaForCausalLM on {tokens} tokens: 5 inputs of 8 weights measured"
+    )
 
 
 def test_public_names() -> None:
