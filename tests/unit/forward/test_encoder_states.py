@@ -322,7 +322,7 @@ class TestSaid:
         assert report is not None
         left = report.inputs["encoder_hidden_states"]
         assert report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
-        assert "encoder_hidden_states has to lose the same channels" in report.graph
+        assert "remove the same channels from the input encoder_hidden_states" in report.graph
         assert (
             "  encoder_hidden_states: this input now has 16 channels; report.inputs lists them"
         ) in str(report).splitlines()

@@ -404,7 +404,7 @@ def test_what_is_as_wide_as_a_part_that_did_not_run_is_told_at_full_size() -> No
     other: Any = SimpleNamespace(values={heads: 32, channels: 4})
     reason = _unless_shared(found, [found, unseen], alike).reason
     assert reason is not None
-    assert reason.startswith("vq_config.channel_multiplier[2] is as wide")
+    assert reason.startswith("vq_config.channel_multiplier[2] has the same width, and its part")
     assert _unless_shared(found, [found, unseen], other) is found
 
 

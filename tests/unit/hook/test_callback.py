@@ -370,7 +370,7 @@ def test_two_callbacks_are_refused_before_training():
         (
             lambda: PruningCallback(at=(1, 2), pruning_ratio=0.5),
             "at= names 2 optimizer steps, but the pruner has iterative_steps=1. Name one "
-            "optimizer step for each",
+            "optimizer step for each of them",
         ),
         (
             every,
