@@ -562,8 +562,8 @@ def test_a_tensor_that_the_config_cannot_size():
     model.register_parameter("extra", nn.Parameter(torch.rand(3)))
     message = str(fails_to_sync(hook, model))
     assert message == (
-        "no BertConfig describes BertForTokenClassification: extra: found [3], but the config "
-        "builds no such tensor with these widths. No field of the config sets these dimensions "
+        "no BertConfig describes BertForTokenClassification with these widths: extra: found [3], "
+        "but the config builds no such tensor. No field of the config sets these dimensions "
         "separately: keep the layers (ignored_layers=). " + SYNC_LATER
     )
 
