@@ -58,8 +58,8 @@ def plot_history(
     for name, values in series.items():
         if len(values) not in (steps, steps + 1):
             raise ValueError(
-                f"{name} has {len(values)} values for {steps} pruning steps: give one for each, or "
-                f"{steps + 1}, first that of the unpruned model"
+                f"{name} has {len(values)} values for {steps} pruning steps: expected {steps}, one "
+                f"for each step, or {steps + 1}, the first for the unpruned model"
             )
     figure = _figure((7, 2.2 * len(series) + 0.6))
     axes = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
@@ -95,9 +95,9 @@ def plot_allocation(
     above.set_ylim(bottom=0)
     above.legend()
     below.set_yscale("log")
-    below.set_ylabel(f"{measure}, that layer alone")
+    below.set_ylabel(f"{measure}, if only this layer is pruned")
     below.set_xlabel("layer")
-    below.legend(title="of it pruned", ncols=3)
+    below.legend(title="share pruned", ncols=3)
     figure.savefig(path)
     return figure
 
@@ -164,10 +164,12 @@ def _figure(size: tuple[float, float]) -> Figure:  # width, height in inches
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'tp-hf-config[plot]'") from error
+        raise ImportError("plots need matplotlib: pip install 'tp-hf-config[plot]'") from error
     return Figure(figsize=size, layout="constrained", dpi=120)
 
 
 def _check_any(reports: Sequence[Any]) -> None:
     if not reports:
-        raise ValueError("nothing to draw: no report yet. Call pruner.step() first")
+        raise ValueError(
+            "there is nothing to plot: the hook has no report yet. Call pruner.step() first"
+        )

@@ -116,7 +116,7 @@ class TestErrors:
             "and its config disagree before any pruning",
             "no inputs were found that it runs with",
             "is nested too deeply",  # a reason that another module says
-            "One config field cannot say that: give all of them one ratio (ratios= of "
+            "One config field cannot describe that: give all of them one ratio (ratios= of "
             "HFConfigSyncHook",  # a reason that a helper returns
         } <= found
 

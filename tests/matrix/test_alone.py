@@ -180,7 +180,7 @@ class TestExamples:
             assert model.config.head_dim == 8
         (stays,) = [one for one in told if "hidden_size" in one]
         assert stays.startswith(
-            "hidden_size stays at 64: ignored_layers= keeps the outputs of vit."
+            "hidden_size is kept at 64: ignored_layers= keeps the outputs of vit."
         )
         assert_same_again(model, {"pixel_values": image(model)}, tmp_path)
 
@@ -222,10 +222,10 @@ class TestExamples:
             )
         assert report.fields == {"intermediate_size": (64, 32)}
         assert said(caught) == [
-            "hidden_size stays at 32: ignored_layers= keeps the outputs of pooler.dense, and one "
-            "config field sets them all.",
-            "num_attention_heads + hidden_size stays at 4 + 32: ignored_layers= keeps the outputs "
-            "of pooler.dense, and one config field sets them all.",
+            "hidden_size is kept at 32: ignored_layers= keeps the outputs of pooler.dense, and one "
+            "config field sets this width everywhere.",
+            "num_attention_heads + hidden_size is kept at 4 + 32: ignored_layers= keeps the "
+            "outputs of pooler.dense, and one config field sets this width everywhere.",
         ]
         assert_same_again(model, text(), tmp_path)
 
@@ -291,7 +291,9 @@ class TestArguments:
                 )
 
         model, hook = small.llama(), HFConfigSyncHook()
-        with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+        with pytest.warns(
+            PrunerSettingsWarning, match="^hidden_size is kept at 32: ignored_layers="
+        ):
             pruner = Mine(model, L2, hooks=[hook])
         assert isinstance(pruner.DG, ConfigGraph)
         pruner.step()
@@ -302,8 +304,8 @@ class TestArguments:
         model = small.llama()
         told, report = self.told(model, ignored_layers=layers(model, "gate_proj")[:1])
         assert told == [
-            "intermediate_size stays at 64: ignored_layers= keeps the outputs of "
-            "model.layers.0.mlp.gate_proj, and one config field sets them all."
+            "intermediate_size is kept at 64: ignored_layers= keeps the outputs of "
+            "model.layers.0.mlp.gate_proj, and one config field sets this width everywhere."
         ]
         assert report.fields == {"hidden_size": (32, 16)}
         assert told[0] in report.notes
@@ -315,21 +317,21 @@ class TestArguments:
         assert report.fields == {"n_inner": (96, 48)}
         model = zoo.build("gpt2")
         told, report = self.told(model, ignored_layers=layers(model, "mlp.c_proj"))
-        assert [one.partition(":")[0] for one in told] == ["n_embd stays at 64"]
+        assert [one.partition(":")[0] for one in told] == ["n_embd is kept at 64"]
         assert report.fields == {"n_inner": (96, 48)}
 
     def test_an_ignored_parameter(self) -> None:
         model = small.llama()
         told, report = self.told(model, ignored_layers=[model.model.norm.weight])
-        assert told == ["hidden_size stays at 32: ignored_layers= keeps model.norm.weight."]
+        assert told == ["hidden_size is kept at 32: ignored_layers= keeps model.norm.weight."]
         assert report.fields == {"intermediate_size": (64, 32)}
 
     def test_everything_ignored(self) -> None:
         model = small.llama()
         told, report = self.told(model, ignored_layers=[model])
         assert [one.partition(":")[0] for one in told] == [
-            "hidden_size stays at 32",
-            "intermediate_size stays at 64",
+            "hidden_size is kept at 32",
+            "intermediate_size is kept at 64",
         ]
         assert report.groups == []
 
@@ -379,7 +381,7 @@ class TestArguments:
         )
         assert told == [
             "pruning_ratio_dict= has no effect for lm_head, model.layers.0.self_attn.v_proj, "
-            "model.layers.1.self_attn.v_proj: nothing that it puts out is pruned."
+            "model.layers.1.self_attn.v_proj: none of its output channels is pruned."
         ]
         assert report.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 
@@ -388,8 +390,9 @@ class TestArguments:
         first, second = layers(model, "o_proj")
         told, report = self.told(model, pruning_ratio_dict={first: 0.25, second: 0.125})
         assert told == [
-            "pruning_ratio_dict= has the ratios 0.25, 0.125 for layers that lose the same channels "
-            "(hidden_size); Torch-Pruning takes that of the first of them. Give them one ratio."
+            "pruning_ratio_dict= has the ratios 0.25, 0.125 for layers that lose the same "
+            "channels (hidden_size); Torch-Pruning uses the ratio of the first layer. Give them "
+            "one ratio."
         ]
         assert report.fields["hidden_size"] in [(32, 24), (32, 28)]
 
@@ -427,7 +430,7 @@ class TestArguments:
             ).step()
         assert [str(each.message) for each in told if each.category is PrunerSettingsWarning] == [
             "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
-            "no heads are pruned, nor hidden_size, which goes with them alone."
+            "no heads are pruned, and neither is hidden_size, which is pruned only with heads."
         ]
         assert (model.config.hidden_size, model.config.intermediate_size) == (32, 32)
 
@@ -443,7 +446,7 @@ class TestArguments:
             prune_head_dims=False,
         )
         assert told == [
-            "num_heads stays at 4: num_heads= does not name "
+            "num_heads is kept at 4: num_heads= does not name "
             "decoder.block.0.layer.1.EncDecAttention.q."
         ]
         assert report.fields == {"d_ff": (96, 48), "d_model": (64, 32)}
@@ -458,15 +461,20 @@ class TestArguments:
         model = small.llama()
         told, report = self.told(model, num_heads=heads_of(model, "q_proj", "k_proj", "v_proj"))
         (stay,) = told
-        assert stay.startswith("prune_head_dims=True, but head dims stay: LlamaForCausalLM cannot ")
+        assert stay.startswith(
+            "prune_head_dims=True, but head dims are kept: LlamaForCausalLM cannot "
+        )
         assert "it encodes positions in its head dims" in stay
         assert report.fields == {"hidden_size": (32, 16), "intermediate_size": (64, 32)}
 
     def test_heads_smaller_with_the_hidden_size(self) -> None:
         told, report = self.told(randomised(small.bert()), prune_head_dims=False)
         (stays,) = told
-        assert stays.startswith("hidden_size stays at 32: heads of encoder.layer.0.attention.self.")
-        assert stays.endswith(" become smaller with it, and prune_head_dims=False.")
+        assert stays.startswith(
+            "hidden_size is kept at 32: pruning it would make the heads of "
+            "encoder.layer.0.attention.self."
+        )
+        assert stays.endswith(" smaller, but prune_head_dims=False.")
         assert report.fields == {"intermediate_size": (64, 32)}
 
     def test_numbers_of_heads_are_the_models(self) -> None:
@@ -474,8 +482,8 @@ class TestArguments:
         wrong = dict.fromkeys(heads_of(model, "q_proj"), 8)
         told, _ = self.told(model, num_heads=wrong, prune_head_dims=False)
         assert told == [
-            f"num_heads= says 8 heads for model.layers.{i}.self_attn.q_proj, which has 4: that is "
-            "taken."
+            f"num_heads= says 8 heads for model.layers.{i}.self_attn.q_proj, but it has 4; 4 is "
+            "used."
             for i in range(2)
         ]
 
@@ -494,7 +502,9 @@ class TestArguments:
             ("in_channel_groups", "mlp.down_proj"),
         ):
             groups = dict.fromkeys(layers(model, layer), 3)
-            with pytest.raises(ValueError, match=f"^{name}= \\(for Linear\\) on the graph made"):
+            with pytest.raises(
+                ValueError, match=f"^{name}= \\(for Linear\\) cannot be used with the graph"
+            ):
                 prune(model, example_inputs=None, **{name: groups})
         small.assert_same(before, small.state_of(model))
 
@@ -512,8 +522,8 @@ class TestArguments:
         """Embeddings alone are outputs of the residual stream, of no feed-forward layer."""
         told, report = self.told(small.llama(), root_module_types=[nn.Embedding])
         assert told == [
-            "intermediate_size stays at 64: root_module_types= (Embedding) holds no layer like "
-            "model.layers.0.mlp.gate_proj."
+            "intermediate_size is kept at 64: root_module_types= (Embedding) does not include the "
+            "type of model.layers.0.mlp.gate_proj."
         ]
         assert report.fields == {"hidden_size": (32, 16)}
 
@@ -602,9 +612,8 @@ def test_where_no_tiny_model_runs_the_model_is_refused() -> None:
             hooks=[HFConfigSyncHook()],
         )
     assert str(raised.value) == (
-        "OnlyFloats cannot be pruned: the tiny model does not run: float32 only. Which channels "
-        "belong together is found on a tiny model of the class, in float64, which has to run "
-        "forward and backward. Load the weights into a class that does: "
-        "LlamaModel.from_pretrained(...)."
+        "OnlyFloats cannot be pruned: the tiny model does not run: float32 only. To find the "
+        "channels that belong together, a tiny model of the class has to run forward and backward "
+        "in float64. Load the weights into a class that does: LlamaModel.from_pretrained(...)."
     )
     small.assert_same(before, small.state_of(model))

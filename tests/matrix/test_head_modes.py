@@ -487,8 +487,8 @@ def test_ignored_projections_keep_their_heads(gqa: str, leaf: str) -> None:
 def test_one_ignored_projection_is_told_before_pruning() -> None:
     model = head_zoo.build("llama", Shape(8, 2))
     words = (
-        "^num_attention_heads stays at 8: ignored_layers= keeps the outputs of "
-        r"model\.layers\.0\.self_attn\.q_proj, and one config field sets them all"
+        "^num_attention_heads is kept at 8: ignored_layers= keeps the outputs of "
+        r"model\.layers\.0\.self_attn\.q_proj, and one config field sets this width everywhere"
     )
     with pytest.warns(PrunerSettingsWarning, match=words):
         heads_pruner(model, ignored_layers=projections(model)[:1])
@@ -541,10 +541,10 @@ def test_interactive_steps(gqa: str) -> None:
 def test_what_was_done_instead_is_noted() -> None:
     run = pruned(head_zoo.build("mistral", Shape(9, 3)), "query", 3)
     assert run.notes == [
-        "step 1: the ratios ask for num_attention_heads 7.5 (num_attention_heads stays a multiple "
-        "of 3); nearest legal: num_attention_heads 9",
-        "step 3: the ratios ask for num_attention_heads 4.5 (num_attention_heads stays a multiple "
-        "of 3); nearest legal: num_attention_heads 6",
+        "step 1: the ratios ask for num_attention_heads 7.5 (num_attention_heads has to be a "
+        "multiple of 3); nearest valid: num_attention_heads 9",
+        "step 3: the ratios ask for num_attention_heads 4.5 (num_attention_heads has to be a "
+        "multiple of 3); nearest valid: num_attention_heads 6",
     ]
 
 
@@ -582,9 +582,9 @@ def test_value_dims_of_latent_attention() -> None:
     with pytest.warns(PrunerSettingsWarning) as told:
         heads_pruner(model, num_heads=heads_of(model), prune_num_heads=False)
     assert str(told[0].message) == (
-        "prune_head_dims=True, but head dims stay: DeepseekV3ForCausalLM: qk_nope_head_dim and "
-        "v_head_dim both set dimension 0 of model.layers.0.self_attn.kv_b_proj.weight. Prune them "
-        "one after the other, each with a pruner of its own."
+        "prune_head_dims=True, but head dims are kept: DeepseekV3ForCausalLM: qk_nope_head_dim "
+        "and v_head_dim both set dimension 0 of model.layers.0.self_attn.kv_b_proj.weight. Prune "
+        "them one after the other, each with a pruner of its own."
     )
     alone = {"prune_num_heads": False, "prune": ("v_head_dim",)}
     run = pruned_of_zoo("deepseek_v3", None, pruning_ratio=0.5, **alone)
@@ -605,7 +605,8 @@ def test_a_class_without_heads() -> None:
     with pytest.raises(UnsupportedModelError) as raised:
         heads_pruner(zoo.build("mamba2"))
     assert str(raised.value).startswith(
-        "Mamba2ForCausalLM cannot prune attention heads: no heads were seen. Widths that can: "
+        "Mamba2ForCausalLM cannot prune attention heads: no attention heads were found. Widths "
+        "that can: "
     )
 
 

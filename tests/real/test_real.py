@@ -30,7 +30,7 @@ def smollm2() -> Any:
 def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: Collector) -> None:
     ratios = {"hidden_size": 1 / 16, "intermediate_size": 0.25, "num_key_value_heads": 1 / 3}
     hook = HFConfigSyncHook(ratios=ratios)
-    said = pytest.warns(UserWarning, match="its quantization_config was removed")
+    said = pytest.warns(UserWarning, match="Its quantization_config was removed")
     if small.TRANSFORMERS < (5,):  # it does not call a model quantised that it read from GGUF
         said = nullcontext()
     with said:

@@ -51,7 +51,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 # (class, way) -> a part of the reason for which it is refused.
 REFUSED = dict.fromkeys(
     [("t5", "global"), ("t5", "isomorphic")],
-    r"the 2 groups of per_layer_config\.0\.d_ff, .* one config field cannot say that",
+    r"the 2 groups of per_layer_config\.0\.d_ff, .* one config field cannot describe that",
 )
 NO_STATIC_CACHE: tuple[str, ...] = ()
 

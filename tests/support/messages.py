@@ -33,7 +33,7 @@ REASONING = (
     "planning/plan.py",
 )
 """Modules whose reasons reach the user as they are: in reports, warnings and notes."""
-NO_REASONS = {"a head ratio of", "values decide what is computed"}
+NO_REASONS = {"a head ratio of", "what it computes depends on the values of tensors"}
 """What ``planning/plan.py`` says beside its reasons: of a target, and why FLOPs are not counted."""
 _LEAST = 12  # letters: a shorter piece says nothing by itself
 _EDGES = " .,:;?()="

@@ -32,7 +32,7 @@ from tp_hf_config import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:pruned groups are recorded"),
 ]
-SYNC_LATER = "Nothing was written; go on pruning and sync again."
+SYNC_LATER = "Nothing was written. Continue to prune, then call hook.sync()."
 
 
 def attached(model: nn.Module, **kwargs: Any) -> tuple[HFConfigSyncHook, Any]:
@@ -79,8 +79,8 @@ def test_the_family_of_errors():
 
 def test_no_pretrained_model():
     assert refused(small.mlp()) == (
-        "Sequential contains no transformers.PreTrainedModel, so there is no config to keep in "
-        "step. Pass a Hugging Face model, or a module that contains one."
+        "Sequential contains no transformers.PreTrainedModel, so there is no config to update. "
+        "Pass a Hugging Face model, or a module that contains one."
     )
 
 
@@ -101,8 +101,7 @@ class Pair(nn.Module):
 def test_two_side_by_side():
     assert refused(Pair()) == (
         "Pair contains 2 Hugging Face models side by side: query (BertModel), document "
-        "(LlamaForCausalLM). Expected one. Prune them one at a time, each with a pruner of its "
-        "own."
+        "(LlamaForCausalLM). Expected one. Prune them one at a time, each with its own pruner."
     )
 
 
@@ -172,11 +171,11 @@ def read_from_gguf() -> Any:
 @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
 def test_weights_that_were_quantised_in_their_file(use: Any, tmp_path: Path):
     model = read_from_gguf()
-    with pytest.warns(UserWarning, match="was read from quantised weights") as warned:
+    with pytest.warns(UserWarning, match="was loaded from quantised weights") as warned:
         use(model)
     assert str(warned[0].message) == (
-        "LlamaForCausalLM was read from quantised weights (gguf), which are plain tensors now: its "
-        "quantization_config was removed, so save_pretrained writes it as it is"
+        "LlamaForCausalLM was loaded from quantised weights (gguf), which are now plain tensors. "
+        "Its quantization_config was removed, so save_pretrained writes plain weights"
     )
     assert Path(warned[0].filename).name == "test_errors.py"
     model.save_pretrained(tmp_path)
@@ -226,10 +225,11 @@ def test_sharded():
     model = small.bert()
     model.encoder.layer[1].output.dense.weight.ds_id = 7
     assert refused(model) == (
-        "BertModel: encoder.layer.1.output.dense.weight is sharded over several processes "
-        "by tensor parallelism or DeepSpeed ZeRO-3. Prune the model's folder, and load the pruned "
-        "one: tp-hf-config prune FOLDER, or apply_cuts(folder, cuts, out) with the cuts of a "
-        "pruner elsewhere. Of sharded models only those of fully_shard (FSDP2) can be pruned."
+        "BertModel: encoder.layer.1.output.dense.weight is sharded over several processes by "
+        "tensor parallelism or DeepSpeed ZeRO-3. Only models that are sharded by fully_shard "
+        "(FSDP2) can be pruned. Prune the model's folder instead, and load the result: "
+        "tp-hf-config prune FOLDER, or apply_cuts(folder, cuts, out) with the cut list of an "
+        "unsharded model."
     )
 
 
@@ -328,7 +328,7 @@ def test_a_config_that_its_class_refuses():
     assert message == (
         "LlamaForCausalLM cannot be built from its own config: 'validate_architecture': "
         "ValueError: The hidden size (33) is not a multiple of the number of attention heads (4). "
-        "Mend model.config first."
+        "Correct model.config first."
     )
 
 
@@ -340,7 +340,7 @@ def test_prune_a_field_that_is_none():
     with pytest.raises(UnsupportedModelError) as raised:
         attached_to(small.bert(), hook)
     assert str(raised.value) == (
-        "BertModel cannot prune nonsense: no such width. Widths that can: hidden_size, "
+        "BertModel cannot prune nonsense: no such width. Widths that can be pruned: hidden_size, "
         "intermediate_size, num_attention_heads + hidden_size."
     )
 
@@ -348,16 +348,15 @@ def test_prune_a_field_that_is_none():
 def test_head_dims_of_a_rotary_model():
     model = small.llama()
     heads = {layer.self_attn.q_proj: 4 for layer in model.model.layers}
-    with pytest.warns(PrunerSettingsWarning, match="head dims stay") as warned:
+    with pytest.warns(PrunerSettingsWarning, match="head dims are kept") as warned:
         attached_to(model, HFConfigSyncHook(prune="inner"), num_heads=heads)
     assert str(warned[0].message) == (
-        "prune_head_dims=True, but head dims stay: "
-        "LlamaForCausalLM cannot prune head dims: it encodes positions in its head dims (its "
-        "position tables are as wide as a head), so they are not interchangeable (head_dim: units "
-        "are not interchangeable in model.layers.*.self_attn.k_proj.weight, "
-        "model.layers.*.self_attn.q_proj.weight). Leave prune_head_dims out, or prune whole heads "
-        "(prune_num_heads=True). Widths that can: hidden_size, intermediate_size, "
-        "num_attention_heads + num_key_value_heads."
+        "prune_head_dims=True, but head dims are kept: LlamaForCausalLM cannot prune head dims: "
+        "it encodes positions in its head dims (its position tables are as wide as a head), so "
+        "they are not interchangeable (head_dim: units are not interchangeable in "
+        "model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.q_proj.weight). Leave "
+        "prune_head_dims out, or prune whole heads (prune_num_heads=True). Widths that can be "
+        "pruned: hidden_size, intermediate_size, num_attention_heads + num_key_value_heads."
     )
 
 
@@ -375,7 +374,7 @@ def fails_to_sync(hook: HFConfigSyncHook, model: nn.Module) -> ConfigSyncError:
     assert report.error == str(raised.value)
     assert (report.fields, report.attributes, report.buffers, report.ties) == ({}, (), (), ())
     assert report.proof == ""
-    assert str(report).endswith(f"; the config does not follow: {raised.value}")
+    assert str(report).endswith(f"; the config is not updated: {raised.value}")
     assert report.to_dict()["error"] == str(raised.value)
     return raised.value
 
@@ -392,10 +391,11 @@ def test_layers_of_different_widths():
     ]
     assert error.conflicts == {"intermediate_size": {48: names[0], 64: names[1]}}
     assert str(error) == (
-        "no LlamaConfig says what the weights of LlamaForCausalLM are now. intermediate_size: "
-        f"{', '.join(names[0])} need 48, {', '.join(names[1])} need 64 (it was 64). One field sets "
-        "all of these, so they have to lose the same number: prune them all at one ratio with "
-        "local ranking (global_pruning=False), or keep them all (ignored_layers=). " + SYNC_LATER
+        "no LlamaConfig describes LlamaForCausalLM with these widths. intermediate_size: "
+        f"{', '.join(names[0])} need 48, {', '.join(names[1])} need 64 (it was 64). One field "
+        "sets all of these, so each has to lose the same number of channels: prune them all at "
+        "one ratio with local ranking (global_pruning=False), or keep them all (ignored_layers=). "
+        + SYNC_LATER
     )
     assert [group.root.name for group in hook.last_report.groups] == ["model.layers.0.mlp.up_proj"]
     model(torch.arange(8)[None])  # the model itself runs on
@@ -423,11 +423,12 @@ def test_a_class_that_refuses():
     hook, pruner = attached(model)
     cut(pruner, model.model.layers[0].mlp.down_proj, [0, 1, 2])
     assert str(fails_to_sync(hook, model)) == (
-        "LlamaConfig refuses what the weights are now (hidden_size 32 -> 29). It says: "
+        "LlamaConfig refuses the values of the pruned weights (hidden_size 32 -> 29). Its message: "
         "\"'validate_architecture': ValueError: The hidden size (29) is not a multiple of the "
-        'number of attention heads (4).". The nearest it takes: hidden_size 28 or 32. '
-        "Choose ratios that end there after every step, or round_to= a number that the class "
-        "accepts. " + SYNC_LATER
+        'number of attention heads (4).". The nearest values that it accepts: hidden_size 28 '
+        "or 32. "
+        "Choose ratios that give accepted values after every step, or set round_to= to a number "
+        "that the class accepts. " + SYNC_LATER
     )
     cut(pruner, model.model.layers[0].mlp.down_proj, [3])
     report = hook.last_report  # 28: it takes that
@@ -452,9 +453,9 @@ def test_heads_pruned_unequally(projection: str):
     attention = model.encoder.layer[0].attention.self
     cut(pruner, getattr(attention, projection), [8, 10, 13])  # of the second head
     assert str(fails_to_sync(hook, model)) == (
-        f"encoder.layer.0.attention.self.{projection}: its heads lost different numbers of "
-        "dimensions, so what is left cannot be told apart into equal heads. Tell the pruner about "
-        "the heads (num_heads=), or keep the layer (ignored_layers=)."
+        f"encoder.layer.0.attention.self.{projection}: its attention heads lost different numbers "
+        "of dimensions, so the remaining channels are not equal heads. Pass the number of heads "
+        f"to the pruner (num_heads={{layer: heads}}), or keep the layer (ignored_layers=)."
     )
 
 
@@ -471,8 +472,8 @@ def test_heads_told_nothing_about_are_refused_not_regrouped():
 EMBEDDED = "roberta.embeddings.word_embeddings"
 EMBEDDINGS = f"{EMBEDDED}.weight"
 UNTIE = (
-    "RobertaForMaskedLM stores them once, so a reload would change one of them. Prune them in one "
-    "group, keep them (ignored_layers=), or untie them before pruning "
+    "RobertaForMaskedLM saves tied weights once, so a reload would change one of them. Prune them "
+    "in one group, keep them (ignored_layers=), or untie them before pruning "
     "(config.tie_word_embeddings=False)."
 )
 
@@ -561,9 +562,9 @@ def test_a_tensor_that_the_config_cannot_size():
     model.register_parameter("extra", nn.Parameter(torch.rand(3)))
     message = str(fails_to_sync(hook, model))
     assert message == (
-        "no BertConfig says what the weights of BertForTokenClassification are now: extra: found "
-        "[3], but the config builds no such tensor. No field of the config sets these dimensions "
-        "on their own: keep the layers (ignored_layers=). " + SYNC_LATER
+        "no BertConfig describes BertForTokenClassification with these widths: extra: found [3], "
+        "but the config builds no such tensor. No field of the config sets these dimensions "
+        "separately: keep the layers (ignored_layers=). " + SYNC_LATER
     )
 
 
@@ -589,7 +590,7 @@ def test_a_wrapper_of_torch_is_refused_at_once(wrap: Any, name: str):
     model = wrap(small.bert())
     message = (
         f"{type(model).__name__} is a wrapper of torch around BertModel. Pass the model inside, "
-        f"its .{name}, and wrap the pruned model anew after the last step. (To compile, "
+        f"its .{name}, and wrap the pruned model again after the last step. (To compile, "
         "model.compile() needs no wrapper.)"
     )
     importance = tp.importance.MagnitudeImportance()
@@ -740,8 +741,8 @@ class NamedModel(hf.PreTrainedModel):
 def test_no_field_sets_a_width():
     model = NamedModel(NamedConfig())
     said = (
-        "no field of NamedConfig sets a width of NamedModel, so no config can say what is pruned "
-        "of it. Prune a class whose config holds its widths."
+        "no field of NamedConfig sets a width of NamedModel, so no config can describe the pruned "
+        "model. Prune a class whose config contains its widths."
     )
     for attempt in (
         lambda: tp_hf_config.prunable(model),

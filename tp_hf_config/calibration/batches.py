@@ -89,15 +89,15 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < _LEAST:
         raise CalibrationError(
-            f"the calibration text has {len(ids)} tokens, at least {_LEAST} are needed (some "
-            "thousands make a good choice of what to prune)"
+            f"the calibration text has {len(ids)} tokens, but at least {_LEAST} are needed (a good "
+            "choice of channels needs some thousands)"
         )
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if int(ids.max()) >= rows:
         raise CalibrationError(
-            f"the tokenizer makes token {int(ids.max())}, but the model has {rows}: they do not "
-            "belong together"
+            f"the tokenizer returned token id {int(ids.max())}, but the model has {rows} "
+            "embeddings. Pass the tokenizer of this model"
         )
     size = min(window_size(model), len(ids))
     windows = ids[: len(ids) // size * size].view(-1, size)
@@ -171,8 +171,8 @@ def joined_texts(
     for text in texts:
         if not isinstance(text, str):
             raise CalibrationError(
-                f"item {len(read) + 1} of the calibration data is a {type(text).__name__}, and "
-                "those before it are texts: pass texts alone, or batches alone"
+                f"item {len(read) + 1} of the calibration data is a {type(text).__name__}, but the "
+                "items before it are texts. Pass only texts, or only batches"
             )
         read.append(text)
         if tokens is not None:
@@ -220,7 +220,7 @@ def split_batches(
         )
     if not batches and not may_be_empty:
         raise CalibrationError(
-            "the calibration data has no batch: pass some (a list, a DataLoader)"
+            "the calibration data is empty. Pass at least one batch (a list, a DataLoader)"
         )
     places = _held_out(len(batches))[:_MOST_HELD_OUT]
     train = [batch for place, batch in enumerate(batches) if place not in places]
@@ -251,8 +251,8 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
     shared = _not_by_rows(batch, rows)
     if shared is not None:
         warn(
-            f"{shared} cannot be split into the rows of its batch, so padding is measured with the "
-            "tokens. Pass each row as a batch of its own, without padding",
+            f"{shared} cannot be split into the rows of its batch, so padding is measured like "
+            "tokens. Pass each row as a separate batch, without padding",
             CalibrationWarning,
         )
         yield dict(batch)

@@ -218,8 +218,8 @@ def _text_of(
         return own_text(running, with_held_out(tokens), seed)
     if not takes_token_ids(model):
         raise CalibrationError(
-            f"{type(model).__name__} takes no text: pass batches of what it takes, "
-            "calibrate(model, batches)"
+            f"{type(model).__name__} takes no text. Pass batches of its inputs: calibrate(model, "
+            "batches)"
         )
     tokenizer = tokenizer or _tokenizer_of(model)
     most = None if whole else with_held_out(tokens) + window_size(model)
@@ -235,18 +235,18 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(place)  # type: ignore[no-any-return]
     except Exception as error:  # of any type: no tokenizer there
         raise CalibrationError(
-            f"{type(model).__name__} was read from {place or 'nowhere'!r}, where there is no "
-            "tokenizer: pass calibrate(model, tokenizer=...)"
+            f"{type(model).__name__} was loaded from {place or 'nowhere'!r}, where there is no "
+            "tokenizer. Pass one: calibrate(model, tokenizer=tokenizer)"
         ) from error
 
 
 def _check_writes(model: Any, data: Any) -> None:
     if writes_text(model):
         return
-    what = "cannot write text of its own" if data == "own" else "is no causal language model"
-    texts = ", or texts and a tokenizer" if runs_on_text(model) else ""
+    what = "cannot generate its own text" if data == "own" else "is not a causal language model"
+    texts = ", or pass texts and a tokenizer" if runs_on_text(model) else ""
     raise CalibrationError(
-        f"{type(model).__name__} {what}, so it needs data: pass batches of what it takes, "
+        f"{type(model).__name__} {what}, so calibrate() needs data. Pass batches of its inputs: "
         f"calibrate(model, batches){texts}"
     )
 
@@ -262,8 +262,9 @@ def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
         if not missing:
             continue
         warn(
-            f"{name}: no token reached {listed(missing)} of {parts} experts, so "
-            "they are cut without a refit. Pass more data, or data that reaches them",
+            f"{name}: no token reached {len(missing)} of {parts} experts (number "
+            f"{listed(missing)}), so they are pruned without a refit. Pass more data, or data that "
+            "reaches them",
             CalibrationWarning,
         )
         return
@@ -278,8 +279,8 @@ def _warn_of_few_tokens(readings: Readings) -> None:
     if thin:
         leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].total))
         warn(
-            f"{leader.parameter} reads {len(statistics.total):,} channels and got "
-            f"{statistics.tokens:,} tokens: refits want {TOKENS_PER_CHANNEL} a channel or more "
-            f"({len(thin)} inputs have fewer). Pass more data, or tokens=",
+            f"{leader.parameter} reads {len(statistics.total):,} channels but was measured on "
+            f"{statistics.tokens:,} tokens: refits need at least {TOKENS_PER_CHANNEL} tokens a "
+            f"channel ({len(thin)} inputs have fewer). Pass more data, or a larger tokens=",
             CalibrationWarning,
         )

@@ -106,8 +106,9 @@ def _output_of(result: Any) -> Tensor:
     output = next(tensors_in(result), None) if logits is None else logits
     if output is None:
         raise CalibrationError(
-            f"the model returns no tensor but a {type(result).__name__}, so its outputs on held-"
-            "out data cannot be compared. Let its forward pass return a tensor, a tuple or a dict"
+            f"the model returns a {type(result).__name__} without tensors, so its outputs on "
+            "held-out data cannot be compared. Its forward pass has to return a tensor, a tuple or "
+            "a dict"
         )
     return output
 
@@ -315,10 +316,12 @@ class Refits:
         used = sum(layer.used for layer in self.layers)
         text = f"{used} of {len(self.layers)} weights refitted in {self.seconds:.1f} s"
         if self.cut is not None and self.refit is not None:
-            text += f"; {self.measure} on held-out data {self.cut:.3g} cut, {self.refit:.3g}"
-            text += " refitted"
+            text += (
+                f"; {self.measure} on held-out data {self.cut:.3g} without refits, {self.refit:.3g}"
+            )
+            text += " with refits"
         if self.after is not None:
-            text += f", {self.after:.3g} measured after the cut"
+            text += f", {self.after:.3g} measured after pruning"
         expected = self.expected
         meaning = [] if expected is None else [f"KL {expected:.3g}: {in_words(expected)}"]
         return "\n    ".join([text, *meaning, *self.notes])
@@ -380,7 +383,9 @@ class Refitting:
                 )
             )
             using |= {consumer} if used else set()
-        self._note_unjudged(unjudged, "no held-out token reaches them to")
+        self._note_unjudged(
+            unjudged, "no held-out token reaches them, so their refits cannot be compared"
+        )
         changes: list[float] = []
         for some, how in ((set[Consumer](), "cut"), (using, "refitted")):
             outputs.begin()
@@ -409,7 +414,9 @@ class Refitting:
             used = self._is_enough(consumer)
             using |= {consumer} if used else set()
             result.layers.append(Refitted(consumer.parameter, consumer.part, used=used))
-        self._note_unjudged(len(step.refits) - len(using), "nothing is held out to")
+        self._note_unjudged(
+            len(step.refits) - len(using), "no data is held out, so their refits cannot be compared"
+        )
         return using
 
     def _is_enough(self, consumer: Consumer) -> bool:
@@ -419,8 +426,8 @@ class Refitting:
     def _note_unjudged(self, count: int, why: str) -> None:
         if count:
             self.result.notes.append(
-                f"{count} weights are not refitted: {why} judge their refits, and they got fewer "
-                "than 8 tokens a channel. Pass more batches"
+                f"{count} weights are not refitted: {why}, and they were measured on fewer than 8 "
+                "tokens a channel. Pass more batches"
             )
 
     def _note_unfitted(self) -> None:
@@ -430,13 +437,15 @@ class Refitting:
         others = sorted(lost - step.readings.tables)
         if tables:
             self.result.notes.append(
-                f"not refitted, for it is the table of embeddings too: {listed(tables)}"
+                f"not refitted, because it is also the embedding matrix: {listed(tables)}"
             )
         if others:
-            self.result.notes.append(f"not refitted, for it read nothing: {listed(others)}")
+            self.result.notes.append(
+                f"not refitted, because no calibration data reached it: {listed(others)}"
+            )
         unseen = [name for name in step.unseen if name not in step.readings.tables]
         if unseen:
-            self.result.notes.append(f"not refitted, for it was not measured: {listed(unseen)}")
+            self.result.notes.append(f"not refitted, because it was not measured: {listed(unseen)}")
 
     def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
         """Estimate the change by cutting other groups, with refits; nothing is pruned."""
@@ -456,7 +465,7 @@ class Refitting:
         try:
             run_held_out(self._step.calibration, self._outputs.compare, "held-out data, pruned")
         except CalibrationError as error:  # inputs as wide as a pruned width
-            self.result.notes.append(f"not measured after the cut: {error}")
+            self.result.notes.append(f"not measured after pruning: {error}")
             return
         after = self._outputs.mean()
         self.result.after = None if math.isnan(after) else after

@@ -132,7 +132,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
     def _warn_unread(self, group: Any) -> None:
         layer = group[0].dep.target.name
         warnings.warn(
-            f"{layer}: no weight that was measured reads what this group's layers give, so it is "
+            f"{layer}: no measured weight reads the output of this group's layers, so the group is "
             "ranked by magnitude",
             CalibrationWarning,
             stacklevel=3,
@@ -141,9 +141,9 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
 def _warn_of_memory(reader: Consumer) -> None:
     warnings.warn(
-        f"{reader.parameter} and others read the channels of a group, and memory has no room for "
-        'all their Gram matrices together, so "obs" ranks the group as "wanda" does. Give '
-        "calibrate() a larger max_memory=",
+        f"{reader.parameter} and other weights read the channels of one group, and their Gram "
+        'matrices do not fit into max_memory together, so "obs" ranks this group like "wanda". '
+        "Pass a larger max_memory= to calibrate()",
         CalibrationWarning,
         stacklevel=5,
     )
@@ -167,9 +167,9 @@ def advice(importance: Any, model: Any) -> str | None:
         return None
     return (
         f"{type(importance).__name__} ranks {type(model).__name__} by the size of its weights, "
-        "which often takes what a language model needs most. Rank it by what its channels carry: "
-        "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
-        "hooks=[HFConfigSyncHook(refit=calibration)]"
+        "which often removes the channels that a language model needs most. Rank the channels by "
+        "their activations on data: calibration = tp_hf_config.calibrate(model), "
+        "importance=calibration.importance(), hooks=[HFConfigSyncHook(refit=calibration)]"
     )
 
 
@@ -270,8 +270,8 @@ def layer_influence(
     unseen = [number for number, count in enumerate(tokens) if count == 0]
     if unseen:
         raise CalibrationError(
-            f"{type(layers[unseen[0]]).__name__} {unseen[0]} passes no hidden states on for the "
-            "calibration data, so its influence cannot be measured. Say which layers to drop: "
+            f"{type(layers[unseen[0]]).__name__} {unseen[0]} outputs no hidden states on the "
+            "calibration data, so its influence cannot be measured. Name the layers to drop: "
             "drop_layers(model, layers=[...])"
         )
     return tuple(total / count for total, count in zip(sums, tokens, strict=True))

@@ -115,8 +115,8 @@ def measure(
     readings = _measured(model, batches, max_memory, what, ranks, only)
     if not readings.statistics:
         raise CalibrationError(
-            f"{type(model).__name__} has no layer whose inputs can be measured (linear layers, "
-            "convolutions, experts)"
+            f"{type(model).__name__} has no layer whose inputs can be measured; expected linear "
+            "layers, convolutions or experts"
         )
     _check_finite(readings)
     return readings
@@ -212,8 +212,8 @@ class MeasuredModel:
             for name in own
         ):
             raise CalibrationError(
-                f"this {type(model).__name__} is no copy of the {type(self.model).__name__} that "
-                "was measured: its weights differ. Pass calibrate(model, ...) of this one"
+                f"this {type(model).__name__} is not a copy of the {type(self.model).__name__} "
+                "that was measured: its weights differ. Calibrate this model: calibrate(model, ...)"
             )
         measured = copy.copy(self)
         measured.model = model
@@ -238,8 +238,8 @@ class MeasuredModel:
         measured = {id(parameter) for parameter in self.model.parameters()}
         if not all(id(parameter) in measured for parameter in model.parameters()):
             raise CalibrationError(
-                f"what was measured is another model than the {type(model).__name__} that the "
-                "pruner prunes. Pass calibrate(model, ...) of this one"
+                f"the calibration was measured on another model than the {type(model).__name__} "
+                "that the pruner prunes. Calibrate this model: calibrate(model, ...)"
             )
 
     def current(self) -> Readings:
@@ -299,9 +299,8 @@ class MeasuredModel:
         if not self._measured_at:
             return f"{what}: not measured yet"
         return (
-            f"{what}: what {inputs} inputs of "
-            f"{len(self.readings.leaders)} weights carry; {self.memory / 2**20:,.0f} MiB, "
-            f"{self.seconds:.1f} s"
+            f"{what}: {inputs} inputs of {len(self.readings.leaders)} weights measured; "
+            f"{self.memory / 2**20:,.0f} MiB, {self.seconds:.1f} s"
         )
 
     def __repr__(self) -> str:

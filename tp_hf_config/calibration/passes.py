@@ -77,7 +77,9 @@ def agreed_ranks(
     agree(CalibrationError, "calibrate", what, failure)
     data = gathered((len(batches), _digest(batches)))
     if not any(count for count, _ in data):
-        raise CalibrationError("the calibration data has no batch on any rank: pass some")
+        raise CalibrationError(
+            "the calibration data is empty on every rank. Pass at least one batch on one of them"
+        )
     spare = batches[0] if batches and source is not model else None
     if source is not model and not all(count for count, _ in data):
         spare = next(chain(*gathered(batches[:1])))
@@ -170,7 +172,8 @@ def _run_together(
                 break
         except RuntimeError as error:
             raise CalibrationError(
-                f"this rank lost the others in {when}: {in_one_line(error)}. Read their logs"
+                f"this rank lost the connection to the other ranks in {when}: "
+                f"{in_one_line(error)}. Read the logs of the other ranks"
             ) from error
     agree(CalibrationError, f"the end of {when}", failure=failure)
 
@@ -188,9 +191,9 @@ def _run(
         name = plain_class(type(model)).__name__
         if is_out_of_memory(error):
             raise CalibrationError(
-                f"{name} ran out of memory on {what}. Pass smaller batches, or "
-                "calibrate(..., max_memory=) less than the default, half of what is free, or "
-                "refits=False, which needs no Gram matrices for importances"
+                f"{name} ran out of memory on {what}. Pass smaller batches, or a smaller "
+                "max_memory= to calibrate() (the default is half of the free memory), or "
+                "refits=False, so that importances need no Gram matrices"
             ) from error
         raise CalibrationError(
             f"{name} does not run on {what}. Pass batches that the model takes: model(**batch)"

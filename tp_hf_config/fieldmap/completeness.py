@@ -73,8 +73,8 @@ def notes_on_options(model: PreTrainedModel, builder: Builder) -> list[str]:
     without = [f"{listed(added)} added with random values"] * bool(added)
     without += [f"{listed(left_out)} left out"] * bool(left_out)
     return [
-        f"{name} was built with {given}, which no config says: load it again with "
-        f"{name}.from_pretrained(folder, {given}); without, you get {' and '.join(without)}"
+        f"{name} was built with {given}, which no config stores. Load it with "
+        f"{name}.from_pretrained(folder, {given}); otherwise you get {' and '.join(without)}"
     ]
 
 
@@ -103,18 +103,21 @@ def _advice(model: PreTrainedModel, builder: Builder, built: nn.Module, live: Sh
             + (
                 f"= {value}"
                 if type(value) is int
-                else f"to the entries of the {len(value)} layers that are left"
+                else f"to the entries of the {len(value)} layers that remain"
             )
             for field, value in changes.items()
         ]
         return f"Set {' and '.join(settings)}."
     inside = (name for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
     inner = next(filter(None, inside), None)
-    advice = f"No number of layers in {type(model.config).__name__} leaves that out: put it back"
+    advice = (
+        f"No number of layers in {type(model.config).__name__} describes this model: put the "
+        "missing part back"
+    )
     if inner is None:
         return f"{advice}."
     kind = type(model.get_submodule(inner)).__name__
-    return f"{advice}, or prune the {kind} inside by itself (model.{inner})."
+    return f"{advice}, or prune only the {kind} inside (model.{inner})."
 
 
 def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refusal:
@@ -147,15 +150,14 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
                     what = ".".join(filter(None, (name, str(place), *key)))
                     return Refusal(
                         f"the layers of {name} are in another order than they were built in: "
-                        f"{what} is {live_facts[place].get(key)!r}, and in this place the config "
-                        f"builds {built_facts[place].get(key)!r}. Put the config's entries for "
-                        "single layers into the order of the layers."
+                        f"{what} is {live_facts[place].get(key)!r}, but the config builds "
+                        f"{built_facts[place].get(key)!r} in this place. Put the config's entries "
+                        "for single layers into the same order."
                     )
         notes += [
-            f"the layers of {name} are not in the places they were built in "
-            f"({numbering[0][1]} says "
-            f"{', '.join(str(one.get(numbering[0])) for one in live_numbers)}): a "
-            "reload numbers them anew"
+            f"the layers of {name} are not in their original order ({numbering[0][1]} says "
+            f"{', '.join(str(one.get(numbering[0])) for one in live_numbers)}). A reload numbers "
+            "them again"
         ]
     return notes
 

@@ -333,11 +333,11 @@ class KeptLayers:
     def difference(self, built: nn.Module) -> str | None:
         """Return how a build differs from the kept layers and their surroundings, or None."""
         if not self.has_length(built):
-            return f"{self._name} does not get {len(self._keep)} layers"
+            return f"{self._name} would not have {len(self._keep)} layers"
         around = _around(built, self._name)
         for part in dict.fromkeys((*self._around, *around)):
             if self._around.get(part) != around.get(part):
-                return f"with fewer layers the config builds another {part} too"
+                return f"with fewer layers the config also builds another {part}"
         layers = [facts_of(layer) for layer in built.get_submodule(self._name).children()]
         for key in dict.fromkeys(key for facts in (*self._layers, *layers) for key in facts):
             pairs = [

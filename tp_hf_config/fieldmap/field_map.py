@@ -261,7 +261,7 @@ def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
     vanished = vanished_counts(field_map.unpruned, new)
     if not vanished:
         return None
-    return Refusal(f"{vanished[0]} would be 0: a field that sets no shape would have to follow")
+    return Refusal(f"{vanished[0]} would be 0: a field that sets no shape would have to change too")
 
 
 def build_mismatch(
@@ -270,7 +270,9 @@ def build_mismatch(
     """Return how a build at other values differs from a model pruned to them, or None."""
     old, built = field_map.shapes, shapes(new)
     if old.keys() != built.keys():
-        return Refusal(f"the class builds other tensors there: {min(old.keys() ^ built.keys())}")
+        return Refusal(
+            f"the class builds other tensors with these values: {min(old.keys() ^ built.keys())}"
+        )
     steps = {field: value - field_map.values[field] for field, value in values.items()}
     others = [
         (name, built[name][dim], pruned_size)
@@ -281,7 +283,7 @@ def build_mismatch(
     if not others:
         return None
     name, size, pruned_size = min(others)
-    return Refusal(f"the class builds {name} with {size}, pruning leaves {pruned_size}")
+    return Refusal(f"the class builds {name} with size {size}, but pruning gives {pruned_size}")
 
 
 def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
@@ -306,8 +308,8 @@ def ungrouped_change(
             expected = before if expression is None else expression.evaluate(steps)
             if size != expected and (name, dim) not in held:
                 return Refusal(
-                    f"{name} would have {size} instead of {before} along dimension {dim}, which "
-                    "follows it in steps: no unit of it holds a part of that"
+                    f"dimension {dim} of {name} would change from {before} to {size}, but no unit "
+                    "contains a part of it"
                 )
     return None
 

@@ -60,7 +60,8 @@ def map_of(
     if not _says_widths(field_map):  # a timm architecture is chosen by its name
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets a width of {type(model).__name__}, so "
-            "no config can say what is pruned of it. Prune a class whose config holds its widths."
+            "no config can describe the pruned model. Prune a class whose config contains its "
+            "widths."
         )
     return field_map
 
@@ -74,7 +75,7 @@ def whole_build(model: PreTrainedModel, builder: Builder, built: nn.Module | Ref
     if isinstance(built, Refusal):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be built from its own config: "
-            f"{built.reason.rstrip('.')}. Mend model.config first."
+            f"{built.reason.rstrip('.')}. Correct model.config first."
         )
     mismatches = compare(shapes(model), shapes(built))
     if mismatches:

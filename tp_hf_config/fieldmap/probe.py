@@ -110,7 +110,9 @@ class Study:
         self.data = with_values(depth.data, implied)
         model = self.build({})
         if isinstance(model, Refusal):
-            raise UnsupportedModelError(f"the class does not build its own config: {model.reason}")
+            raise UnsupportedModelError(
+                f"the class cannot be built from its own config: {model.reason}"
+            )
         self.model = model
         self.shapes = shapes(model)
         self.recipe = find_recipe(model, make_inputs) if recipe is None else recipe

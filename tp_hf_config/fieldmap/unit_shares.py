@@ -73,7 +73,7 @@ def _with_all_pieces(field_map: FieldMap, shares: Shares) -> Shares | Refusal:
             continue
         full = [(ratio * share.per_unit, ratio * share.rest) for share in shares[name, dim]]
         if any(size.denominator != 1 for sizes in full for size in sizes):
-            return Refusal(f"{name} has no whole units along dimension {dim}")
+            return Refusal(f"dimension {dim} of {name} is no whole number of units")
         shares[name, dim] = tuple(
             Share(share.field, int(per_unit), int(rest))
             for share, (per_unit, rest) in zip(shares[name, dim], full, strict=True)
@@ -112,7 +112,7 @@ def _by_expressions(
             rest = expression.base - per_unit * units
             if per_unit.denominator != 1 or per_unit < 1 or rest < 0:
                 if observed is None:
-                    return Refusal(f"{name} has no whole units along dimension {dim}")
+                    return Refusal(f"dimension {dim} of {name} is no whole number of units")
                 break
             by_field.append(Share(field, int(per_unit), int(rest)))
         else:
@@ -124,7 +124,7 @@ def _by_expressions(
         if (name, dim) not in shares:
             remaining = field_map.shapes[name][dim] - step * units
             if step < 1 or remaining < 0:
-                return Refusal(f"{name} has no whole units along dimension {dim}")
+                return Refusal(f"dimension {dim} of {name} is no whole number of units")
             shares[name, dim] = (Share(None, step, remaining),)
     return dict(sorted(shares.items(), key=str))
 
@@ -143,13 +143,13 @@ def _observed_steps(
             reason = built.reason
             continue
         if built.keys() != field_map.shapes.keys():
-            reason = "it builds other layers then"
+            reason = "the class then builds other layers"
             continue
         builds.append((removed_units, built))
         if len(builds) == 2:
             break
     if len(builds) < 2:
-        return Refusal(f"the class takes no other number: {reason}")
+        return Refusal(f"the class accepts no other number: {reason}")
     result: dict[tuple[str, int], int] = {}
     for name, shape in field_map.shapes.items():
         if field_map.depth.first(name) != name:
@@ -159,7 +159,7 @@ def _observed_steps(
                 Fraction(now - built[name][dim], removed_units) for removed_units, built in builds
             }
             if len(slopes) > 1 or next(iter(slopes)).denominator != 1:
-                return Refusal(f"{name} does not follow in whole units along dimension {dim}")
+                return Refusal(f"dimension {dim} of {name} does not change by whole units")
             if any(slopes):
                 result[name, dim] = int(next(iter(slopes)))
     return result

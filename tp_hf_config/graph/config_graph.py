@@ -139,7 +139,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             return None
         names = ", ".join(kind.__name__ for kind in types)
         layer = graph_group.sides[0].layer
-        return Refusal(f"root_module_types= ({names}) holds no layer like {layer}")
+        return Refusal(f"root_module_types= ({names}) does not include the type of {layer}")
 
     def sides_of(self, module: nn.Module) -> list[tuple[GraphGroup, Side]]:
         # a view is listed under itself and under its owner
@@ -191,8 +191,9 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
                 return self.group_from(graph_group, units, side.module, side.out)
         name = self._module2name.get(module, type(module).__name__)
         raise ValueError(
-            f"{name}: these {'output' if out else 'input'} channels are no whole units of a group "
-            "that the config can say. See tp_hf_config.prunable(model)."
+            f"{name}: these {'output' if out else 'input'} channels are not whole units of a group "
+            "that a config can describe. tp_hf_config.prunable(model) lists the widths and their "
+            "units."
         )
 
     def check_pruning_group(self, group: ConfigGroup) -> bool:

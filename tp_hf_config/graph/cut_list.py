@@ -56,7 +56,10 @@ class CutList:
         refitted = sum(
             any(not isinstance(edit, Selection) for edit in edits) for edits in self.edits.values()
         )
-        text = f"{self.model}: {changes or 'the config stays'}; {len(self.edits)} tensors are cut"
+        text = (
+            f"{self.model}: {changes or 'the config is unchanged'}; {len(self.edits)} tensors are "
+            "cut"
+        )
         text += f", {refitted} refitted" if refitted else ""
         return text
 
@@ -109,7 +112,10 @@ class CutList:
             ValueError: the other one is for another class or starts from another config.
         """
         if other.model != self.model or list(changed_values(self.after, other.before)):
-            raise ValueError(f"{other} does not start where {self} ends")
+            raise ValueError(
+                f"the second cut list ({other}) does not start from the class and config with "
+                f"which the first one ends ({self})"
+            )
         return self.followed_by(other)
 
     def followed_by(self, other: CutList) -> CutList:
@@ -161,7 +167,7 @@ class CutList:
             raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
         fault = _not_as_saved(table, tensors, metadata.get(_CHECKSUM)) or _fault(table, tensors)
         if fault is not None:
-            raise CheckpointError(f"{path}: {fault}. Save it anew: hook.cuts.save(path)")
+            raise CheckpointError(f"{path}: {fault}. Save it again: hook.cuts.save(path)")
         edits = {
             name: tuple(_edit_of(entry, tensors) for entry in entries)
             for name, entries in table["edits"].items()
@@ -179,7 +185,8 @@ class CutList:
                     needed = int(kept[-1]) + 1
                     if dim >= len(sizes) or needed > sizes[dim]:
                         return (
-                            f"it needs {needed} positions along dimension {dim} of {name}: {sizes}"
+                            f"it needs {needed} positions along dimension {dim} of {name}, which "
+                            f"has shape {sizes}"
                         )
                     sizes[dim] = len(kept)
         return None
@@ -201,7 +208,7 @@ def _not_as_saved(table: Any, tensors: Mapping[str, Tensor], checksum: str | Non
     found = _digest(table, tensors)
     if found != checksum:
         return (
-            f"it was changed after it was saved: its {_CHECKSUM} is {found[:12]}..., and it says "
+            f"it was changed after it was saved: its {_CHECKSUM} is {found[:12]}..., expected "
             f"{checksum[:12]}..."
         )
     return None
@@ -213,7 +220,7 @@ def _fault(table: Any, tensors: Mapping[str, Tensor]) -> str | None:
         return f"expected an object of {', '.join(kinds)}"
     for name, entries in table["edits"].items():
         if not isinstance(entries, list):
-            return f"{name}: expected a list of what is done to it"
+            return f"{name}: expected a list of cuts"
         for entry in entries:
             fault = _fault_of(entry, tensors)
             if fault is not None:
@@ -225,9 +232,9 @@ def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
     if _has(entry, {"keep": dict}):
         positions = entry["keep"]
         if not positions or not all(dim.isdecimal() for dim in positions):
-            return "expected the dimensions of which positions are kept"
+            return "expected dimension numbers with the positions that are kept"
         return next(filter(None, (_not_rising(key, tensors) for key in positions.values())), None)
-    return "expected what is kept"
+    return "expected the positions that are kept"
 
 
 def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
@@ -244,7 +251,7 @@ def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
     if values is None or values.ndim != 1 or values.dtype != torch.int64 or not len(values):
         return "expected positions, a list of whole numbers"
     if int(values[0]) < 0 or not bool((values.diff() > 0).all()):
-        return "positions have to rise from 0 on, each there once"
+        return "positions have to increase, without duplicates, and be 0 or more"
     return None
 
 

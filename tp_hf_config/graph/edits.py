@@ -96,8 +96,8 @@ class NotKept:
 
 
 REFITTED = (
-    "weights were refitted, and a cut list says what was cut alone. Save the pruned model "
-    "(save_pretrained), or prune without refit= where a cut list is to be carried out elsewhere"
+    "weights were refitted, but a cut list stores only which channels were removed. Save the "
+    "pruned model (save_pretrained), or prune without refit= if you need a cut list"
 )
 Edit = Selection | RefitInPlace | NotKept
 

@@ -218,7 +218,7 @@ def _checked_at_full_size(finding: Finding, field_map: FieldMap) -> Finding:
         values = {field: field_map.values[field] // units * units_left for field in finding.fields}
         smaller = field_map.build_at(values)
         if isinstance(smaller, Refusal):
-            reason = f"the class takes no other number: {smaller.reason}"
+            reason = f"the class accepts no smaller number: {smaller.reason}"
             continue
         # a count became 0, or a dimension outside the groups changed
         misfit = count_at_zero(field_map, smaller) or ungrouped_change(
@@ -242,7 +242,7 @@ def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) 
             full.values.get(field) == full.values.get(own) for own in finding.fields
         ):
             reason = (
-                f"{field_name(field)} is as wide, and its part of the model was not seen to run"
+                f"{field_name(field)} has the same width, and its part of the model did not run"
             )
             return Finding(finding.fields, reason=reason)
     return finding
@@ -282,7 +282,7 @@ class LayerFindings:
         full = builder.build(data)
         if isinstance(full, Refusal):
             raise UnsupportedModelError(
-                f"{builder.model_class.__name__} does not build at tiny widths: {full.reason}"
+                f"{builder.model_class.__name__} cannot be built at tiny widths: {full.reason}"
             )
         data = config_json(builder.config(data), use_diff=False)
         alike = replace(self.stock_tiny.field_map, recipe=recipe)
@@ -310,7 +310,7 @@ class LayerFindings:
             yield replace(finding, groups=groups)
         elif len(own) < len(finding.fields):
             yield Finding(
-                finding.fields, reason="some of them are set for each layer, others are not"
+                finding.fields, reason="some of these fields are set for each layer, others are not"
             )
         else:
             by_layer: dict[int | None, list[TinyGroup]] = {}

@@ -48,7 +48,7 @@ def expand(
     names.update({name: [name] for name in buffers})
     missing = [field for field in finding.fields if field not in field_map.values]
     if missing:
-        return Refusal(f"{field_name(missing[0])} sets no width of the real model")
+        return Refusal(f"{field_name(missing[0])} sets no width of the full-size model")
     shares = shares_of(field_map, finding.fields)
     if isinstance(shares, Refusal):
         return shares
@@ -70,10 +70,10 @@ def expand(
             kind = field_map.depth.canonical(name)
             if (kind, dim) in shares and (name, dim) not in covered:
                 last = field_name(finding.fields[-1])
-                return Refusal(f"{name} follows {last} but was found in no group")
+                return Refusal(f"{name} depends on {last} but is in no group")
             # a layer that the shallow model does not have
             if kind not in field_map.shapes and tensor.shape[dim] in widths:
-                return Refusal(f"{name} is as wide, and is of no layer that was looked at")
+                return Refusal(f"{name} is as wide, and no layer of its kind was examined")
     return result
 
 
@@ -86,8 +86,8 @@ def _in_two_groups(groups: Sequence[Group]) -> Refusal | None:
     for (name, axis), layouts in by_place.items():
         if len(layouts) > 1 and share_positions(layouts):
             return Refusal(
-                f"{name}: dimension {axis} is in two groups at full size: layers that read each "
-                "other, of which the tiny model has fewer"
+                f"{name}: dimension {axis} is in two groups at full size, because layers read each "
+                "other, and the tiny model has fewer of them"
             )
     return None
 
@@ -150,7 +150,7 @@ def _real_group(
         if share is None and len(dim_shares) == 1 and None in (sources[dim], dim_shares[0].field):
             (share,) = dim_shares  # its field differs because one config rounds the size
         if share is None:
-            return Refusal(f"{name}: dimension {dim.dim} does not follow it at full size")
+            return Refusal(f"{name}: dimension {dim.dim} is not set by it at full size")
         matched.append((name, dim, share))
     runs = _full_runs(group, tiny, field_map)
     part_counts = _full_parts(group, [dim for _, dim, _ in matched], tiny, field_map)
@@ -165,13 +165,15 @@ def _real_group(
         if len(counts) != 1:
             full = " or ".join(map(str, sorted(counts))) or "an unknown number"
             return Refusal(
-                f"its units are in {channel_groups} channel groups in the tiny model; at full "
-                f"size in {full}"
+                f"its units are in {channel_groups} channel groups in the tiny model, and in "
+                f"{full} at full size"
             )
         (channel_groups,) = counts
     units *= per_field_unit
     if units % channel_groups:
-        return Refusal(f"{units} units do not go into {channel_groups} equal channel groups")
+        return Refusal(
+            f"{units} units cannot be divided into {channel_groups} equal channel groups"
+        )
     dims: list[TensorDim] = []
     for name, dim, share in matched:
         layout = _full_layout(name, dim, share, per_field_unit, runs, group, tiny, field_map)
@@ -247,8 +249,8 @@ def _full_parts(
     if group.channel_groups > 1:
         return PartCounts(parts, parts)
     return Refusal(
-        f"a unit is in {parts} places in the tiny model; at full size in "
-        f"{' or '.join(map(str, sorted(totals))) or 'an unknown number'}"
+        f"a unit is in {parts} places in the tiny model, and in "
+        f"{' or '.join(map(str, sorted(totals))) or 'an unknown number'} at full size"
     )
 
 
@@ -270,11 +272,12 @@ def _full_per_field_unit(
         parts = dim.layout.parts // part_counts.tiny * part_counts.full
         per_field_unit, rest = divmod(share.per_unit, parts * run)
         if rest:
-            return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
+            return Refusal(f"{name}: dimension {dim.dim} is no whole number of units at full size")
         per_field_units.add(per_field_unit)
     if len(per_field_units) > 1:
         return Refusal(
-            f"its dimensions hold {sorted(per_field_units)} channels a unit at full size"
+            "its dimensions hold different numbers of channels for each unit at full size: "
+            f"{sorted(per_field_units)}"
         )
     return per_field_units.pop()
 
@@ -335,8 +338,8 @@ def _full_layout(
     parts, run = dim.layout.parts, Fraction(per_unit, dim.layout.parts)
     if dim.layout.parts == dim.layout.run == group.per_field_unit == 1 < per_unit:
         return Refusal(
-            f"{name}: {per_unit} positions of dimension {dim.dim} go with a unit at full size, one "
-            "in the tiny model, so that their order was not seen"
+            f"{name}: dimension {dim.dim} has {per_unit} positions for each unit at full size, but "
+            "one in the tiny model, so their order is unknown"
         )
     if dim.layout.run == 1 and group.per_field_unit == 1:
         parts, run = per_unit, Fraction(1)  # one position per part; there can be more parts (heads)
@@ -346,18 +349,22 @@ def _full_layout(
         run = Fraction(runs.get(dim.layout.run, dim.layout.run))
         parts = per_unit // int(run * per_field_unit)
         if parts * run * per_field_unit != per_unit:
-            return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
+            return Refusal(f"{name}: dimension {dim.dim} is no whole number of units at full size")
     if run.denominator != 1 or (dim.layout.offset and not share.rest):
-        return Refusal(f"{name}: dimension {dim.dim} holds no whole units at full size")
+        return Refusal(f"{name}: dimension {dim.dim} is no whole number of units at full size")
     blocks = dim.layout.blocks
     if blocks > 1:
         counts = _full_counts(blocks, tiny, field_map, (name.rpartition(".")[0],))
         if len(counts) != 1:
-            return Refusal(f"{name}: blocks of the tiny model cannot be told at full size")
+            return Refusal(
+                f"{name}: the number of blocks in dimension {dim.dim} is unknown at full size"
+            )
         (blocks,) = counts
     gap = Fraction(share.rest, parts) if dim.layout.gap else Fraction(0)
     if gap.denominator != 1:
-        return Refusal(f"{name}: what stands between the units of dimension {dim.dim} is uneven")
+        return Refusal(
+            f"{name}: the gaps between the units of dimension {dim.dim} have different sizes"
+        )
     rest = int(gap) if gap else share.rest
     return UnitLayout(parts, int(run), blocks, rest if dim.layout.offset else 0, int(gap))
 

@@ -82,14 +82,14 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
     name = type(model).__name__
     if not entries_supported():
         raise UnsupportedModelError(
-            f"per_layer=True: {name} would need a config with {KEY}, which Transformers reads "
-            "from 5.15 on. Install a newer one, or leave it out"
+            f"per_layer=True: {name} needs a config with {KEY}, which Transformers reads from 5.15 "
+            "on. Install a newer version, or leave per_layer=True out"
         )
     lists = layer_lists_of(model)
     if not lists:
         raise UnsupportedModelError(
-            f"per_layer=True: {name} has no list of layers that are each built from a config "
-            "which counts them (num_hidden_layers). Leave it out"
+            f"per_layer=True: {name} has no list of layers that are built from the config and "
+            "counted by one of its fields (num_hidden_layers). Leave per_layer=True out"
         )
     if not layer_lists(type(model)):
         _check_importable(model)
@@ -103,8 +103,8 @@ def _keys(model: Any) -> dict[FieldPath, dict[str, int]]:
                 keys.setdefault(field[:-1], {})[str(field[-1])] = field_map.values[field]
     if not keys:
         raise UnsupportedModelError(
-            f"per_layer=True: {name} has no width that is its single layers' own and that "
-            f"{type(model.config).__name__} could set for each. Leave it out"
+            f"per_layer=True: {name} has no width that {type(model.config).__name__} could set for "
+            "each layer separately. Leave per_layer=True out"
         )
     return keys
 
@@ -115,11 +115,11 @@ def _check_importable(model: Any) -> None:
     for cls in (type(model), type(model.base_model), *layers):
         package = cls.__module__.partition(".")[0]
         if package in _NO_PACKAGES:
-            where = "code that came with the model" if package != "__main__" else "in a script"
+            where = "in code that came with the model" if package != "__main__" else "in a script"
             raise UnsupportedModelError(
-                f"per_layer=True: {cls.__name__} is {where} ({cls.__module__}), from where no "
-                "saved model could import it. Leave it out, or put the class into a "
-                "package that is installed"
+                f"per_layer=True: {cls.__name__} is defined {where} ({cls.__module__}), from where "
+                "a saved model cannot import it. Leave per_layer=True out, or put the class into "
+                "an installed package"
             )
 
 

@@ -24,7 +24,8 @@ def meta_copy_of(module: nn.Module) -> nn.Module:
     if prefix:
         raise UnsupportedModelError(
             f"{plain_class(type(model)).__name__} is under fully_shard (FSDP2) and inside a "
-            f"{plain_class(type(module)).__name__}. Pass the model itself: the .{prefix} of that"
+            f"{plain_class(type(module)).__name__}. Pass the model itself, the .{prefix} of that "
+            "module"
         )
     check_followable(model, sharded=True)
     reshard(model)

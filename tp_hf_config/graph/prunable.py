@@ -33,7 +33,7 @@ from .meta_copy import meta_copy_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_FROM_CACHE = f"from the cache of an earlier run ({VARIABLE}=off tries the class again)"
+_FROM_CACHE = f"from the cache of an earlier run ({VARIABLE}=off repeats the experiments)"
 _HEAD = ("config field", "units", "groups", "layers", "parameters a unit", "proof")
 
 
@@ -213,8 +213,9 @@ def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
     return tuple(
         Width(
             (field,),
-            reason=f"{field_map.builder.config_class.__name__} takes no other value of it alone, "
-            f"only with {' or '.join(field_name(other) for other in others)}",
+            reason=f"{field_map.builder.config_class.__name__} accepts another value of it only "
+            "together with another value of "
+            f"{' or '.join(field_name(other) for other in others)}",
         )
         for field, others in field_map.ratio_partners.items()
         if field not in field_map.values
@@ -224,7 +225,7 @@ def _only_in_proportion(field_map: FieldMap) -> tuple[Width, ...]:
 def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTrainedModel) -> Width:
     """Return a finding as a width of the real model, refused if it does not carry over."""
     if all(field_map.values.get(field) == 1 for field in finding.fields):
-        return Width(finding.fields, reason="it is 1: nothing of it can go")
+        return Width(finding.fields, reason="it is 1 and cannot be smaller")
     if finding.reason is not None:
         return Width(finding.fields, reason=finding.reason)
     groups = expand(finding, tiny, field_map, model)
@@ -234,7 +235,7 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
     if isinstance(groups, Refusal):
         return Width(finding.fields, reason=groups.reason)
     if not groups:
-        return Width(finding.fields, reason="the real model has no such group")
+        return Width(finding.fields, reason="the full-size model has no group of this width")
     return Width(
         fields=finding.fields,
         groups=tuple(_with_minimum(group, finding.minimum) for group in groups),
@@ -254,11 +255,13 @@ def _with_minimum(group: Group, minimum: int) -> Group:
 def note_on_unobserved(names: Sequence[str]) -> str:
     if not names:
         return ""
-    return f"; no output depends on {listed(names)}, cut alike"
+    return f"; cut in the same way, though no output depends on it: {listed(names)}"
 
 
 def note_on_states(names: Iterable[str]) -> str:
-    return "".join(f"; {name} has to lose the same channels" for name in dict.fromkeys(names))
+    return "".join(
+        f"; remove the same channels from the input {name}" for name in dict.fromkeys(names)
+    )
 
 
 def _parameters_per_unit(groups: Sequence[Group], model: nn.Module) -> int:

@@ -109,11 +109,11 @@ def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
 def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
     """Return why the graph of a pruner with a trace cannot be replaced; None if it can."""
     if pruner.current_step or pruner.DG.pruning_history():
-        return Refusal("it has pruned by that trace already")
+        return Refusal("the pruner has already pruned with that trace")
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
     if written_in.partition(".")[0] != _LIBRARY:
         name = type(pruner).__name__
-        return Refusal(f"the constructor of {name} may have kept groups of that trace")
+        return Refusal(f"the constructor of {name} may have stored groups of that trace")
     return None
 
 

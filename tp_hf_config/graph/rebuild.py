@@ -42,7 +42,7 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
     if missing:
         raise ConfigSyncError(
-            f"{cuts.model} has {listed(missing)} with the new config, and the model has not"
+            f"{cuts.model} has {listed(missing)} with the new config, but the model does not"
         )
     _take_over(new, model)
     return new  # type: ignore[no-any-return]
@@ -65,7 +65,7 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
     name = stock_class(type(model)).__name__
     if name != cuts.model:
         raise UnsupportedModelError(
-            f"the cut list is for a {cuts.model}, and this is a {name}. Build the class that was "
+            f"the cut list is for a {cuts.model}, but this is a {name}. Load the class that was "
             f"pruned: {cuts.model}.from_pretrained(...)"
         )
     config = config_json(model.config)
@@ -75,7 +75,8 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
         if field[0] not in OF_NO_EFFECT:
             raise UnsupportedModelError(
                 f"the cut list starts from a config with {field_name(field)} "
-                f"{value_at(cuts.before, field)}, and this {name} has {value_at(config, field)}"
+                f"{value_at(cuts.before, field)}, but this {name} has {value_at(config, field)}. "
+                "Apply it to the model that was pruned, as it was before pruning"
             )
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     misfit = cuts.misfit({name: tuple(tensor.shape) for name, tensor in named})

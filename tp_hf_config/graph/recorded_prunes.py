@@ -60,8 +60,8 @@ class RecordedPrunes:
         """Drop the recorded prunes and raise ``UnsupportedModelError``: no hook is attached."""
         self.clear()
         raise UnsupportedModelError(
-            "this pruner's groups are those of a config, and no HFConfigSyncHook is attached that "
-            "would update it: hook.register(pruner). Nothing was pruned."
+            "this pruner uses the graph made from a config, but no HFConfigSyncHook is attached "
+            "that would update the config. Call hook.register(pruner). Nothing was pruned."
         )
 
     def _settle(self) -> None:
@@ -78,9 +78,9 @@ class RecordedPrunes:
         again = sorted(set(prune.units).intersection(group.units))
         if again:
             raise ValueError(
-                f"unit {again[0]} of {_name(graph_group)} is recorded already, and not cut yet: "
-                "until it is cut, channels are numbered as the model is now. Prune other units, or "
-                "first what hook.pending names"
+                f"unit {again[0]} of {_name(graph_group)} is already recorded and not cut yet. "
+                "Until it is cut, channels keep their present numbers. Prune other units, or first "
+                "prune what hook.pending names"
             )
         prune.units += group.units
         self._prunes[id(graph_group)] = prune

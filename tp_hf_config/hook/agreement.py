@@ -57,7 +57,7 @@ class Agreement:
         self, when: str, parts: Iterable[tuple[str, str]], failure: Exception | None = None
     ) -> None:
         if self._needed:
-            agree(TrainingError, when, parts, failure, f". {self._what} is as it was.")
+            agree(TrainingError, when, parts, failure, f". {self._what} is unchanged.")
         elif failure is not None:
             raise failure
 

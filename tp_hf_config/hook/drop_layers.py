@@ -117,13 +117,13 @@ def _check_arguments(
 ) -> None:
     if (layers is None) == (count is None):
         raise ValueError(
-            "say which layers to drop, drop_layers(model, layers=[14, 25]), or how many, "
-            "drop_layers(model, count=2, calibration=calibrate(model)): one of the two"
+            "pass either the layers to drop, drop_layers(model, layers=[14, 25]), or their number, "
+            "drop_layers(model, count=2, calibration=calibrate(model))"
         )
     if count is not None and calibration is None:
         raise ValueError(
-            "count= drops the layers that change least on data, so it needs some: "
-            "drop_layers(model, count=2, calibration=calibrate(model))"
+            "count= drops the layers that change the hidden states least, which is measured on "
+            "data: drop_layers(model, count=2, calibration=calibrate(model))"
         )
 
 
@@ -133,7 +133,7 @@ def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
     twice = [number for number, times in Counter(layers).items() if times > 1]
     if twice:
         raise ValueError(
-            f"layers={list(layers)} names layer {listed(twice)} twice: name every layer once"
+            f"layers={list(layers)} names layer {listed(twice)} twice. Name every layer once"
         )
     wrong = [number for number in layers if not 0 <= number < total]
     chosen = tuple(sorted(set(layers)))
@@ -141,7 +141,7 @@ def _sorted(layers: Sequence[int], dropping: _Dropping) -> tuple[int, ...]:
         found = "no layer" if not chosen else "all layers"
         raise ValueError(
             f"layers={list(layers)} names {f'layer {listed(wrong)}' if wrong else found}: "
-            f"{dropping.name} has layers 0 to {total - 1}, of which one has to stay"
+            f"{dropping.name} has layers 0 to {total - 1}, and at least one has to be kept"
         )
     return chosen
 
@@ -167,19 +167,20 @@ class _Dropping:
         if not names:
             reasons = [f"{name}: {refusal.reason}" for name, refusal in found.items() if refusal]
             raise UnsupportedModelError(
-                f"{kind} has no list of layers that its config can make shorter, so no layer of it "
-                f"can be dropped ({listed(reasons, '; ') or 'it has no lists'}). "
-                "Nothing was changed."
+                f"{kind} has no list of layers that its config can shorten, so no layer can be "
+                f"dropped ({listed(reasons, '; ') or 'it has no list of layers'}). Nothing was "
+                "changed."
             )
         fitting = [name for name in names if which is None or f".{which}." in f".{name}."]
         if len(fitting) == 1:
             return fitting[0]
         if which is not None and not fitting:
             raise UnsupportedModelError(
-                f"which={which!r} names no list of layers of {kind}. It has: {', '.join(names)}."
+                f"which={which!r} names no list of layers of {kind}. Its lists are: "
+                f"{', '.join(names)}."
             )
         raise UnsupportedModelError(
-            f"{kind} has {len(fitting)} lists of layers: {', '.join(fitting)}. Say which: "
+            f"{kind} has {len(fitting)} lists of layers: {', '.join(fitting)}. Name one of them: "
             f"drop_layers(model, ..., which={fitting[0]!r}), in the shell --drop-layers "
             f"{fitting[0]}=N. Nothing was changed."
         )
@@ -191,7 +192,8 @@ class _Dropping:
         total = len(self.modules)
         if not 0 < count < total:
             raise ValueError(
-                f"count={count}: {self.name} has {total} layers, of which 1 to {total - 1} can go"
+                f"count={count}: {self.name} has {total} layers, of which 1 to {total - 1} can be "
+                "dropped"
             )
         order = sorted(range(total), key=lambda number: influence[number])
         chosen = tuple(sorted(order[:count]))
@@ -211,8 +213,8 @@ class _Dropping:
         if len(chosen) < count:
             raise self._refused(order[:count], reason)
         note = (
-            f"layers {listed(passed_by)} change less, but no config describes the model without "
-            f"them: {reason}"
+            f"layers {listed(passed_by)} change the hidden states less than some of the dropped "
+            f"layers, but were kept, because no config describes the model without them: {reason}"
         )
         return chosen, (note,)
 
@@ -225,9 +227,10 @@ class _Dropping:
     def _refused(self, dropped: Sequence[int], reason: str) -> ConfigSyncError:
         numbers = ", ".join(map(str, sorted(dropped)))
         return ConfigSyncError(
-            f"{type(self.model).__name__} without layer {numbers} of {self.name}: no config "
-            f"describes it. {reason.rstrip('.')}. Drop layers after which each layer that stays is "
-            "of the kind that its place has, such as the last ones. Nothing was changed."
+            f"no config describes {type(self.model).__name__} without layer {numbers} of "
+            f"{self.name}: {reason.rstrip('.')}. Choose the layers so that every remaining layer "
+            "has the kind that its new position requires; the last layers often work. Nothing was "
+            "changed."
         )
 
     def drop(self, dropped: tuple[int, ...], notes: Sequence[str]) -> DroppedLayers:
@@ -249,8 +252,8 @@ class _Dropping:
             dropped,
             keep,
             parameters=(parameters, self.model.num_parameters()),
-            proof=f"proved: {tensors} tensors are as {name} builds them from the new config; "
-            f"{compared}",
+            proof=f"proved: {tensors} tensors have the shapes that {name} builds from the new "
+            f"config; {compared}",
             notes=(*notes, *notes_on_options(self.model, self.builder), *outputs.notes()),
         )
 
@@ -266,8 +269,8 @@ class _Dropping:
         refusal = self.builder.initialised(data)  # loading a folder asks for initial weights
         if refusal is not None and self.builder.initialised(self.data) is None:
             raise ConfigSyncError(
-                f"{type(self.model).__name__} with {len(self.modules)} layers can be loaded, with "
-                f"fewer it fails as it asks for initial weights: {refusal.reason}. "
+                f"{type(self.model).__name__} with {len(self.modules)} layers can be loaded, but "
+                f"with fewer layers it fails while it initialises its weights: {refusal.reason}. "
                 "Drop fewer layers. Nothing was changed."
             )
         # its notes are dropped: other fields may equal the old number of layers by chance (experts)
@@ -295,11 +298,13 @@ class _Dropping:
         else:
             reason = KeptLayers(self.full, self.name, tuple(keep)).difference(built)
             if reason is None and shapes(self.model) != shapes(built):
-                reason = listed(compare(shapes(self.model), shapes(built))) or "it builds more"
+                reason = listed(compare(shapes(self.model), shapes(built))) or (
+                    "it builds more tensors"
+                )
         if reason is not None:
             raise ConfigSyncError(
-                f"{type(self.model).__name__} does not take the config without these layers: "
-                f"{reason.rstrip('.')}. Nothing was changed."
+                f"{type(self.model).__name__} changes the config without these layers, or builds "
+                f"something else from it: {reason.rstrip('.')}. Nothing was changed."
             )
 
 
@@ -424,8 +429,8 @@ class OutputsWithout:
             return Refusal(in_one_line(error))
         if impossible:
             raise ConfigSyncError(
-                f"{impossible[0]}, a layer to drop, does not give out what it is given in the same "
-                "shape, so the model cannot do without it. Nothing was changed."
+                f"the layer {impossible[0]} cannot be dropped: its output has another shape than "
+                "its input. Drop other layers. Nothing was changed."
             )
         return dict(tensors_by_name(result, self._total))
 
@@ -459,16 +464,18 @@ class OutputsWithout:
         refusal = self._cannot_generate() if self._generated else None
         if refusal is not None:
             yield (
-                "it no longer generates with a cache, as the class makes one for other layers "
-                f"({refusal.reason}): pass use_cache=False, or drop as many layers of its other "
-                "list"
+                "the model no longer generates with a cache, because the class makes the cache for "
+                f"another number of layers ({refusal.reason}). Pass use_cache=False to generate(), "
+                "or drop as many layers from the other list of layers"
             )
 
     def compare(self, layers: str) -> str:
         """Say what was compared, once the layers are removed; raise if the outputs differ."""
         expected, now = self._expected, self._run()
         if isinstance(expected, Refusal):
-            return f"outputs were not compared, as small inputs were not found: {expected.reason}"
+            return (
+                f"outputs were not compared, because no small inputs were found: {expected.reason}"
+            )
         if isinstance(now, Refusal):
             raise ConfigSyncError(
                 f"{type(self._model).__name__} does not run without these layers of {layers}: "
@@ -478,22 +485,27 @@ class OutputsWithout:
         if failure is not None:
             raise ConfigSyncError(
                 f"{type(self._model).__name__} without these layers of {layers} fails with the "
-                f"cache that it makes by default: {failure.reason.rstrip('.')}. Keep one layer of "
-                "each kind. Nothing was changed."
+                f"cache that it makes by default: {failure.reason.rstrip('.')}. Keep at least one "
+                "layer of each kind. Nothing was changed."
             )
         for key, value in expected.items():
             error = _relative_error(value, now.get(key))
             if not error <= _TOLERANCE * torch.finfo(value.dtype).eps:
                 raise ConfigSyncError(
-                    f"{type(self._model).__name__} without these layers of {layers} computes "
-                    "something else than with them passing on what they are given: "
-                    f"{key} differs by {error:.1e}. Something behind them depends on their place. "
-                    "Drop other layers, such as the last ones. Nothing was changed."
+                    f"{type(self._model).__name__} without these layers of {layers} does not "
+                    f"compute the same as when these layers pass their input on unchanged: {key} "
+                    f"differs by {error:.1e}. A part after these layers depends on their number or "
+                    "position. Drop other layers; the last layers often work. Nothing was changed."
                 )
         whole = {} if isinstance(self._whole, Refusal) else self._whole
         if all(key in whole and torch.equal(whole[key], v) for key, v in expected.items()):
-            return "it computes what it did, as no output on small inputs depends on these layers"
-        return "it computes what it did with the dropped layers passing on what they are given"
+            return (
+                "its outputs are unchanged, but on small inputs no output depends on these layers"
+            )
+        return (
+            "its outputs equal those of the original whose dropped layers pass their input on "
+            "unchanged"
+        )
 
 
 def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal:

@@ -85,8 +85,8 @@ class Follower:
             if parts:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} has {what} {listed(parts)} since the hook was "
-                    "attached, and the pruner's groups are those of before. Make a new pruner of "
-                    "the model as it is now. Nothing was pruned by this step."
+                    "attached, so the pruner's groups are out of date. Make a new pruner for this "
+                    "model. This step pruned nothing."
                 )
 
     def follow(self, report: SyncReport, groups: Sequence[GroupCut]) -> SyncReport:
@@ -113,7 +113,8 @@ class Follower:
             attributes=attributes,
             buffers=buffers,
             ties=ties,
-            proof=f"proved: {len(live)} tensors are as {name} builds them from the new config.json",
+            proof=f"proved: {len(live)} tensors have the shapes that {name} builds from the new "
+            "config.json",
             notes=[*mirror_notes, *outside],
             inputs=dict(self.inputs),
         )
@@ -244,8 +245,8 @@ class Follower:
 
     def _untied_error(self, conflict: Refusal) -> ConfigSyncError:
         return ConfigSyncError(
-            f"{conflict.reason}. {type(self.model).__name__} stores them once, so a reload would "
-            "change one of them. Prune them in one group, keep them (ignored_layers=), or "
+            f"{conflict.reason}. {type(self.model).__name__} saves tied weights once, so a reload "
+            "would change one of them. Prune them in one group, keep them (ignored_layers=), or "
             "untie them before pruning (config.tie_word_embeddings=False)."
         )
 
@@ -257,9 +258,9 @@ class Follower:
         for name, splits in self.splits.items():
             if splits is None:
                 raise ConfigSyncError(
-                    f"{name}: its heads lost different numbers of dimensions, so what is left "
-                    "cannot be told apart into equal heads. Tell the pruner about the heads "
-                    "(num_heads=), or keep the layer (ignored_layers=)."
+                    f"{name}: its attention heads lost different numbers of dimensions, so the "
+                    "remaining channels are not equal heads. Pass the number of heads to the "
+                    "pruner (num_heads={layer: heads}), or keep the layer (ignored_layers=)."
                 )
             targets.update({(name, which): count for which, count in counts_of(splits).items()})
         return targets
@@ -285,7 +286,7 @@ class Follower:
                 return proof
             raise ConfigSyncError(
                 f"{type(self.model).__name__} and its config disagree: {missing.reason} Nothing "
-                "was written; go on pruning and sync again."
+                "was written. Continue to prune, then call hook.sync()."
             )
         if isinstance(proof, Refusal):
             raise explain_refusal(self.model, self.field_map, values, proof)
@@ -302,7 +303,10 @@ class Follower:
         ]
         if wrong:
             names = ", ".join(field_name(field) for field, _ in wrong)
-            raise ConfigSyncError(f"the config does not take the values proved for {names}")
+            raise ConfigSyncError(
+                f"{type(self.model.config).__name__} changes the proved values when they are "
+                f"written to it: {names}"
+            )
 
 
 # sentence-transformers' names of the width that its Pooling reads
@@ -332,10 +336,10 @@ def _write_around(
                 written.append(full)
             elif type(value) is int and value in fields and is_own(key):
                 notes.append(
-                    f"{full} ({type(module).__name__}) is still {value}, as "
-                    f"{field_name(fields[value])} was: it stands outside the model, and nothing "
-                    "proves that it means the same. Set it to "
-                    f"{changed[fields[value]][1]} if it does"
+                    f"{full} ({type(module).__name__}) is still {value}, the old value of "
+                    f"{field_name(fields[value])}. It is outside the Hugging Face model, so "
+                    "nothing proves that it means the same. If it does, set it to "
+                    f"{changed[fields[value]][1]}"
                 )
     return written, notes
 
@@ -371,8 +375,8 @@ def with_mirrored_fields(
                     continue
         source = next(field_name(p) for p, v in changed_values(before, after) if v == pairs[value])
         notes.append(
-            f"config.{field_name(field)} is still {value}, as {source} was: no code of the class "
-            f"reads it. Set it to {pairs[value]} if it means the same"
+            f"config.{field_name(field)} is still {value}, the old value of {source}. No code of "
+            f"the class reads it. If it means the same, set it to {pairs[value]}"
         )
     return new, built, notes
 

@@ -199,13 +199,13 @@ class HFConfigSyncHook:
 
         if self._follower is not None:
             raise ValueError(
-                "this HFConfigSyncHook follows another pruner already: give every pruner a hook "
-                "of its own, or remove() the handle of the other one first"
+                "this HFConfigSyncHook is attached to another pruner. Make a hook for each pruner, "
+                "or first call remove() on the handle that register() returned for the other pruner"
             )
         if any(isinstance(hook, HFConfigSyncHook) for hook in registration.hooks_of(pruner)):
             raise ValueError(
-                f"this {type(pruner).__name__} has an HFConfigSyncHook already, and one is enough. "
-                "To put this one in its place, remove() the handle of the other first"
+                f"this {type(pruner).__name__} already has an HFConfigSyncHook, and it can have "
+                "one. To replace it, first call remove() on the handle of the other hook"
             )
         sharded = behind(pruner.model) is not pruner.model
         self._agreement = Agreement(sharded, self.distributed)
@@ -237,8 +237,8 @@ class HFConfigSyncHook:
             if not isinstance(pruner.DG, ConfigGraph):
                 if self.plan is not None:
                     raise ValueError(
-                        "a plan sets the pruner's ratios and steps, so its hook is passed to the "
-                        "constructor: hooks=[HFConfigSyncHook(plan=...)]"
+                        "a plan sets the pruner's ratios and steps, so pass its hook to the "
+                        "pruner's constructor: hooks=[HFConfigSyncHook(plan=plan)]"
                     )
                 self._graph_reason = replace_trace(
                     pruner, self._settings, self.make_inputs, self._cheapest
@@ -321,8 +321,8 @@ class HFConfigSyncHook:
         """
         if self._pending is None:
             raise ValueError(
-                "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
-                "hook.register(pruner)"
+                "this HFConfigSyncHook is attached to no pruner. Pass it to the pruner as "
+                "hooks=[hook], or call hook.register(pruner)"
             )
         return self._pending.sync()
 
@@ -386,7 +386,7 @@ class HFConfigSyncHook:
             pruner, name = self._follower.pruner, type(self._follower.model).__name__
             state = f"{type(pruner).__name__} of {name}, step {pruner.current_step} of "
             state += f"{pruner.iterative_steps}"
-        waiting = ", groups recorded and not cut (hook.pending)" if self.pending else ""
+        waiting = ", recorded groups are not cut yet (hook.pending)" if self.pending else ""
         return f"HFConfigSyncHook({settings}): {state}, {len(self.reports)} reports{waiting}"
 
     @check_arguments
@@ -427,8 +427,8 @@ class HFConfigSyncHook:
 def _check_plan_alone(*others: Any) -> None:
     if any(others):
         raise ValueError(
-            "HFConfigSyncHook(plan=...): the plan says what is pruned, so leave out prune=, "
-            "ratios=, gqa=, per_layer= and make_inputs=, or the plan"
+            "HFConfigSyncHook(plan=...): the plan already says what to prune. Leave out prune=, "
+            "ratios=, gqa=, per_layer= and make_inputs=, or leave out plan="
         )
 
 
@@ -441,7 +441,7 @@ def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[s
         given = arguments.get(name)
         if given not in (value, defaults[name].default):
             raise ValueError(
-                f"the pruner has {name}={given}, and the hook's plan {name}={value}: leave "
+                f"the pruner has {name}={given}, but the hook's plan has {name}={value}. Leave "
                 f"{name}= out of the pruner, or make a plan with it"
             )
     return dict(planned)

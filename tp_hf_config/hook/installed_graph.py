@@ -19,10 +19,9 @@ def replace_trace(
     if refusal is not None:
         name = type(pruner).__name__
         raise ValueError(
-            f"this {name} has traced its model by itself, and nothing proves what its groups "
-            f"cut. The graph made from the config cannot take their place any more: "
-            f"{refusal.reason}. "
-            f"Construct the pruner with the hook: {name}(model, ..., "
+            f"this {name} has already traced its model, and the groups of that trace are not "
+            f"proved. They cannot be replaced by the graph made from the config: {refusal.reason}. "
+            f"Pass the hook to the pruner's constructor: {name}(model, ..., "
             "hooks=[HFConfigSyncHook()])."
         )
     arguments = arguments_of(pruner)

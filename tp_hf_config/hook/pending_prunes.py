@@ -154,12 +154,16 @@ class PendingPrunes:
         failure = self._carry_out(in_step=looping, may_wait=True)
         if isinstance(failure, ConfigSyncError):
             missing = self.recorded.missing()
-            what = f"{listed(missing)} was missing" if missing else str(failure).rstrip(". ")
+            what = (
+                f"{listed(missing)} would have to be pruned too"
+                if missing
+                else str(failure).rstrip(". ")
+            )
             self.recorded.clear()
             self._told = False
             warn(
-                "groups that were pruned before are dropped, because they never were complete: "
-                f"{what}. The model and its config are as they were before them."
+                "recorded groups are discarded, because no config describes the model with only "
+                f"these groups pruned: {what}. The model and its config are unchanged."
             )
 
     def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
@@ -195,7 +199,8 @@ class PendingPrunes:
             if self._unfinished is not None and self._unfinished.remaining:
                 warn(
                     f"the cut was interrupted ({in_one_line(error)}): {self._unfinished.remaining} "
-                    "weights are still as they were, and so is the config. hook.sync() finishes it"
+                    "weights are not cut yet, and the config is not updated. Call hook.sync() to "
+                    "finish it"
                 )
             else:
                 self._unfinished = None
@@ -212,8 +217,9 @@ class PendingPrunes:
     def _of_step(self, failure: ConfigSyncError) -> ConfigSyncError:
         more = " more" if self._synced else ""
         return ConfigSyncError(
-            f"{type(self._pruner).__name__}: step {self._pruner.current_step} would end in this, "
-            f"and nothing{more} of it is pruned: {str(failure).removesuffix(AGAIN).rstrip()}",
+            f"{type(self._pruner).__name__}: nothing{more} of step {self._pruner.current_step} is "
+            "pruned, because no config would describe the result: "
+            f"{str(failure).removesuffix(AGAIN).rstrip()}",
             failure.conflicts,
         )
 
@@ -225,13 +231,14 @@ class PendingPrunes:
         self._told = True
         missing = self.recorded.missing()
         why = (
-            f"a config describes them only together with {listed(missing)} (hook.pending)"
+            f"a config describes the result only if these are pruned too: {listed(missing)} "
+            "(hook.pending)"
             if missing
             else self._reason.rstrip(".")
         )
         warn(
-            f"pruned groups are recorded, and not cut yet: {why}. The model and its config stay as "
-            "they were until then."
+            f"pruned groups are recorded but not cut yet: {why}. Until then the model and its "
+            "config are unchanged."
         )
 
     def _take_back(self) -> None:
@@ -245,7 +252,9 @@ class PendingPrunes:
         try:
             self._sync(True, self._done, None)
         except Exception as error:
-            warnings.warn(f"HFConfigSyncHook after an interrupted step: {error}", stacklevel=2)
+            warnings.warn(
+                f"HFConfigSyncHook failed after an interrupted step: {error}", stacklevel=2
+            )
 
 
 def _undoing_choice(pruner: Any) -> Callable[[], None]:

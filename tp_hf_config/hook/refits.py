@@ -74,15 +74,15 @@ def _advice_before(
     after = sum(math.prod(remaining[name]) for name in before)
     gone = sum(before.values()) - after
     parts = [
-        f"this step removes {gone:,} of {sum(before.values()):,} parameters, and is expected to "
-        f"change the model's answers by KL {expected:.3g} on held-out data: {in_words(expected)}; "
-        f"under {NOTICEABLE} is hardly noticeable."
+        f"this step removes {gone:,} of {sum(before.values()):,} parameters. On held-out data the "
+        f"output distribution is expected to change by a KL divergence of {expected:.3g}: "
+        f"{in_words(expected)}. A change below {NOTICEABLE} is hardly noticeable."
     ]
     if behind(view.model) is view.model:
         parts += _from_inner_widths(view, calibration, refitting, groups, gone)
     parts.append(
-        f"{_spread(refitting)}allocate(model, calibration, target_params={after}) takes most "
-        "from the layers that miss it least (in the shell: --allocate --target-params "
+        f"{_spread(refitting)}allocate(model, calibration, target_params={after}) prunes most in "
+        "the layers where it changes the output least (in the shell: --allocate --target-params "
         f"{after / sum(before.values()):.2f})"
     )
     return " ".join(parts)
@@ -110,8 +110,8 @@ def _from_inner_widths(
         named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
         fields = ", ".join(f'"{name}"' for name in named)
         yield (
-            f"As many parameters cost KL {cost:.3g} where they are taken from the inner widths "
-            f"alone: prune=({fields},), pruning_ratio={share:.2f}."
+            "If as many parameters are removed from the inner widths only, the expected KL "
+            f"divergence is {cost:.3g}: prune=({fields},), pruning_ratio={share:.2f}."
         )
 
 
@@ -136,6 +136,6 @@ def _spread(refitting: Refitting) -> str:
         return ""
     least, most = layers[0], layers[-1]
     return (
-        f"Outputs change by {least.refit:.1%} ({least.weight}) to {most.refit:.1%} "
-        f"({most.weight}): "
+        f"The outputs of layers change by {least.refit:.1%} ({least.weight}) to {most.refit:.1%} "
+        f"({most.weight}), so "
     )

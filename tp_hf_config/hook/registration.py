@@ -99,8 +99,8 @@ def _check(hook: Any) -> None:
         raise TypeError(f"hooks: {hook.__name__} is a class. Pass an object: {hook.__name__}()")
     if not isinstance(hook, PrunerHook):
         raise TypeError(
-            f"hooks: {type(hook).__name__} has no after_step(pruner) method. Pass a "
-            "HFConfigSyncHook() or an object with that method."
+            f"hooks: {type(hook).__name__} has no method after_step(pruner). Pass "
+            "HFConfigSyncHook() or another object with this method."
         )
 
 
@@ -161,7 +161,9 @@ def _fire(pruner: Any, quietly: bool = False) -> None:
             if not quietly and first is None:
                 first = error
                 continue
-            warnings.warn(f"{type(hook).__name__} after an interrupted step: {error}", stacklevel=2)
+            warnings.warn(
+                f"{type(hook).__name__} failed after an interrupted step: {error}", stacklevel=2
+            )
     if first is not None:
         raise first
 

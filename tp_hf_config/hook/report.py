@@ -59,7 +59,7 @@ class SyncReport(Report):
         graph = f" ({self.graph.split(':')[0]})" if self.graph else ""
         head = f"sync {self.step}: {_count(len(self.groups), 'group')} pruned{graph}"
         if self.error is not None:
-            return f"{head}; the config does not follow: {self.error}"
+            return f"{head}; the config is not updated: {self.error}"
         changes = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
         return f"{head}; {changes or 'no config field changes'}"
 
@@ -76,9 +76,9 @@ class SyncReport(Report):
             )
             if items
         )
-        yield f"  {refreshed or 'nothing else'} refreshed; {self.proof}; {self.seconds:.2f} s"
+        yield f"  {refreshed or 'nothing else'} updated; {self.proof}; {self.seconds:.2f} s"
         for name, channels in self.inputs.items():
-            yield f"  {name}: give it {len(channels)} channels now, report.inputs says which"
+            yield f"  {name}: this input now has {len(channels)} channels; report.inputs lists them"
         if self.refits is not None:
             yield f"  {self.refits}"
         yield from (f"  note: {note}" for note in self.notes)

@@ -32,9 +32,9 @@ class ShardedModel:
     def __init__(self, copy: PreTrainedModel, shard: Shard | None, agreement: Agreement):
         if shard is None:
             raise UnsupportedModelError(
-                f"{type(copy).__name__} is under fully_shard (FSDP2). Its weights cannot "
-                "be cut in place: pass a function that makes your fully_shard calls on the pruned "
-                "model, HFConfigSyncHook(shard=shard)"
+                f"{type(copy).__name__} is under fully_shard (FSDP2). Its weights cannot be cut in "
+                "place. Pass a function that makes your fully_shard calls on the pruned model: "
+                "HFConfigSyncHook(shard=shard)"
             )
         self._copy, self._shard, self._agreement = copy, shard, agreement
         self.model = behind(copy)  # the current sharded model

@@ -146,8 +146,8 @@ class UnitChoice:
                 raise
             raise ValueError(
                 f"{type(self.pruner.importance).__name__} fails ({type(error).__name__}: {error}), "
-                "and no parameter has a gradient, which importances such as Taylor's are made of. "
-                "Run loss.backward() on some data before pruner.step(). Nothing is pruned yet."
+                "and no parameter has a gradient. Importances such as Taylor's need gradients: run "
+                "loss.backward() on some data before pruner.step(). Nothing is pruned yet."
             ) from error
         self.valued |= values is not None
         return values
@@ -170,17 +170,26 @@ class UnitChoice:
     def _why_nothing(self) -> str:
         pruner, step = self.pruner, self.pruner.current_step
         if step > pruner.iterative_steps:
-            return f"all steps of the pruner were taken (iterative_steps={pruner.iterative_steps})"
+            return (
+                "the pruner has already taken all its steps "
+                f"(iterative_steps={pruner.iterative_steps})"
+            )
         groups = pruner.DG.groups_to_prune(pruner.ignored_layers, pruner.root_module_types)
         if not any(True for _ in groups):
-            return "no group takes part (prune=, ignored_layers=, root_module_types=)"
+            return "the settings exclude every group (prune=, ignored_layers=, root_module_types=)"
         if not self.valued:
             name = type(pruner.importance).__name__
-            return f"{name} gave no value to any group (it may need gradients, or batch norms)"
+            return (
+                f"{name} returned no importance for any group (it may need gradients, or batch "
+                "norms)"
+            )
         ratios = (pruner.per_step_pruning_ratio, *pruner.pruning_ratio_dict.values())
         if not any(by_step[step] for by_step in (*ratios, pruner.per_step_head_pruning_ratio)):
             return "all ratios are 0"
-        return "less than one unit of each was to go, or no group that the step gave was pruned"
+        return (
+            "the ratios ask for less than one unit of each group, or no group that the step "
+            "yielded was pruned"
+        )
 
 
 def _ranks(values: Tensor, parts: int) -> Tensor:

@@ -201,7 +201,7 @@ def module_of(
     if isinstance(built, Refusal):
         raise UnsupportedModelError(
             f"{target.__name__} cannot be built from this {type(source).__name__}: "
-            f"{built.reason.rstrip('.')}. Mend the config, or say which class: model_class=."
+            f"{built.reason.rstrip('.')}. Correct the config, or pass the class: model_class=."
         )
     return built
 
@@ -234,7 +234,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
             return entry[0] if isinstance(entry, (list, tuple)) else entry  # type: ignore[no-any-return]
     raise UnsupportedModelError(
         f"no class of transformers {transformers.__version__} belongs to {type(config).__name__} "
-        f"(architectures: {getattr(config, 'architectures', None)}). Say which: model_class=."
+        f"(architectures: {getattr(config, 'architectures', None)}). Pass the class: model_class=."
     )
 
 

@@ -28,13 +28,13 @@ def find_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel]:
     if not models:
         raise UnsupportedModelError(
             f"{type(model).__name__} contains no transformers.PreTrainedModel, so there is no "
-            "config to keep in step. Pass a Hugging Face model, or a module that contains one."
+            "config to update. Pass a Hugging Face model, or a module that contains one."
         )
     if len(models) > 1:
         names = ", ".join(f"{name} ({type(module).__name__})" for name, module in models.items())
         raise UnsupportedModelError(
             f"{type(model).__name__} contains {len(models)} Hugging Face models side by side: "
-            f"{names}. Expected one. Prune them one at a time, each with a pruner of its own."
+            f"{names}. Expected one. Prune them one at a time, each with its own pruner."
         )
     return next(iter(models.items()))
 
@@ -46,10 +46,10 @@ def check_unwrapped(model: nn.Module) -> None:
 
     if isinstance(model, DistributedDataParallel):
         raise UnsupportedModelError(
-            "a DistributedDataParallel holds on to the Parameters that it was given, and would not "
-            f"train pruned ones. Pass the {type(model.module).__name__} inside, the .module of "
-            "that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). After the "
-            "step let go of the wrapper, and wrap the pruned model anew"
+            "a DistributedDataParallel keeps the Parameters that it was made with, and would not "
+            f"train pruned ones. Pass the {type(model.module).__name__} inside, its .module, on "
+            "every rank, with distributed=True (HFConfigSyncHook, calibrate). After the step, "
+            "discard the wrapper and wrap the pruned model again"
         )
     children, module = [*getattr(model, "_modules", {}).items()], type(model).__module__
     of_torch = module.startswith("torch.") and not module.startswith("torch.nn.modules.")
@@ -57,7 +57,7 @@ def check_unwrapped(model: nn.Module) -> None:
         ((name, inner),) = children
         raise UnsupportedModelError(
             f"{type(model).__name__} is a wrapper of torch around {type(inner).__name__}. Pass the "
-            f"model inside, its .{name}, and wrap the pruned model anew after the last step. (To "
+            f"model inside, its .{name}, and wrap the pruned model again after the last step. (To "
             "compile, model.compile() needs no wrapper.)"
         )
 
@@ -105,8 +105,8 @@ def check_plain(model: PreTrainedModel) -> None:
         setattr(model, "is_quantized", False)
         vars(model.config).pop("quantization_config", None)
         warn(
-            f"{name} was read from quantised weights ({method}), which are plain tensors now: its "
-            "quantization_config was removed, so save_pretrained writes it as it is",
+            f"{name} was loaded from quantised weights ({method}), which are now plain tensors. "
+            "Its quantization_config was removed, so save_pretrained writes plain weights",
             UserWarning,
         )
     for layer_name, layer in model.named_modules():
@@ -127,15 +127,15 @@ def check_plain(model: PreTrainedModel) -> None:
 def _sharded(what: str, by_fsdp: bool) -> str:
     if by_fsdp:
         return (
-            f"{what} is sharded by fully_shard (FSDP2). A pruner that is constructed with "
-            "HFConfigSyncHook(shard=shard) prunes it, where shard(module) makes your fully_shard "
-            "calls; anything else wants the whole model in one process."
+            f"{what} is sharded by fully_shard (FSDP2). Construct the pruner with "
+            "hooks=[HFConfigSyncHook(shard=shard)], where shard(module) makes your fully_shard "
+            "calls. Everything else needs the whole model in one process."
         )
     return (
-        f"{what} is sharded over several processes by tensor parallelism or DeepSpeed ZeRO-3. "
-        "Prune the model's folder, and load the pruned one: tp-hf-config prune FOLDER, or "
-        "apply_cuts(folder, cuts, out) with the cuts of a pruner elsewhere. Of sharded models "
-        "only those of fully_shard (FSDP2) can be pruned."
+        f"{what} is sharded over several processes by tensor parallelism or DeepSpeed ZeRO-3. Only "
+        "models that are sharded by fully_shard (FSDP2) can be pruned. Prune the model's folder "
+        "instead, and load the result: tp-hf-config prune FOLDER, or apply_cuts(folder, cuts, out) "
+        "with the cut list of an unsharded model."
     )
 
 

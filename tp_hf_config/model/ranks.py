@@ -72,18 +72,21 @@ def _difference(when: str, parts: tuple[tuple[str, str], ...], failure: str) -> 
             return reason
         everyone = gathered((when, parts, failure))
     except RuntimeError as error:
-        return f"rank {dist.get_rank()} lost the others at {when}: {in_one_line(error)}"
+        return (
+            f"rank {dist.get_rank()} lost the connection to the other ranks at {when}: "
+            f"{in_one_line(error)}"
+        )
     first, first_parts, _ = everyone[0]
     for rank, (where, others, failed) in enumerate(everyone):
         if failed:
             return f"rank {rank} at {where}: {failed}"
         if where != first:
-            return f"rank 0 is at {first}, and rank {rank} at {where}"
+            return f"rank 0 is at {first}, but rank {rank} is at {where}"
         if others != first_parts:
             pairs = zip(first_parts, others, strict=False)
             names = (mine[0] for mine, theirs in pairs if mine != theirs)
             return (
-                f"rank {rank} decided otherwise than rank 0 at {first} "
+                f"rank {rank} made another decision than rank 0 at {first} "
                 f"({next(names, 'one prunes more than the other')}). Every rank needs the same "
                 "settings and the same importances: equal seeds, and statistics that are summed "
                 "over all ranks"
@@ -113,13 +116,13 @@ def _absence(when: str) -> str:
             seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]
             who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed(missing)}"
             return (
-                f"rank {rank} waited {seconds:.0f} seconds for the others at {when}, and {who} did "
-                f"not come. {_SAME_POINT}"
+                f"rank {rank} waited {seconds:.0f} seconds for the other ranks at {when}, but "
+                f"{who} did not arrive. {_SAME_POINT}"
             )
     if store.check([f"{here}, given up"]):
         other = store.get(f"{here}, given up").decode()
         return (
-            f"rank {rank} came to {when} when rank {other} had given up waiting for it. "
+            f"rank {rank} arrived at {when} after rank {other} had stopped waiting for it. "
             f"{_SAME_POINT}"
         )
     return ""

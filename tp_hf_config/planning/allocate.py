@@ -184,8 +184,8 @@ def allocate(
     """
     if not calibration.holds_out():
         raise UnsupportedModelError(
-            "allocate: the calibration holds no batch out, on which layers could be compared. Pass "
-            "calibrate() at least two batches"
+            "allocate compares layers on held-out batches, and the calibration has none. Pass at "
+            "least two batches to calibrate()"
         )
     with layers_listed(model):
         view = view_of(model)
@@ -225,8 +225,8 @@ def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
     if unknown:
         offered = dict.fromkeys(map(name_in_all_layers, by_name))
         raise UnsupportedModelError(
-            f"allocate: {unknown[0]} is no width that each layer has of its own. Those that are: "
-            f"{', '.join(offered)}"
+            f"allocate: {unknown[0]} is not a width that can differ from layer to layer. The "
+            f"widths that can: {', '.join(offered)}"
         )
     return [by_name[name] for name in names]
 
@@ -286,9 +286,9 @@ def _lagrangian(
         left[curve.field] = units
     if parameters > target:
         raise ValueError(
-            f"target_params={target:,}: {parameters:,} parameters are left when every layer loses "
-            "the largest of shares=. Allow larger shares, name more fields in prune=, or take a "
-            "larger target"
+            f"target_params={target:,}: {parameters:,} parameters remain even if the largest of "
+            "shares= is pruned from every layer. Pass larger shares, name more fields in prune=, "
+            "or choose a larger target"
         )
     return left, parameters
 

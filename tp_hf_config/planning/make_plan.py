@@ -150,8 +150,9 @@ def _check_followed(
         and all(moving.clamped for moving in trajectory.moving_widths)
     ):
         raise ValueError(
-            f"pruning_ratio={ratio}: every width that is pruned has a ratio of its own (ratios=, "
-            "head_pruning_ratio=). Name the fields that it is for in prune= too, or leave it out"
+            f"pruning_ratio={ratio}: every pruned width has its own ratio (ratios=, "
+            "head_pruning_ratio=), so pruning_ratio has no effect. Name the fields that it is "
+            "meant for in prune=, or leave it out"
         )
 
 
@@ -196,7 +197,7 @@ def _plan(
     full, before, notes = _build_and_measure(field_map, {})
     if full is None or before is None:
         # cannot happen: map_of built it
-        raise UnsupportedModelError("the class does not build its own config")
+        raise UnsupportedModelError("the class cannot be built from its own config")
     target, missed = None, None
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
@@ -210,7 +211,7 @@ def _plan(
     full_after, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
-    not_chosen = "not chosen" if settings.prune else "pruned only where it is named"
+    not_chosen = "not chosen" if settings.prune else "pruned only if it is named"
     tokens = "input_ids" in inspect.signature(view.model.forward).parameters
     time = None
     if full_after is not None and tokens:
@@ -244,13 +245,16 @@ def _plan(
 def _input_notes(chosen: Chosen) -> Iterator[str]:
     for width in chosen.widths:
         for name in width.encoder_states:
-            yield f"{name} has to lose channels with {width.name}: the report of a step says which"
+            yield (
+                f"remove the channels that {width.name} loses from the input {name} too: "
+                "report.inputs of a step lists the remaining ones"
+            )
 
 
 def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)
-        yield f"{names} stays: head_pruning_ratio= says what share of the heads goes, and is 0"
+        yield f"{names} is kept: head_pruning_ratio=, the share of heads to prune, is 0"
 
 
 def _build_and_measure(
@@ -382,9 +386,9 @@ def _trajectory_to(
     if parameters(at(highest)) > target:
         names = ", ".join(moving.name for moving in moving_widths) or "no width"
         raise ValueError(
-            f"target_params={target:,}: one ratio for {names} leaves at least "
-            f"{parameters(at(highest)):,} of {count.at({}):,} parameters. Prune more widths "
-            "(prune=), or set ratios= for each."
+            f"target_params={target:,}: with one ratio for {names}, at least "
+            f"{parameters(at(highest)):,} of {count.at({}):,} parameters remain. Prune more widths "
+            "(prune=), or set a ratio for each (ratios=)."
         )
     low, high = (0.0, highest) if parameters(at(0.0)) > target else (0.0, 0.0)
     for _ in range(_HALVINGS):
@@ -401,8 +405,8 @@ def _trajectory_to(
         if fitting:
             return max(fitting, key=parameters)
     raise ValueError(
-        f"target_params={target:,}: the class takes no widths near one ratio of {high:.3f}. Set "
-        "ratios= for each, or leave one out (prune=)."
+        f"target_params={target:,}: the class accepts no widths near one ratio of {high:.3f}. Set "
+        "a ratio for each width (ratios=), or prune fewer widths (prune=)."
     )
 
 
@@ -428,17 +432,17 @@ def _target_missed(
         if other.accepted() and count.at(values) > reached:
             text = ", ".join(f"{field_name(field)} {values[field]:,}" for field in moving.fields)
             wider.append((count.at(values), text, f"{field_name(moving.fields[0])}={ratio:g}"))
-    fewer = f"{target - reached:,} fewer, as units are whole"
+    fewer = f"{target - reached:,} fewer, because only whole units are removed"
     within = max((candidate for candidate in wider if candidate[0] <= target), default=None)
     if within is not None:
         return Refusal(
-            f"{fewer} and one ratio holds for all: {within[1]} alone would leave {within[0]:,} "
-            f"(a ratio of its own: {within[2]})"
+            f"{fewer} and all widths have one ratio: with {within[1]} it would be {within[0]:,} (a "
+            f"ratio of its own: {within[2]})"
         )
     above = min(wider, default=None)
     if above is None:
         return Refusal(fewer)
-    return Refusal(f"{fewer}: {above[1]} would already leave {above[0]:,}")
+    return Refusal(f"{fewer}: with {above[1]} it would already be {above[0]:,}")
 
 
 def _one_head_ratio(trajectory: Trajectory, moving_widths: Sequence[MovingWidth]) -> bool:

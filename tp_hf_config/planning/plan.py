@@ -137,7 +137,7 @@ class Plan(Report):
         name = type(view.model).__name__
         if name != self.model or view.field_map.values != self._fields:
             raise UnsupportedModelError(
-                f"this plan was made for a {self.model} with another config than the one of this "
+                f"this plan was made for a {self.model} with another config than that of this "
                 f"{name}. Make a new one: tp_hf_config.plan(model, ...)."
             )
 
@@ -215,9 +215,9 @@ def _footnotes(plan: Plan) -> list[str]:
     layers = Counter((name_in_all_layers(name), reason) for name, reason in plan.kept.items())
     for (name, reason), number in layers.items():
         where = f" (of {number} layers)" if number > 1 else ""
-        lines.append(f"stays: {name}{where}: {reason}")
+        lines.append(f"kept: {name}{where}: {reason}")
     if plan.time is not None:
-        lines.append(f"in memory, on two CPU cores, estimated: {plan.time}")
+        lines.append(f"estimated time in memory on two CPU cores: {plan.time}")
     return lines + [f"note: {note}" for note in plan.notes]
 
 
@@ -261,9 +261,9 @@ def refusal_lines(
     lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
     for ratios, leads_to in refusal.nearest:
         values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
-        lines.append(f"  taken: {written(ratios)} ({values})")
+        lines.append(f"  accepted: {written(ratios)} ({values})")
     if not refusal.nearest:
-        lines.append("  no settings near them are taken: change one ratio at a time")
+        lines.append("  no settings near these are accepted: change one ratio at a time")
     return lines
 
 
@@ -272,7 +272,7 @@ def adjusted_line(adjusted: Adjusted) -> str:
     accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
     reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
     return (
-        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest legal: {accepted}"
+        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest valid: {accepted}"
     )
 
 
@@ -306,7 +306,10 @@ def shortfalls(trajectory: Trajectory) -> list[str]:
             field = moving.fields[0]
             value = trajectory.field_map.values[field] * remaining // units
             why = _why_wider(trajectory, moving, remaining, ratio)
-            result.append(f"{field_name(field)} ends at {value}, not at {ratio:g} less: {why}")
+            result.append(
+                f"{field_name(field)} ends at {value}; the ratio {ratio:g} asks for "
+                f"{trajectory.field_map.values[field] * (1 - ratio):g}: {why}"
+            )
     return result
 
 
@@ -315,11 +318,14 @@ def _why_wider(trajectory: Trajectory, moving: MovingWidth, remaining: int, rati
     if trajectory.max_ratio < ratio:
         return f"max_pruning_ratio is {trajectory.max_ratio:g}"
     if remaining < unit_count.units:
-        return "no less can be left of it"
+        return "it cannot be smaller"
     if fewest == unit_count.units:
-        return f"no smaller multiple of {unit_count.step(trajectory.round_to)} can be left of it"
+        return f"no smaller multiple of {unit_count.step(trajectory.round_to)} is possible"
     most = unit_count.ratio_for(fewest)
-    return f"it would leave nothing, and then nothing is pruned; {most:g} leaves the least"
+    return (
+        f"this ratio would remove all of it, so nothing is pruned; {most:g} removes the most that "
+        "is possible"
+    )
 
 
 _TOKENS = ("input_ids", "decoder_input_ids")
@@ -358,7 +364,9 @@ def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[S
         gram_bytes=gram_bytes(field_map, full),
     )
     if isinstance(flops, Refusal):
-        return size, f"FLOPs are not known, the class does not run without data: {flops.reason}"
+        return size, (
+            f"FLOPs are unknown, because the class does not run on the meta device: {flops.reason}"
+        )
     return size, None
 
 
@@ -375,7 +383,7 @@ def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | 
     if isinstance(ran, Refusal):
         return ran
     if ran.guessed:
-        return Refusal("values decide what is computed")
+        return Refusal("what it computes depends on the values of tensors")
     counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     own = _own_flops(counts, type(shallow).__name__)
     like = dict(shallow.named_modules())

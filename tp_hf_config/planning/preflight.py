@@ -66,12 +66,12 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
     outcome, problem = _preflight(pruner, view)
     if problem is None and strict and outcome is not None and outcome.trajectory.adjusted:
         lines = "; ".join(map(adjusted_line, outcome.trajectory.adjusted))
-        problem = f"{lines}. HFConfigSyncHook() does the nearest; strict=True does not."
+        problem = f"{lines}. HFConfigSyncHook() uses the nearest; strict=True refuses them."
     if problem is None:
         return outcome
     raise ConfigSyncError(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
-        "tp_hf_config.plan(model, ...) shows what settings give."
+        "tp_hf_config.plan(model, ...) shows what settings lead to."
     )
 
 
@@ -101,7 +101,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     }
     problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
     if problem is not None and may_differ(view.model):
-        problem += " Or let every layer have widths of its own: per_layer=True."
+        problem += " Or let each layer have its own widths: per_layer=True."
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []
@@ -133,7 +133,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     if refusal is None:
         return outcome, None
     words = " ".join(line.strip() for line in refusal_lines(refusal))
-    return outcome, f"the class will not take the widths. {words}"
+    return outcome, f"the class refuses the widths. {words}"
 
 
 def _ranked_together(ranked: _Groups) -> str | None:
@@ -145,11 +145,11 @@ def _ranked_together(ranked: _Groups) -> str | None:
     names = dict.fromkeys(field_name(shared_field(field)) for fields in alone for field in fields)
     groups = ", ".join(f"the {number} groups of {name}" for name, number in several.items())
     only = ", ".join(f'"{name}"' for name in names)
-    other = f", or prune what has one group alone: prune=({only},) of the hook" if only else ""
+    other = f", or prune only what has one group: prune=({only},) of the hook" if only else ""
     return (
-        f"{groups} are ranked together, so they lose different numbers, and one config field "
-        "cannot say that. Use global_pruning=False, isomorphic=False, and no two of them under "
-        f"one key of pruning_ratio_dict{other}."
+        f"{groups} are ranked together, so they lose different numbers of units, and one config "
+        "field cannot describe that. Use global_pruning=False and isomorphic=False, and put no two "
+        f"of them under one key of pruning_ratio_dict{other}."
     )
 
 
@@ -180,7 +180,7 @@ def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
     name = _names(groups[0].graph_group.fields)
     return (
         f"the groups of {name} will have different numbers of units: {parts}. One config field "
-        "cannot say that: give all of them one ratio (ratios= of HFConfigSyncHook)."
+        "cannot describe that: give all of them one ratio (ratios= of HFConfigSyncHook)."
     )
 
 

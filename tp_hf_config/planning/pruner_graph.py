@@ -87,7 +87,7 @@ def _chosen(
     splits = view.field_map.splits_of
     graph = _graph_of(view, chosen)
     if not any(splits(name) for group in graph.graph_groups for name in graph.outputs_of(group)):
-        warn(f"prune_head_dims=True, but head dims stay: {reason}")
+        warn(f"prune_head_dims=True, but head dims are kept: {reason}")
     return chosen
 
 
@@ -96,7 +96,7 @@ def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
     heads = {width.fields for width in chosen.heads}
     notes = [
         *chosen.staying,
-        *(f"{name} stays: {reason}" for name, reason in chosen.left_out.items()),
+        *(f"{name} is kept: {reason}" for name, reason in chosen.left_out.items()),
     ]
     multiples, recipe = multiples_of(view, chosen.widths), view.field_map.recipe
     return ConfigGraph(view.model, groups, view.prefix, multiples, heads, notes, recipe.make_inputs)
@@ -113,10 +113,11 @@ def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
 
 
 _WITHOUT_EFFECT = {
-    "customized_pruners": "it cuts the parameters of every layer by itself, and what a layer "
-    "notes of its widths follows",
-    "unwrapped_parameters": "it knows which dimensions of bare parameters follow a config field",
-    "forward_fn": "no forward pass is run to make it",
+    "customized_pruners": "the graph cuts the parameters of every layer itself, and the hook "
+    "updates the widths that a layer records",
+    "unwrapped_parameters": "the graph knows which dimensions of bare parameters a config field "
+    "sets",
+    "forward_fn": "the graph is made without a forward pass",
 }
 # argument -> True if it constrains a layer's outputs, False for its inputs
 _CONSTRAINTS = {"in_channel_groups": False, "out_channel_groups": True, "channel_groups": True}
@@ -183,7 +184,11 @@ def _without_effect(
         yield (
             "prune_num_heads=True has no effect without head_pruning_ratio=, as in Torch-Pruning: "
             "no heads are pruned"
-            + (f", nor {', '.join(others)}, which goes with them alone." if others else ".")
+            + (
+                f", and neither is {', '.join(others)}, which is pruned only with heads."
+                if others
+                else "."
+            )
         )
 
 
@@ -199,9 +204,9 @@ def _check_constraint(
     if kinds:
         layers = ", ".join(sorted(kinds))
         raise ValueError(
-            f"{name}= (for {layers}) on the graph made from the config: which channels of a "
-            "layer go together (fused layers, heads, grouped norms) it knows by experiment, "
-            "and others cannot be asked for. Leave it out."
+            f"{name}= (for {layers}) cannot be used with the graph made from the config: "
+            "experiments find which channels of a layer have to be pruned together (fused layers, "
+            "heads, grouped norms), and no others can be requested. Leave it out."
         )
 
 
@@ -276,16 +281,18 @@ def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
                 listed = ", ".join(f"{ratio:g}" for ratio in ratios)
                 yield (
                     f"{name}= has the ratios {listed} for layers that lose the same channels "
-                    f"({fields}); Torch-Pruning takes that of the first of them. Give them one "
+                    f"({fields}); Torch-Pruning uses the ratio of the first layer. Give them one "
                     "ratio."
                 )
 
 
 def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
     if heads:
-        return "no heads that are pruned are split out of what it puts out"
-    way = " by pruning_ratio (heads follow the head ratios)" if arguments["prune_num_heads"] else ""
-    return f"nothing that it puts out is pruned{way}"
+        return "its output is not split into attention heads that are being pruned"
+    way = (
+        " by pruning_ratio (heads have head_pruning_ratio)" if arguments["prune_num_heads"] else ""
+    )
+    return f"none of its output channels is pruned{way}"
 
 
 def _names(graph: ConfigGraph, layers: Sequence[nn.Module]) -> str:
@@ -302,8 +309,8 @@ def _count_heads(view: ModelView, arguments: dict[str, Any]) -> None:
     for module, count in given.items():
         if count != (own := counts.setdefault(module, count)):
             warn(
-                f"num_heads= says {count} heads for {names[module]}, which has {own}: that is "
-                "taken."
+                f"num_heads= says {count} heads for {names[module]}, but it has {own}; {own} is "
+                "used."
             )
     arguments["num_heads"] = counts
 
@@ -354,7 +361,11 @@ def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldP
         every = [graph.refusal_of(graph_group, modules, types) for graph_group in of_width]
         # one field sets all groups of a width, so one kept group keeps all
         if refusals := [refusal for refusal in every if refusal is not None]:
-            others = ", and one config field sets them all" if len(refusals) < len(of_width) else ""
+            others = (
+                ", and one config field sets this width everywhere"
+                if len(refusals) < len(of_width)
+                else ""
+            )
             result[width.fields] = f"{refusals[0].reason}{others}."
             continue
         layers = [graph.outputs_of(graph_group) for graph_group in of_width]
@@ -397,7 +408,7 @@ def _why_heads_stay(
         if arguments.get("prune_head_dims", True):
             return None
         name = next(name for group in split for name in group)
-        return f"heads of {name} become smaller with it, and prune_head_dims=False."
+        return f"pruning it would make the heads of {name} smaller, but prune_head_dims=False."
     named = arguments.get("num_heads") or {}
     missing = [group for group in split if group and not any(m in named for m in group.values())]
     if named and missing:

@@ -58,8 +58,8 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     """Return the widths to prune; raise if nothing is asked for or it cannot be pruned."""
     if wanted.fields == () and not wanted.heads and not wanted.head_dims:
         raise ValueError(
-            "prune=() names no field, and no heads are pruned either, so nothing would be. Name a "
-            "field, or 'inner': feed-forward widths and those of experts"
+            "prune=() names no field, and no heads are pruned either, so nothing would be pruned. "
+            "Name a field, or pass prune='inner' (the widths of feed-forward layers and experts)"
         )
     asked = _asked_alone(view, wanted)
     _check_tried(view, asked)
@@ -94,13 +94,13 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
     if not isinstance(tiny, Refusal):
         return
     cls, inner = type(view.model), type(view.model.base_model)
-    way_out = "tp_hf_config.prunable(config) says whether another config of it does."
+    way_out = "tp_hf_config.prunable(config) shows whether the class runs with another config."
     if inner is not cls:
         way_out = f"Load the weights into a class that does: {inner.__name__}.from_pretrained(...)."
     raise UnsupportedModelError(
-        f"{cls.__name__} cannot be pruned: {tiny.reason.rstrip('.')}. Which channels belong "
-        "together is found on a tiny model of the class, in float64, which has to run forward and "
-        f"backward. {way_out}"
+        f"{cls.__name__} cannot be pruned: {tiny.reason.rstrip('.')}. To find the channels that "
+        "belong together, a tiny model of the class has to run forward and backward in float64. "
+        f"{way_out}"
     )
 
 
@@ -120,7 +120,7 @@ def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterat
         heads = wanted.heads and fields & counts
         if default or heads or (wanted.head_dims and fields & dims) or named & set(width.names):
             values = " + ".join(str(view.field_map.values[field]) for field in width.fields)
-            yield f"{width.name} stays at {values}: {wanted.stays[width.fields]}"
+            yield f"{width.name} is kept at {values}: {wanted.stays[width.fields]}"
 
 
 def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
@@ -130,8 +130,8 @@ def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
     for name in ratios:
         if name in heads:
             raise UnsupportedModelError(
-                f"ratios={dict(ratios)}: {name} follows head_pruning_ratio here. Leave one of them "
-                "out: the ratio, or prune_num_heads (and name the field in prune=)."
+                f"ratios={dict(ratios)}: {name} is pruned by head_pruning_ratio. Leave it out of "
+                "ratios=, or leave out prune_num_heads and name the field in prune=."
             )
         if name not in free:
             raise UnsupportedModelError(
@@ -169,7 +169,7 @@ def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     proved = [width for width in default if width.reason is None]
     if not proved and alone:
         reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
-        raise UnsupportedModelError(f"{type(view.model).__name__}: nothing is proved. {reason}.")
+        raise UnsupportedModelError(f"{type(view.model).__name__}: no width is proved. {reason}.")
     inner = inner_widths_of(view) if wanted.cheapest else ()
     cheap = [width for width in proved if width in inner]
     if cheap and (wanted.free(cheap) or not wanted.rooted):
@@ -223,7 +223,9 @@ def _heads(view: ModelView, wanted: Wanted) -> list[Width]:
         return wanted.free(_disjoint(sorted(proved, key=rank)))
     if proved:
         return _disjoint(sorted(wanted.free(proved), key=rank))
-    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no heads were seen"
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or (
+        "no attention heads were found"
+    )
     raise _cannot(view, f"attention heads: {reason}")
 
 
@@ -234,7 +236,7 @@ def _head_dims(view: ModelView, wanted: Wanted) -> list[Width]:
     alone = [width for width in proved if len(width.fields) == 1]
     if alone:
         return wanted.free(alone)
-    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no head dims were seen"
+    reason = "; ".join(f"{w.name}: {w.reason}" for w in candidates) or "no head dims were found"
     if view.rotates_head_dims():
         reason = (
             "it encodes positions in its head dims (its position tables are as wide as a head), so "
@@ -249,7 +251,9 @@ def _cannot(
 ) -> UnsupportedModelError:
     """Return the error for what cannot be pruned; it names the widths that can."""
     offered = ", ".join(width.name for width in _widths(view) if width.reason is None) or "none"
-    return kind(f"{type(view.model).__name__} cannot prune {reason}. Widths that can: {offered}.")
+    return kind(
+        f"{type(view.model).__name__} cannot prune {reason}. Widths that can be pruned: {offered}."
+    )
 
 
 def _in_words(view: ModelView, heads: Sequence[Width]) -> str:
@@ -290,8 +294,8 @@ def _sharing_nothing(
         parameter, dim = shared
         named = ", ".join(f'"{name}"' for name in width.names)
         left_out[width.name] = (
-            f"it sets dimension {dim} of {parameter} with {owner[shared].name}. To prune it as "
-            f"well, give it a pruner of its own afterwards: prune=({named},)"
+            f"it sets dimension {dim} of {parameter} together with {owner[shared].name}. To prune "
+            f"it too, make another pruner afterwards: prune=({named},)"
         )
     return [width for width in default if width.name not in left_out], left_out
 

@@ -37,8 +37,8 @@ class PruneSettings:
         if not self.prune_num_heads and (self.gqa or ratio):
             how = f"gqa={self.gqa!r}" if self.gqa else f"head_pruning_ratio={ratio:g}"
             raise ValueError(
-                f"{how} says how attention heads go, and prune_num_heads=False that none goes: "
-                "leave one of them out"
+                f"{how} asks for attention heads to be pruned, but prune_num_heads=False keeps all "
+                "of them. Leave one of the two out"
             )
 
     @classmethod

@@ -242,7 +242,7 @@ class Trajectory:
                 if width.counts_heads and off > 0.5 + 1e-9:  # not the nearest whole number
                     requested |= {f: self.field_map.values[f] * share for f in width.fields}
                     if (grid := self._numbers(width).step) > 1:
-                        grids.append(f"{width.name} stays a multiple of {grid}")
+                        grids.append(f"{width.name} has to be a multiple of {grid}")
                 elif not width.counts_heads and rounded[width.fields] != state[width.fields]:
                     requested |= {field: by_rounding[field] for field in width.fields}
             if requested:

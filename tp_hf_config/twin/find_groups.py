@@ -112,7 +112,11 @@ def _in_proportion(tiny: TinyModel, fields: tuple[FieldPath, ...]) -> Finding:
     if finding.reason is not None or not all(map(_scales, finding.groups)):
         finding = _find(tiny, fields)
     if finding.reason is None and not all(map(_scales, finding.groups)):
-        return Finding(fields, reason="how long runs of its units are at full size is not seen")
+        return Finding(
+            fields,
+            reason="the tiny model does not show how many neighbouring channels a unit has at full "
+            "size",
+        )
     return finding
 
 
@@ -173,7 +177,7 @@ def _find(
             layouts = layouts_of(tiny, name, dim, share, units, heads)
             styles.setdefault((tuple(layouts), share.field), []).append(TensorDim(name, dim))
     if not styles:
-        return Finding(fields, reason="it sets no parameter's dimension alone")
+        return Finding(fields, reason="no parameter has a dimension that it sets alone")
     runs = {field_map.values[field] // units for field in fields}
     held = {share.per_unit for parts in shares.values() for share in parts}
     if len(fields) > 1:  # an output may be several times as wide as a field
@@ -219,7 +223,7 @@ def _given_text_alone(finding: Finding) -> Finding:
     if not finding.unobserved and not unobserved:
         return finding
     reason = finding.reason or f"the outputs do not depend on {', '.join(unobserved[:3])}"
-    reason = f"{reason} when given text alone"
+    reason = f"{reason} when the model gets only text"
     return replace(finding, reason=reason, unobserved=True, unobserved_parameters=())
 
 

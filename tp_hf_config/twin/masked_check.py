@@ -396,12 +396,12 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
             continue
         added = min(shapes(smaller).keys() - shapes(tiny.model).keys(), default=None)
         if added is not None:  # Jamba's layers with a single expert have no experts
-            unbuilt = f": it builds {added} then"
+            unbuilt = f": the class then builds {added} too"
             continue
         outputs = take_weights(smaller, tiny.model, removed) or _outputs(tiny, smaller)
         if isinstance(outputs, Refusal):
             return Refusal(
-                f"with less of {name} the class computes something else than is left: "
+                f"with a smaller {name}, the class does not compute what remains of the original: "
                 f"{outputs.reason}"
             )
         if _is_change(tiny.outputs, outputs):
@@ -410,9 +410,13 @@ def rehearse(tiny: TinyModel, finding: Finding) -> Refusal | None:
         if blind_cuts == _BLIND_CUTS:
             break
     if blind_cuts:
-        return Refusal(f"less of {name} changes no output, so that nothing shows what is left")
+        return Refusal(
+            f"a smaller {name} changes no output of the tiny model, so the outputs do not show "
+            "whether the right units were removed"
+        )
     return Refusal(
-        f"less of {name} cannot be built in the tiny model, so that nothing shows it{unbuilt}"
+        f"the tiny model cannot be built with a smaller {name}, so pruning it cannot be "
+        f"checked{unbuilt}"
     )
 
 
@@ -426,7 +430,7 @@ def _outputs(tiny: TinyModel, smaller: nn.Module) -> list[Tensor] | Refusal:
     except Exception as error:  # a class may stop with any exception
         note_shortage(error)
         text = " ".join(str(error).split())
-        return Refusal(f"it does not run then: {type(error).__name__}: {text}")
+        return Refusal(f"it does not run: {type(error).__name__}: {text}")
 
 
 def _is_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
@@ -472,7 +476,7 @@ def take_weights(new: nn.Module, old: nn.Module, removed: Sequence[Removed] = ()
     for name in (name for name in shapes(new) if name in computed):
         if not torch.equal(what_stays(name, old.get_parameter(name)), new.get_parameter(name)):
             return Refusal(
-                f"{name} is not saved, and computed anew from the config it holds other values"
+                f"{name} is not saved, and computed from the config it holds other values"
             )
     try:
         fill(new, old, what_stays)

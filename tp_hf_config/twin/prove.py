@@ -42,7 +42,7 @@ def proved(
     for group in members:
         channel_groups = channel_groups_of(test, group)
         if channel_groups is None or not test.alike(group, channel_groups):
-            reason = f"no permutation of units is neutral in {named(group)}"
+            reason = f"permuting units changes the outputs in {named(group)}"
             return Finding(fields, reason=reason, disproved=True)
         by_field = tuple(sources[dim] for dim in group)
         groups.append(TinyGroup(fields, tuple(group), by_field, test.units, channel_groups))

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_magnitude_on_a_language_model_is_warned_of() -> None:
     advice = (
         "GroupMagnitudeImportance ranks LlamaForCausalLM by the size of its weights, which often "
-        "takes what a language model needs most. Rank it by what its channels carry: "
-        "calibration = tp_hf_config.calibrate(model), importance=calibration.importance(), "
-        "hooks=[HFConfigSyncHook(refit=calibration)]"
+        "removes the channels that a language model needs most. Rank the channels by their "
+        "activations on data: calibration = tp_hf_config.calibrate(model), "
+        "importance=calibration.importance(), hooks=[HFConfigSyncHook(refit=calibration)]"
     )
     importance = tp.importance.GroupMagnitudeImportance()
     with pytest.warns(CalibrationWarning, match=re.escape(advice)) as told:

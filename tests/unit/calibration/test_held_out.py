@@ -158,15 +158,21 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     result, after = hook.reports[0].refits, model.num_parameters()
     text = str(warned[0].message)
     assert text.startswith(
-        f"this step removes {before - after:,} of {before:,} parameters, and is expected to change "
-        f"the model's answers by KL {result.refit:.3g} on held-out data: do not expect good "
-        "answers without training (over 0.5); under 0.1 is hardly noticeable. As many parameters "
-        "cost KL "
+        f"this step removes {before - after:,} of {before:,} parameters. On held-out data the "
+        f"output distribution is expected to change by a KL divergence of {result.refit:.3g}: do "
+        "not expect good answers without training (over 0.5). A change below 0.1 is hardly "
+        "noticeable. If as many parameters are removed from the inner widths only, the expected KL "
+        "divergence is "
     )
-    other = float(text.partition("As many parameters cost KL ")[2].split()[0])
+    other = float(
+        text.partition("inner widths only, the expected KL divergence is ")[2].split(":")[0]
+    )
     ratio = (before - after) / (2 * 3 * 64 * 96)
-    assert f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. Outputs change by ' in text
-    assert f"allocate(model, calibration, target_params={after}) takes most from" in text
+    assert (
+        f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. The outputs of layers change by '
+        in text
+    )
+    assert f"allocate(model, calibration, target_params={after}) prunes most in" in text
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
     calibration = calibrate(fresh, calibrated.batches(fresh))
@@ -259,8 +265,8 @@ def test_without_held_out_data_a_refit_needs_eight_tokens_a_channel() -> None:
         assert result.cut is None
         used.append(([layer.used for layer in result.layers], result.notes))
     note = (
-        "2 weights are not refitted: nothing is held out to judge their refits, and they got fewer "
-        "than 8 tokens a channel. Pass more batches"
+        "2 weights are not refitted: no data is held out, so their refits cannot be compared, and "
+        "they were measured on fewer than 8 tokens a channel. Pass more batches"
     )
     assert used == [([False, False], [note]), ([True, True], [])]
 
@@ -282,8 +288,8 @@ def test_an_expert_that_no_held_out_token_reaches_needs_eight_tokens_a_channel(
     assert len(unreached) == 4  # a token goes to two of four experts
     assert all(layer.used == enough for layer in unreached)
     note = (
-        "4 weights are not refitted: no held-out token reaches them to judge their refits, and "
-        "they got fewer than 8 tokens a channel. Pass more batches"
+        "4 weights are not refitted: no held-out token reaches them, so their refits cannot be "
+        "compared, and they were measured on fewer than 8 tokens a channel. Pass more batches"
     )
     assert (note in result.notes) == (not enough)
 
@@ -322,7 +328,7 @@ def test_tied_heads_keep_their_embeddings() -> None:
     result = hook.reports[0].refits
     assert result is not None
     assert result.notes == [
-        "not refitted, for it is the table of embeddings too: model.embed_tokens.weight"
+        "not refitted, because it is also the embedding matrix: model.embed_tokens.weight"
     ]
 
 
@@ -354,7 +360,7 @@ def test_held_out_data_that_the_pruned_model_does_not_take_costs_no_report() -> 
     assert result.refit is not None
     assert result.after is None
     assert result.notes[-1].startswith(
-        "not measured after the cut: LlamaForCausalLM does not run on batch 1 of the calibration "
+        "not measured after pruning: LlamaForCausalLM does not run on batch 1 of the calibration "
         "data, {'inputs_embeds': [2, 7, 64]}: "
     )
 
@@ -432,7 +438,7 @@ def test_weights_that_were_not_measured_are_named() -> None:
     calibrated.pruner_of(model, hook).step()
     result = hook.reports[0].refits
     assert result is not None
-    assert f"not refitted, for it was not measured: {name}" in result.notes
+    assert f"not refitted, because it was not measured: {name}" in result.notes
     assert [layer.weight for layer in result.layers] == [name.replace("0", "1")]
 
 
@@ -462,7 +468,9 @@ def test_a_step_of_somebody_s_own_is_refitted_too() -> None:
 def test_another_model_s_calibration_is_refused() -> None:
     model, other = llama(), llama()
     calibration = calibrate(other, calibrated.batches(other, 2))
-    with pytest.raises(CalibrationError, match="is another model than the LlamaForCausalLM that"):
+    with pytest.raises(
+        CalibrationError, match="was measured on another model than the LlamaForCausalLM that"
+    ):
         calibrated.pruner_of(model, HFConfigSyncHook(refit=calibration))
 
 

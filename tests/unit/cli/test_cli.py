@@ -432,7 +432,7 @@ class TestFaults:
         assert (code, out) == (2, "")
         assert errors == (
             "tp-hf-config plan: ViTForImageClassification cannot prune hiden_size: no such width "
-            f"(did you mean hidden_size?). Widths that can: {', '.join(offered)}.\n"
+            f"(did you mean hidden_size?). Widths that can be pruned: {', '.join(offered)}.\n"
         )
 
     def test_the_same_as_json(self, capsys: Any, vit: Path) -> None:

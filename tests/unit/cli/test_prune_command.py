@@ -707,7 +707,7 @@ class TestRefused:
         assert errors == (
             "tp-hf-config prune: LlamaForCausalLM: refused at step 1 (hidden_size 32, "
             "intermediate_size 64): at least 72.\n"
-            "  taken: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
+            "  accepted: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
             "intermediate_size 72)\n"
         )
         options = errors.splitlines()[1].split()[1:3]
@@ -746,7 +746,7 @@ class TestRefused:
         for content, message in {
             b" \n": "the calibration text is empty",
             b"\xff\xfe\x00": "expected plain text in UTF-8, found another encoding at byte 0",
-            b"w1 w2 w3": "the calibration text has 3 tokens, at least 8 are needed",
+            b"w1 w2 w3": "the calibration text has 3 tokens, but at least 8 are needed",
         }.items():
             (tmp_path / "text").write_bytes(content)
             code, _, errors = shell(capsys, *typed, "--calibration", tmp_path / "text")

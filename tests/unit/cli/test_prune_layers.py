@@ -145,11 +145,12 @@ class TestRanked:
         code, printed, errors = shell(capsys, *typed, *FFN)
         assert (code, printed) == (1, "")
         assert errors.splitlines()[-1] == (
-            "tp-hf-config prune: BasePruner of LlamaForCausalLM: the 4 groups of intermediate_size "
-            "are ranked together, so they lose different numbers, and one config field cannot say "
-            "that. Use global_pruning=False, isomorphic=False, and no two of them under one key of "
-            "pruning_ratio_dict. Or let every layer have widths of its own: --per-layer. "
-            "Nothing is pruned yet. tp_hf_config.plan(model, ...) shows what settings give."
+            "tp-hf-config prune: BasePruner of LlamaForCausalLM: the 4 groups of "
+            "intermediate_size are ranked together, so they lose different numbers of units, and "
+            "one config field cannot describe that. Use global_pruning=False and "
+            "isomorphic=False, and put no two of them under one key of pruning_ratio_dict. Or let "
+            "each layer have its own widths: --per-layer. Nothing is pruned yet. "
+            "tp_hf_config.plan(model, ...) shows what settings lead to."
         )
         assert "calibrating" not in errors
         assert os.listdir(tmp_path) == []
@@ -303,14 +304,14 @@ class TestAllocated:
             ),
             (
                 "--prune hidden_size",
-                "allocate: hidden_size is no width that each layer has of its own. Those that are: "
-                "intermediate_size, num_attention_heads",
+                "allocate: hidden_size is not a width that can differ from layer to layer. The "
+                "widths that can: intermediate_size, num_attention_heads",
             ),
             (
                 "--target-params 0.3",
-                "--allocate: target_params=40,838: 91,584 parameters are left when every layer "
-                "loses the largest of shares=. Allow larger shares, name more fields in --prune, "
-                "or take a larger target",
+                "--allocate: target_params=40,838: 91,584 parameters remain even if the largest "
+                "of shares= is pruned from every layer. Pass larger shares, name more fields in "
+                "--prune, or choose a larger target",
             ),
         ],
     )
@@ -354,8 +355,8 @@ class TestCodeThatComesWithAModel:
         typed = ("prune", folder, "--out", tmp_path / "out", *GLOBAL, *FFN, "--trust-remote-code")
         code, _, errors = shell(capsys, *typed)
         assert code == 1
-        assert "--per-layer: Own is code that came with the model (transformers_modules." in (
-            errors
-        )
-        assert "from where no saved model could import it. Leave it out, or put" in errors
+        assert (
+            "--per-layer: Own is defined in code that came with the model (transformers_modules."
+        ) in errors
+        assert "from where a saved model cannot import it. Leave --per-layer out, or put" in errors
         assert not (tmp_path / "out").exists()

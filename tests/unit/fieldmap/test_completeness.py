@@ -115,9 +115,7 @@ def test_lists_with_an_entry_for_each_layer_are_named_too() -> None:
     lists = [key for key in ("layer_types", "no_rope_layers") if getattr(model.config, key)]
     assert refused(model).endswith(
         "Set config.num_hidden_layers = 2"
-        + "".join(
-            f" and config.{key} to the entries of the 2 layers that are left" for key in lists
-        )
+        + "".join(f" and config.{key} to the entries of the 2 layers that remain" for key in lists)
         + "."
     )
 
@@ -143,12 +141,13 @@ def test_a_layer_that_goes_after_the_hook_was_attached() -> None:
     assert str(synced.value) == (
         "LlamaForCausalLM and its config disagree: the config builds model.layers.2, "
         + RANDOM.format("it")
-        + "Set config.num_hidden_layers = 2. Nothing was written; go on pruning and sync again."
+        + "Set config.num_hidden_layers = 2. Nothing was written. Continue to prune, then call "
+        "hook.sync()."
     )
     small.assert_same(before, small.state_of(model))
     model.config.num_hidden_layers = 2
     assert hook.sync().proof == (
-        "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json"
+        "proved: 21 tensors have the shapes that LlamaForCausalLM builds from the new config.json"
     )
 
 
@@ -167,9 +166,8 @@ def test_a_pruner_of_layers_that_are_gone_does_not_begin_a_step() -> None:
         with pytest.raises(UnsupportedModelError) as raised:
             pruner.step()
         assert str(raised.value) == (
-            f"LlamaForCausalLM has {what} since the hook was attached, and the pruner's groups are "
-            "those of before. Make a new pruner of the model as it is now. Nothing was pruned by "
-            "this step."
+            f"LlamaForCausalLM has {what} since the hook was attached, so the pruner's groups are "
+            "out of date. Make a new pruner for this model. This step pruned nothing."
         )
         small.assert_same(before, small.state_of(model))
 
@@ -183,8 +181,8 @@ def test_layers_of_one_kind_in_another_order_are_noted(tmp_path: Path) -> None:
     hook, pruner = attached(model)
     pruner.step()
     assert hook.last_report.notes == [
-        "the layers of model.layers are not in the places they were built in (layer_idx says 2, 1, "
-        "0): a reload numbers them anew"
+        "the layers of model.layers are not in their original order (layer_idx says 2, 1, 0). A "
+        "reload numbers them again"
     ]
     model.save_pretrained(tmp_path)
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path).eval()
@@ -197,14 +195,15 @@ def test_layers_of_another_kind_than_the_config_builds_there() -> None:
     model.model.layers = nn.ModuleList(reversed(model.model.layers))
     assert refused(model) == (
         "SmolLM3ForCausalLM" + DISAGREE + "the layers of model.layers are in another order than "
-        "they were built in: model.layers.1.self_attn.use_rope is 1, and in this place the config "
-        "builds 0. Put the config's entries for single layers into the order of the layers."
+        "they were built in: model.layers.1.self_attn.use_rope "
+        "is 1, but the config builds 0 in this place. Put the "
+        "config's entries for single layers into the same order."
     )
     model.config.no_rope_layers = [1, 1, 0, 1]
     hook, pruner = attached(model)
     pruner.step()
     assert [note[:60] for note in hook.last_report.notes] == [
-        "the layers of model.layers are not in the places they were b"
+        "the layers of model.layers are not in their original order ("
     ]
 
 
@@ -222,8 +221,8 @@ def test_a_head_that_was_taken_off(kind: Any) -> None:
     setattr(model, head, nn.Identity())
     assert refused(model) == (
         f"{kind.__name__}" + DISAGREE + f"the config builds {head}, " + RANDOM.format("it")
-        + f"No number of layers in {name}Config leaves that out: put it back, or prune the "
-        f"{name}Model inside by itself (model.{inner})."
+        + f"No number of layers in {name}Config describes this model: put the missing part back, "
+          f"or prune only the {name}Model inside (model.{inner})."
     )  # fmt: skip
     hook, pruner = attached(getattr(model, inner))
     pruner.step()
@@ -241,8 +240,8 @@ def test_a_part_that_the_class_was_told_to_leave_out(taken_off: bool, tmp_path: 
     pruner.step()
     assert hook.last_report.fields == {"hidden_size": (32, 24), "intermediate_size": (64, 48)}
     assert hook.last_report.notes == [
-        "BertModel was built with add_pooling_layer=False, which no config says: load it again "
-        "with BertModel.from_pretrained(folder, add_pooling_layer=False); without, you get pooler "
+        "BertModel was built with add_pooling_layer=False, which no config stores. Load it with "
+        "BertModel.from_pretrained(folder, add_pooling_layer=False); otherwise you get pooler "
         "added with random values"
     ]
     model.save_pretrained(tmp_path)
@@ -264,8 +263,8 @@ def test_a_part_that_the_class_was_told_to_add(tmp_path: Path) -> None:
     assert model.embeddings.mask_token.shape == (1, 1, 24)
     assert hook.last_report.notes == [
         "ViTModel was built with add_pooling_layer=False, use_mask_token=True, which no config "
-        "says: load it again with ViTModel.from_pretrained(folder, add_pooling_layer=False, "
-        "use_mask_token=True); without, you get pooler added with random values and "
+        "stores. Load it with ViTModel.from_pretrained(folder, add_pooling_layer=False, "
+        "use_mask_token=True); otherwise you get pooler added with random values and "
         "embeddings.mask_token left out"
     ]
     model.save_pretrained(tmp_path)

@@ -442,7 +442,7 @@ def test_global_state_is_as_it_was_when_a_class_refuses():
 def test_a_study_of_what_cannot_be_built_says_so():
     model = small.llama()
     data = with_values(config_json(model.config), {("hidden_size",): 33})
-    said = r"the class does not build its own config: .*\(33\) is not a multiple of"
+    said = r"the class cannot be built from its own config: .*\(33\) is not a multiple of"
     with pytest.raises(UnsupportedModelError, match=said):
         probe.Study(Builder(model), Depth(data), {})
 

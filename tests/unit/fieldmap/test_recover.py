@@ -261,8 +261,8 @@ def test_shapes_that_fit_several_configs():
         (
             "model.layers.9.mlp.up_proj.weight",
             (64, 32),
-            "LlamaForCausalLM builds no model.layers.9.mlp.up_proj.weight from this config, "
-            "at no width",
+            "LlamaForCausalLM builds no model.layers.9.mlp.up_proj.weight from this config at any "
+            "width",
         ),
         (
             "model.layers.1.mlp.up_proj.weight",

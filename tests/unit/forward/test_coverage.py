@@ -186,8 +186,8 @@ def test_such_a_class_is_refused_before_anything_is_pruned() -> None:
             "by an inplace operation"
         )
         assert str(raised.value).endswith(
-            ". Which channels belong together is found on a tiny model of the class, in float64, "
-            "which has to run forward and backward. Load the weights into a class that does: "
+            ". To find the channels that belong together, a tiny model of the class has to run "
+            "forward and backward in float64. Load the weights into a class that does: "
             "DogeModel.from_pretrained(...)."
         )
     small.assert_same(before, small.state_of(model))

@@ -296,7 +296,8 @@ class TestSaid:
         assert found["decoder_ffn_dim"].encoder_states == ()
         (row,) = (line for line in str(prunable(model)).splitlines() if line.startswith("d_model"))
         assert row.endswith(
-            "units permuted: same outputs; encoder_hidden_states has to lose the same channels"
+            "units permuted: same outputs; remove the same channels from the input "
+            "encoder_hidden_states"
         )
 
     def test_an_input_is_no_tensor_to_prune(self) -> None:
@@ -311,8 +312,8 @@ class TestSaid:
 
     def test_a_plan_says_so(self) -> None:
         assert plan(bart(), prune=["d_model"], pruning_ratio=0.5).notes == (
-            "encoder_hidden_states has to lose channels with d_model: the report of a step says "
-            "which",
+            "remove the channels that d_model loses from the input encoder_hidden_states too: "
+            "report.inputs of a step lists the remaining ones",
         )
         assert plan(bart(), prune=["decoder_ffn_dim"], pruning_ratio=0.5).notes == ()
 
@@ -321,9 +322,9 @@ class TestSaid:
         assert report is not None
         left = report.inputs["encoder_hidden_states"]
         assert report.to_dict()["inputs"] == {"encoder_hidden_states": list(left)}
-        assert "encoder_hidden_states has to lose the same channels" in report.graph
+        assert "remove the same channels from the input encoder_hidden_states" in report.graph
         assert (
-            "  encoder_hidden_states: give it 16 channels now, report.inputs says which"
+            "  encoder_hidden_states: this input now has 16 channels; report.inputs lists them"
         ) in str(report).splitlines()
 
     def test_what_a_wrapper_hands_over_keeps_its_width_by_default(self) -> None:

@@ -181,7 +181,7 @@ def test_what_is_read_is_what_was_found(
     assert recipes_of(model) == recipes
     assert str(second).startswith(str(first))
     assert str(second).endswith(
-        "from the cache of an earlier run (TP_HF_CONFIG_CACHE=off tries the class again)"
+        "from the cache of an earlier run (TP_HF_CONFIG_CACHE=off repeats the experiments)"
     )
     assert {**second.to_dict(), "cached": False} == first.to_dict()
 
@@ -286,8 +286,8 @@ def test_a_field_as_wide_as_a_part_that_no_output_shows_needs_all_experiments(
     assert result.fields == ()
     (finding,) = [f for f in result.findings if f.fields == (("intermediate_size",),)]
     assert finding.reason == (
-        "depth_decoder_config.intermediate_size is as wide, and its part of the model was not "
-        "seen to run"
+        "depth_decoder_config.intermediate_size has the same width, and its part of the model did "
+        "not run"
     )
 
 

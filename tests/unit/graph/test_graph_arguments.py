@@ -58,7 +58,7 @@ def test_torch_prunings_own_root_types_stand_for_all(types: Any) -> None:
 
 @pytest.mark.parametrize("types", [[nn.Embedding], [nn.Embedding, nn.Conv2d]])
 def test_only_groups_with_outputs_of_a_root_type(types: Any) -> None:
-    words = "^intermediate_size stays at 64: root_module_types= .* holds no layer like "
+    words = "^intermediate_size is kept at 64: root_module_types= .* does not include the type of "
     with pytest.warns(PrunerSettingsWarning, match=words):
         pruner, hook = pruner_of(small.llama(), root_module_types=types)
     pruner.step()
@@ -116,9 +116,9 @@ def test_other_groups_of_channels_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name) as raised:
         pruner_of(model, **{name: {layer: 2}})
     assert str(raised.value) == (
-        f"{name}= (for Linear) on the graph made from the config: which channels of a layer go "
-        "together (fused layers, heads, grouped norms) it knows by experiment, and others cannot "
-        "be asked for. Leave it out."
+        f"{name}= (for Linear) cannot be used with the graph made from the config: experiments "
+        "find which channels of a layer have to be pruned together (fused layers, heads, grouped "
+        "norms), and no others can be requested. Leave it out."
     )
     small.assert_same(before, small.state_of(model))
 
@@ -129,14 +129,14 @@ def unneeded(model: Any) -> dict[str, tuple[Any, str]]:
     return {
         "customized_pruners": (
             {type(norm): tp.pruner.function.BasePruningFunc},
-            "it cuts the parameters of every layer by itself, and what a layer notes of its widths "
-            "follows",
+            "the graph cuts the parameters of every layer itself, and the hook updates the widths "
+            "that a layer records",
         ),
         "unwrapped_parameters": (
             [(norm.weight, 0)],
-            "it knows which dimensions of bare parameters follow a config field",
+            "the graph knows which dimensions of bare parameters a config field sets",
         ),
-        "forward_fn": (lambda model, inputs: 1 / 0, "no forward pass is run to make it"),
+        "forward_fn": (lambda model, inputs: 1 / 0, "the graph is made without a forward pass"),
     }
 
 

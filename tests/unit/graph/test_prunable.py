@@ -294,8 +294,8 @@ def test_a_width_of_which_the_class_takes_no_smaller_number_is_refused() -> None
     model = hf.BitForImageClassification(config)
     found = {width.name: width.reason for width in prunable(model).widths}
     assert found["embedding_size"] == (
-        "less of embedding_size cannot be built in the tiny model, so that nothing shows it: "
-        "num_channels (31) must be divisible by num_groups (32)"
+        "the tiny model cannot be built with a smaller embedding_size, so pruning it cannot be "
+        "checked: num_channels (31) must be divisible by num_groups (32)"
     )
 
 
@@ -404,7 +404,7 @@ def test_what_is_as_wide_as_a_part_that_did_not_run_is_told_at_full_size() -> No
     other: Any = SimpleNamespace(values={heads: 32, channels: 4})
     reason = _unless_shared(found, [found, unseen], alike).reason
     assert reason is not None
-    assert reason.startswith("vq_config.channel_multiplier[2] is as wide")
+    assert reason.startswith("vq_config.channel_multiplier[2] has the same width, and its part")
     assert _unless_shared(found, [found, unseen], other) is found
 
 

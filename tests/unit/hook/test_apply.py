@@ -61,8 +61,8 @@ def test_a_buffer_of_several_numbers_that_no_build_fills_is_refused() -> None:
     pruner, _ = pruner_of(model)
     said = (
         "TimmWrapperForImageClassification with these widths has another shape of "
-        r"timm_model\.blocks\.1\.attn\.k_bias, which is not saved and which it fills together with "
-        "its weights: nothing says what it would hold"
+        r"timm_model\.blocks\.1\.attn\.k_bias\. This buffer is not saved, and its new values "
+        "cannot be computed from the config"
     )
     with pytest.raises(ConfigSyncError, match=said):
         pruner.step()

@@ -210,11 +210,11 @@ class TestTrainer:
         [
             (
                 {"pruning_ratio": 0.6},
-                "pruning_ratio=0.5, and this one has pruning_ratio=0.6. Resume with the settings",
+                "pruning_ratio=0.5, but this run has pruning_ratio=0.6. Resume with the settings",
             ),
             (
                 {"max_pruning_ratio": 0.9, "round_to": 4},
-                "max_pruning_ratio=1.0, round_to=1, and this one has max_pruning_ratio=0.9, "
+                "max_pruning_ratio=1.0, round_to=1, but this run has max_pruning_ratio=0.9, "
                 "round_to=4. Resume",
             ),
             (
@@ -272,9 +272,10 @@ class TestTrainer:
         with pytest.raises(TrainingError) as raised:
             again.on_train_begin(arguments, state, control, model=other, optimizer=optimizer)
         assert str(raised.value) == (
-            "model.layers.0.mlp.gate_proj.weight has shape [44, 24], but the pruning that the "
-            "checkpoint tells of leaves [48, 24]. Build the model from the checkpoint: "
-            "from_pretrained(checkpoint), and give PruningCallback the arguments that it had."
+            "model.layers.0.mlp.gate_proj.weight has shape [44, 24], but the pruning steps "
+            "recorded in the checkpoint lead to [48, 24]. Load the model from the checkpoint, "
+            "from_pretrained(checkpoint), and pass PruningCallback the same arguments as in the "
+            "checkpoint's run."
         )
         small.assert_same(before, small.state_of(other))
         assert optimizer.param_groups[0]["params"] == parameters
@@ -286,11 +287,12 @@ class TestTrainer:
         ({}, "say when to prune, either every=100 or at=(100, 200, 300)"),
         ({"every": 2, "at": (2,)}, "say when to prune, either every=100 or at=(100, 200, 300)"),
         ({"every": 0}, "every=0: expected 1 or more optimizer steps"),
-        ({"at": (3, 2)}, "at=(3, 2): expected rising optimizer steps"),
-        ({"at": (0, 2)}, "at=(0, 2): expected rising optimizer steps"),
+        ({"at": (3, 2)}, "at=(3, 2): expected increasing optimizer steps"),
+        ({"at": (0, 2)}, "at=(0, 2): expected increasing optimizer steps"),
         (
             {"every": 2, "build": pruner_of, "pruning_ratio": 0.5},
-            "pruning_ratio: the function given makes the pruner, so give them there",
+            "pruning_ratio: your function makes the pruner, so pass these arguments to the pruner "
+            "there",
         ),
     ],
 )
@@ -314,15 +316,30 @@ RUN = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp": ["full_shard"]}, "the Trainer holds the sharded model in variables"),
-        ({"deepspeed": {"a": 1}}, "DeepSpeed keeps Parameters in pieces of its own, which cannot"),
-        ({"world_size": 2}, "2 processes: the Trainer's DistributedDataParallel would go on with"),
-        ({"n_gpu": 2}, "2 GPUs in one process: give it one (CUDA_VISIBLE_DEVICES=0)"),
+        (
+            {"fsdp": ["full_shard"]},
+            "a callback cannot replace the sharded model that the Trainer holds",
+        ),
+        (
+            {"deepspeed": {"a": 1}},
+            "DeepSpeed splits Parameters into pieces, which cannot be pruned",
+        ),
+        (
+            {"world_size": 2},
+            "2 processes: the Trainer's DistributedDataParallel would continue with",
+        ),
+        (
+            {"n_gpu": 2},
+            "the Trainer uses 2 GPUs in one process, expected one. Set CUDA_VISIBLE_DEVICES=0",
+        ),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True would load a checkpoint"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size=True begins anew with a model"),
+        (
+            {"auto_find_batch_size": True},
+            "auto_find_batch_size=True restarts training with a model",
+        ),
         (
             {"restore_callback_states_from_checkpoint": True},
-            "restore_callback_states_from_checkpoint=True makes callbacks anew, without their",
+            "restore_callback_states_from_checkpoint=True makes new callbacks without their",
         ),
     ],
 )
@@ -342,8 +359,8 @@ def test_two_callbacks_are_refused_before_training():
     with pytest.raises(TrainingError) as raised:
         every().on_train_begin(SimpleNamespace(**RUN), state, hf.TrainerControl(), **given)
     assert str(raised.value) == (
-        "PruningCallback: the Trainer has 2 of them, and a checkpoint holds the progress of one. "
-        "Give it one that takes all steps: at=(100, 200), iterative_steps=2"
+        "PruningCallback: the Trainer has 2 of these callbacks, but a checkpoint stores the "
+        "progress of one. Pass one callback that takes all steps: at=(100, 200), iterative_steps=2"
     )
 
 
@@ -352,12 +369,13 @@ def test_two_callbacks_are_refused_before_training():
     [
         (
             lambda: PruningCallback(at=(1, 2), pruning_ratio=0.5),
-            "at= names 2 optimizer steps, but the pruner has iterative_steps=1: give as many",
+            "at= names 2 optimizer steps, but the pruner has iterative_steps=1. Name one "
+            "optimizer step for each of them",
         ),
         (
             every,
-            "training ends after 8 optimizer steps, before the pruner's last of 3 steps, which "
-            "comes after 9: prune earlier or train longer",
+            "training ends after 8 optimizer steps, but the last of the pruner's 3 steps comes "
+            "after optimizer step 9. Prune earlier or train longer",
         ),
     ],
 )

@@ -61,12 +61,20 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({}, r"say which layers to drop, drop_layers\(model, layers=\[14, 25\]\), or how many"),
-            ({"layers": [1], "count": 1}, "one of the two"),
-            ({"count": 1}, "count= drops the layers that change least on data, so it needs some"),
+            (
+                {},
+                r"pass either the layers to drop, drop_layers\(model, layers=\[14, 25\]\), or "
+                "their",
+            ),
+            ({"layers": [1], "count": 1}, "pass either the layers to drop, .* or their number"),
+            (
+                {"count": 1},
+                "count= drops the layers that change the hidden states least, which is measured "
+                "on data",
+            ),
             ({"layers": []}, r"layers=\[\] names no layer: model.layers has layers 0 to 3"),
             ({"layers": [4, -1]}, r"layers=\[4, -1\] names layer 4, -1: model.layers has"),
-            ({"layers": range(4)}, "names all layers: .* of which one has to stay"),
+            ({"layers": range(4)}, "names all layers: .* and at least one has to be kept"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, arguments: Any, message: str) -> None:
@@ -86,7 +94,10 @@ class TestArguments:
 
     def test_a_model_with_several_lists_is_asked_which(self) -> None:
         model = deep_zoo.build("bart")
-        message = r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Say"
+        message = (
+            r"has 2 lists of layers: model\.encoder\.layers, model\.decoder\.layers\. Name one of "
+            "them"
+        )
         with pytest.raises(UnsupportedModelError, match=message):
             drop_layers(model, [0])
         with pytest.raises(UnsupportedModelError, match=r"which='middle' names no list of layers"):
@@ -103,7 +114,7 @@ class TestArguments:
             num_hidden_layers=4,
             intermediate_size=64,
         )
-        message = r"AlbertModel has no list of layers that its config can make shorter"
+        message = r"AlbertModel has no list of layers that its config can shorten"
         with pytest.raises(UnsupportedModelError, match=message):
             drop_layers(hf.AlbertModel(config), [1])
 
@@ -112,7 +123,9 @@ class TestArguments:
         config = copy.deepcopy(model.config)
         config.use_weighted_layer_sum = True
         classes = hf.Wav2Vec2ForSequenceClassification(config)
-        with pytest.raises(UnsupportedModelError, match="another layer_weights too"):
+        with pytest.raises(
+            UnsupportedModelError, match="the config also builds another layer_weights"
+        ):
             drop_layers(classes, [1])
 
     def test_a_config_that_does_not_build_the_model_is_refused(self) -> None:
@@ -204,7 +217,7 @@ class TestConfig:
     def test_layers_that_compute_by_their_place_are_refused(self) -> None:
         model = deep_zoo.build("gpt2", scale_attn_by_inverse_layer_idx=True)
         before = small.state_of(model)
-        with pytest.raises(ConfigSyncError, match=r"logits differs by .* their place"):
+        with pytest.raises(ConfigSyncError, match=r"logits differs by .* their number or position"):
             drop_layers(model, [0])
         small.assert_same(before, small.state_of(model))
         assert drop_layers(model, [3]).fields == {"n_layer": (4, 3)}
@@ -235,7 +248,7 @@ class TestConfig:
         model = hf.MuseSparkModel(config).eval()
         report = drop_layers(model, [0, 1], which="language_model.layers")
         assert model.config.text_config.layer_rope_theta == [5e5, 0, 0]
-        assert report.proof.endswith("with the dropped layers passing on what they are given")
+        assert report.proof.endswith("whose dropped layers pass their input on unchanged")
 
     def test_a_class_that_fails_on_initial_weights_is_refused(self) -> None:
         model = hf.RwkvModel(hf.RwkvConfig(vocab_size=99, hidden_size=16, num_hidden_layers=3))
@@ -353,7 +366,7 @@ class TestCache:
         try:
             model.generate(**inputs, **settings, use_cache=True)
         except IndexError:
-            assert "it no longer generates with a cache" in report.notes[0]
+            assert "the model no longer generates with a cache" in report.notes[0]
         else:
             assert report.notes == ()
         assert model.generate(**inputs, **settings, use_cache=False) is not None
@@ -363,7 +376,10 @@ class TestCache:
         """Hybrids ask their attention layers how many tokens the cache has."""
         model = build()
         before = small.state_of(model)
-        message = r"fails with the cache that it makes by default: .*\. Keep one layer of each kind"
+        message = (
+            r"fails with the cache that it makes by default: .*\. Keep at least one layer of each "
+            "kind"
+        )
         with pytest.raises(ConfigSyncError, match=message):
             drop_layers(model, [1])
         small.assert_same(before, small.state_of(model))
@@ -404,7 +420,7 @@ class TestTogetherWithPruning:
         assert model.config.intermediate_size == 48
         assert_same_as_passing_on(original, model, report)
 
-    @pytest.mark.filterwarnings("ignore:HFConfigSyncHook after an interrupted step")
+    @pytest.mark.filterwarnings("ignore:HFConfigSyncHook failed after an interrupted step")
     def test_a_pruner_of_before_says_that_it_is_out_of_date(self) -> None:
         model = deep_zoo.build("llama")
         pruner = tp.pruner.MetaPruner(
@@ -473,11 +489,15 @@ class TestInfluence:
         report = drop_layers(model, count=1, calibration=calibrate(model, data), which="encoder")
         assert report.influence[0] == min(report.influence)
         assert report.dropped != (0,)
-        assert "layers 0 change less, but no config describes the model without" in report.notes[0]
+        note = (
+            "layers 0 change the hidden states less than some of the dropped layers, but were "
+            "kept, because no config describes the model without"
+        )
+        assert note in report.notes[0]
 
     def test_another_models_calibration_is_refused(self) -> None:
         calibration = calibrate(deep_zoo.build("llama"), batches())
-        with pytest.raises(CalibrationError, match="what was measured is another model"):
+        with pytest.raises(CalibrationError, match="the calibration was measured on another model"):
             drop_layers(deep_zoo.build("llama"), count=1, calibration=calibration)
 
 
@@ -488,7 +508,9 @@ class TestReport:
         lines = str(report).split("\n")
         assert lines[0] == "model.layers: 2 of 4 layers dropped (1, 2)"
         assert lines[1] == "  num_hidden_layers 4 -> 2"
-        assert lines[2].startswith("  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors are")
+        assert lines[2].startswith(
+            "  parameters 136,128 -> 74,432 (54.7%); proved: 21 tensors have"
+        )
         assert repr(report).startswith("DroppedLayers(model.layers: 2 of 4")
         assert "<p>num_hidden_layers 4 -&gt; 2</p>" in report._repr_html_()
 
@@ -496,7 +518,7 @@ class TestReport:
         config = hf.Dinov2Config(**{**zoo._VISION, "num_hidden_layers": 6}, out_indices=[1, 2])
         report = drop_layers(hf.Dinov2Backbone(config), [4])
         assert report.proof.endswith(
-            "it computes what it did, as no output on small inputs depends on these layers"
+            "its outputs are unchanged, but on small inputs no output depends on these layers"
         )
 
     def test_it_is_json(self) -> None:
@@ -515,11 +537,14 @@ class TestReport:
 
         monkeypatch.setattr(module, "example_inputs", fail)
         report = drop_layers(deep_zoo.build("llama"), [1])
-        assert report.proof.endswith("as small inputs were not found: no such inputs")
+        assert report.proof.endswith("because no small inputs were found: no such inputs")
 
 
 def test_a_model_in_float64_is_compared_though_its_class_casts_to_float32() -> None:
     model = deep_zoo.build("llama").double()
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, given: given[0].float())
     report = drop_layers(model, [1])
-    assert "it computes what it did with the dropped layers passing on" in report.proof
+    assert (
+        "its outputs equal those of the original whose dropped layers pass their input on"
+        in report.proof
+    )

@@ -32,8 +32,8 @@ def step(model: nn.Module, *fields: str) -> Any:
 
 def outside(name: str, kind: str, old: int, new: int, field: str = "hidden_size") -> str:
     return (
-        f"{name} ({kind}) is still {old}, as {field} was: it stands outside the model, and nothing "
-        f"proves that it means the same. Set it to {new} if it does"
+        f"{name} ({kind}) is still {old}, the old value of {field}. It is outside the Hugging "
+        f"Face model, so nothing proves that it means the same. If it does, set it to {new}"
     )
 
 
@@ -186,6 +186,6 @@ def test_a_field_of_the_old_value_that_nothing_reads_is_told() -> None:
     report = step(model, "breadth")
     assert report.fields == {"breadth": (16, 12), "hidden_size": (16, 12)}
     assert report.notes == [
-        "config.emb_size is still 16, as breadth was: no code of the class reads it. Set it to 12 "
-        "if it means the same"
+        "config.emb_size is still 16, the old value of breadth. No code of the class reads it. If "
+        "it means the same, set it to 12"
     ]

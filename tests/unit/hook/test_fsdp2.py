@@ -148,23 +148,25 @@ def test_one_whole_weight_at_a_time(ranks: list[dict[str, Any]]) -> None:
 
 MESSAGES = {
     "no shard": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2). Its "
-    "weights cannot be cut in place: pass a function that makes your fully_shard calls on the "
-    "pruned model, HFConfigSyncHook(shard=shard)",
+    "weights cannot be cut in place. Pass a function that makes your fully_shard "
+    "calls on the pruned model: HFConfigSyncHook(shard=shard)",
     "drop_layers": "UnsupportedModelError: LlamaForCausalLM: model.embed_tokens.weight is sharded "
-    "by fully_shard (FSDP2). A pruner that is constructed with HFConfigSyncHook(shard=shard) "
-    "prunes it, where shard(module) makes your fully_shard calls; anything else wants the whole "
-    "model in one process.",
+    "by fully_shard (FSDP2). Construct the pruner with "
+    "hooks=[HFConfigSyncHook(shard=shard)], where shard(module) makes your "
+    "fully_shard calls. Everything else needs the whole model in one process.",
     "inside": "UnsupportedModelError: LlamaForCausalLM is under fully_shard (FSDP2) and inside a "
-    "ModuleDict. Pass the model itself: the .inner of that",
-    "other settings": "CalibrationError: rank 1 decided otherwise than rank 0 at calibrate (the "
-    "settings). Every rank needs the same settings and the same importances: equal seeds, and "
-    "statistics that are summed over all ranks",
-    "no data": "CalibrationError: the calibration data has no batch on any rank: pass some",
+    "ModuleDict. Pass the model itself, the .inner of that module",
+    "other settings": "CalibrationError: rank 1 made another decision than rank 0 at calibrate "
+    "(the settings). Every rank needs the same settings and the same "
+    "importances: equal seeds, and statistics that are summed over all ranks",
+    "no data": "CalibrationError: the calibration data is empty on every rank. Pass at least one "
+    "batch on one of them",
     "tensor parallelism": "UnsupportedModelError: LlamaForCausalLM: "
-    "model.layers.0.mlp.up_proj.weight is sharded over several processes by tensor parallelism or "
-    "DeepSpeed ZeRO-3. Prune the model's folder, and load the pruned one: tp-hf-config prune "
-    "FOLDER, or apply_cuts(folder, cuts, out) with the cuts of a pruner elsewhere. Of sharded "
-    "models only those of fully_shard (FSDP2) can be pruned.",
+    "model.layers.0.mlp.up_proj.weight is sharded over several processes by "
+    "tensor parallelism or DeepSpeed ZeRO-3. Only models that are sharded "
+    "by fully_shard (FSDP2) can be pruned. Prune the model's folder "
+    "instead, and load the result: tp-hf-config prune FOLDER, or "
+    "apply_cuts(folder, cuts, out) with the cut list of an unsharded model.",
 }
 MESSAGES["both"] = MESSAGES["tensor parallelism"]
 
@@ -246,7 +248,7 @@ class TestOwnData:
     def test_a_rank_without_data_adds_nothing(self, own: list[dict[str, Any]]) -> None:
         alone = of_measurement(measured_alone("llama", 1))
         assert _as_lists(own[1]["the first alone"]) == _as_lists(alone)
-        rest = "(of 2 ranks, this one): what 9 inputs of 15 weights carry"
+        rest = "(of 2 ranks, this one): 9 inputs of 15 weights measured"
         assert [results["text"] for results in own] == [
             f"LlamaForCausalLM on 768 tokens {rest}",
             f"LlamaForCausalLM on 0 tokens {rest}",
@@ -299,10 +301,10 @@ class TestCopies:
 
     def test_the_wrapper_is_refused(self, copies: list[dict[str, Any]]) -> None:
         said = (
-            "UnsupportedModelError: a DistributedDataParallel holds on to the Parameters that it "
-            "was given, and would not train pruned ones. Pass the LlamaForCausalLM inside, the "
-            ".module of that, on every rank, with distributed=True (HFConfigSyncHook, calibrate). "
-            "After the step let go of the wrapper, and wrap the pruned model anew"
+            "UnsupportedModelError: a DistributedDataParallel keeps the Parameters that it was "
+            "made with, and would not train pruned ones. Pass the LlamaForCausalLM inside, its "
+            ".module, on every rank, with distributed=True (HFConfigSyncHook, calibrate). After "
+            "the step, discard the wrapper and wrap the pruned model again"
         )
         for results in copies:
             for name in ("calibrate", "pruner"):
@@ -311,10 +313,10 @@ class TestCopies:
     def test_a_rank_that_decides_otherwise(self, copies: list[dict[str, Any]]) -> None:
         for results in copies:
             assert results["other channels"] == (
-                "TrainingError: rank 1 decided otherwise than rank 0 at step 1 "
+                "TrainingError: rank 1 made another decision than rank 0 at step 1 "
                 "(model.layers.0.self_attn.o_proj). Every rank needs the same settings and the "
                 "same importances: equal seeds, and statistics that are summed over all ranks. "
-                "The model is as it was."
+                "The model is unchanged."
             )
             assert results["untouched"]
             assert results["again, with one seed"] == "nothing was raised"
@@ -346,8 +348,10 @@ def _as_lists(value: Any) -> Any:
 
 def test_a_rank_that_dies(ranks: list[dict[str, Any]]) -> None:
     said = ranks[0]["dying"]
-    assert said.startswith("CalibrationError: this rank lost the others in calibrate: ")
-    assert said.endswith(". Read their logs")
+    assert said.startswith(
+        "CalibrationError: this rank lost the connection to the other ranks in calibrate: "
+    )
+    assert said.endswith(". Read the logs of the other ranks")
 
 
 def test_a_folder_that_is_taken(ranks: list[dict[str, Any]], folder: Path) -> None:
@@ -377,10 +381,10 @@ def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         failures = results["failures"]
         assert failures["other channels"] == (
-            "TrainingError: rank 1 decided otherwise than rank 0 at step 1 "
+            "TrainingError: rank 1 made another decision than rank 0 at step 1 "
             "(model.layers.0.self_attn.o_proj). Every rank needs the same settings and the same "
             "importances: equal seeds, and statistics that are summed over all ranks. The sharded "
-            "model is as it was."
+            "model is unchanged."
         )
         assert failures["untouched"]
         assert failures["again, with one seed"] == "nothing was raised"
@@ -406,8 +410,8 @@ def test_a_rank_that_comes_too_late(ranks: list[dict[str, Any]]) -> None:
         "was."
     )
     assert [results["absent"] for results in ranks] == [
-        "TrainingError: rank 0 waited 4 seconds for the others at the start of step 1, and rank 1 "
-        f"did not come{rest}",
-        "TrainingError: rank 1 came to the start of step 1 when rank 0 had given up waiting for "
-        f"it{rest}",
+        "TrainingError: rank 0 waited 4 seconds for the other ranks at the start of step 1, but "
+        f"rank 1 did not arrive{rest}",
+        "TrainingError: rank 1 arrived at the start of step 1 after rank 0 had stopped waiting "
+        f"for it{rest}",
     ]

@@ -171,9 +171,9 @@ def test_leaving_the_loop_where_no_config_fits_warns():
     with pytest.warns(PrunerSettingsWarning) as told:
         groups.close()
     assert [str(one.message) for one in told] == [
-        "pruned groups are recorded, and not cut yet: a config describes them only together with "
-        "intermediate_size in model.layers.1.mlp.gate_proj (hook.pending). The model and its "
-        "config stay as they were until then."
+        "pruned groups are recorded but not cut yet: a config describes the result only if these "
+        "are pruned too: intermediate_size in model.layers.1.mlp.gate_proj (hook.pending). Until "
+        "then the model and its config are unchanged."
     ]
     assert hook.pending == ("intermediate_size in model.layers.1.mlp.gate_proj",)
     assert hook.reports == []
@@ -195,7 +195,7 @@ def test_the_users_exception_surfaces_where_no_config_fits():
             loop()
 
     # the traceback keeps the generator; it is closed when that goes
-    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded but not cut yet"):
         caught()
     assert len(hook.pending) == 1
     assert true(model)
@@ -305,13 +305,13 @@ def test_groups_that_are_listed_and_not_pruned():
     )
     assert str(report).startswith(
         "sync 1: 0 groups pruned (config graph); no config field changes\n"
-        "  nothing else refreshed; proved: "
+        "  nothing else updated; proved: "
     )
     small.assert_same(before, small.state_of(model))
     groups[0].prune()  # and later, by hand
     assert (widths(model), true(model), hook.pending) == ((24, 64), True, ())
     with pytest.warns(
-        PrunerSettingsWarning, match=r"only together with intermediate_size in model"
+        PrunerSettingsWarning, match=r"only if these are pruned too: intermediate_size in model"
     ):
         groups[1].prune()
     assert (widths(model), true(model), len(hook.pending)) == ((24, 64), True, 1)
@@ -415,7 +415,7 @@ def test_what_never_was_complete_is_dropped_by_the_next_step():
     model, twin = small.llama(), small.llama()
     hook, pruner = attached(model, iterative_steps=2)
     groups = list(pruner.step(interactive=True))
-    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded but not cut yet"):
         groups[1].prune()
     with pytest.raises(
         ValueError, match=r"^unit \d+ of intermediate_size in model.layers.0.mlp.gate"
@@ -424,9 +424,10 @@ def test_what_never_was_complete_is_dropped_by_the_next_step():
     with pytest.warns(PrunerSettingsWarning) as told:
         pruner.step()
     assert [str(one.message) for one in told] == [
-        "groups that were pruned before are dropped, because they never were complete: "
-        "intermediate_size in model.layers.1.mlp.gate_proj was missing. The model and its config "
-        "are as they were before them."
+        "recorded groups are discarded, because no config describes the model with only these "
+        "groups pruned: intermediate_size in model.layers.1.mlp.gate_proj would have to "
+        "be pruned too. The model "
+        "and its config are unchanged."
     ]
     _, other = attached(twin, iterative_steps=2)
     list(other.step(interactive=True))
@@ -441,9 +442,9 @@ def test_a_hook_that_is_removed_takes_what_it_recorded_with_it():
     before = small.state_of(model)
     handle = hook.register(pruner)
     group = list(pruner.step(interactive=True))[-1]
-    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded but not cut yet"):
         group.prune()
-    with pytest.warns(PrunerSettingsWarning, match="never were complete"):
+    with pytest.warns(PrunerSettingsWarning, match="no config describes the model with only these"):
         handle.remove()
     assert hook.pending == ()
     small.assert_same(before, small.state_of(model))
@@ -560,7 +561,7 @@ def test_sync_after_loading_a_pruning_history(heads: bool):
 def test_the_history_is_torch_prunings():
     plain, followed = small.bert(), small.bert()
     reference = self_traced(plain, ignored_layers=all_but_ffn(plain))
-    with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+    with pytest.warns(PrunerSettingsWarning, match="^hidden_size is kept at 32: ignored_layers="):
         pruner = self_traced(
             followed, ignored_layers=all_but_ffn(followed), hooks=[HFConfigSyncHook()]
         )
@@ -628,7 +629,8 @@ def test_report_to_json():
         "attributes": [f"model.layers.{layer}.{name}" for layer in range(2) for name in names],
         "buffers": [],
         "ties": [],
-        "proof": "proved: 21 tensors are as LlamaForCausalLM builds them from the new config.json",
+        "proof": "proved: 21 tensors have the shapes that LlamaForCausalLM builds from the new "
+        "config.json",
         "parameters": {"before": 23200, "after": 15096},
         "notes": [],
         "inputs": {},
@@ -665,7 +667,7 @@ def test_report_of_a_failed_sync_to_json():
     with pytest.raises(ConfigSyncError):
         hook.sync()
     data = json.loads(json.dumps(hook.last_report.to_dict()))
-    assert data["error"].startswith("no LlamaConfig says what the weights")
+    assert data["error"].startswith("no LlamaConfig describes LlamaForCausalLM with these widths")
     assert data["fields"] == {}
     assert len(data["groups"]) == 1
 
@@ -678,7 +680,7 @@ def test_report_is_short_enough_for_a_loop():
     assert lines[0] == (
         "sync 1: 9 groups pruned (config graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
     )
-    assert lines[1].startswith("  24 attributes refreshed; proved: ")
+    assert lines[1].startswith("  24 attributes updated; proved: ")
     assert lines[1].endswith(" s")
     assert len(lines) == 2
     assert all(len(line) < 140 for line in lines)
@@ -687,7 +689,7 @@ def test_report_is_short_enough_for_a_loop():
 def test_report_notes_and_singular_words():
     report = SyncReport(3, fields={"n_inner": (None, 48)}, buffers=["b"], notes=["look here"])
     assert str(report) == (
-        "sync 3: 0 groups pruned; n_inner None -> 48\n  1 buffer refreshed; ; 0.00 s\n"
+        "sync 3: 0 groups pruned; n_inner None -> 48\n  1 buffer updated; ; 0.00 s\n"
         "  note: look here"
     )
     assert SyncReport(1).to_dict()["error"] is None
@@ -887,9 +889,9 @@ def test_repr_says_settings_and_state():
     assert repr(hook) == f"{settings}: attached to no pruner, 0 reports"
     hook, pruner = attached(small.llama(), iterative_steps=2)
     groups = list(pruner.step(interactive=True))
-    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded but not cut yet"):
         groups[1].prune()
     assert repr(hook) == (
-        "HFConfigSyncHook(): BasePruner of LlamaForCausalLM, step 1 of 2, 1 reports, groups "
-        "recorded and not cut (hook.pending)"
+        "HFConfigSyncHook(): BasePruner of LlamaForCausalLM, step 1 of 2, 1 reports, recorded "
+        "groups are not cut yet (hook.pending)"
     )

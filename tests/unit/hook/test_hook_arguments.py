@@ -93,7 +93,9 @@ def test_a_pruner_that_contradicts_a_plan_is_refused(name: str) -> None:
     heads = {"prune_num_heads": True, "head_pruning_ratio": 0.25}
     hook = HFConfigSyncHook(plan=plan(model, **asked, **heads))  # type: ignore[arg-type]
     given = {"iterative_steps": 3, "round_to": 16, "head_pruning_ratio": 0.5}[name]
-    with pytest.raises(ValueError, match=rf"the pruner has {name}={given}, and the hook's plan"):
+    with pytest.raises(
+        ValueError, match=rf"the pruner has {name}={given}, but the hook's plan has"
+    ):
         pruner_of(model, hook, **{name: given})
     pruner_of(model, hook)  # and the hook is free again
 
@@ -101,7 +103,7 @@ def test_a_pruner_that_contradicts_a_plan_is_refused(name: str) -> None:
 def test_a_plan_stands_alone() -> None:
     made = plan(small.llama(), pruning_ratio=0.25)
     for more in ({"prune": "inner"}, {"ratios": {"hidden_size": 0.5}}, {"per_layer": True}):
-        with pytest.raises(ValueError, match="the plan says what is pruned"):
+        with pytest.raises(ValueError, match="the plan already says what to prune"):
             HFConfigSyncHook(plan=made, **more)  # type: ignore[arg-type]
 
 
@@ -116,5 +118,5 @@ def test_a_plan_needs_the_constructor() -> None:
     pruner = tp.pruner.MetaPruner(
         model, torch.arange(1, 9)[None], tp.importance.MagnitudeImportance(), pruning_ratio=0.25
     )
-    with pytest.raises(ValueError, match="its hook is passed to the constructor"):
+    with pytest.raises(ValueError, match="so pass its hook to the pruner's constructor"):
         HFConfigSyncHook(plan=plan(model, pruning_ratio=0.25)).register(pruner)

@@ -183,9 +183,9 @@ class TestOptimizer:
         gradients(model)
         pruner_of(model).step()
         assert self.refused(model, optimizer) == (
-            "SGD has a parameter of shape [40, 32] that is not one of LlamaForCausalLM's. It may "
-            "have been made before an earlier pruning: make it from model.parameters(), and prune "
-            "inside optimizer_follows."
+            "SGD has a parameter of shape [40, 32] that is not one of LlamaForCausalLM's. The "
+            "optimizer may have been made before an earlier pruning step. Make it from "
+            "model.parameters(), and prune inside optimizer_follows."
         )
 
     def test_state_of_another_shape_is_refused(self):
@@ -197,19 +197,23 @@ class TestOptimizer:
         optimizer.step()
         assert self.refused(model, optimizer) == (
             "Adafactor keeps 'exp_avg_sq_row' of model.embed_tokens.weight, a tensor of shape "
-            "[40], where the parameter has shape [40, 32]: only state of the parameter's shape can "
-            "follow it. Take an optimizer with such state (AdamW, SGD, Lion)."
+            "[40], but the parameter has shape [40, 32]. Only state of the parameter's shape can "
+            "be pruned with it. Use an optimizer with this kind of state (AdamW, SGD, Lion)."
         )
 
     def test_hooks_on_a_gradient_are_refused(self):
         model = small.llama()
         model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: None)
         message = self.refused(model, torch.optim.SGD(model.parameters(), 0.1))
-        assert message.startswith("lm_head.weight has hooks of its own on its gradient")
+        assert message.startswith(
+            "lm_head.weight has gradient hooks, which the pruned Parameter would not have"
+        )
 
     def test_parameters_replaced_by_others_are_named(self):
         model = small.llama()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        message = "^1 of the optimizer's parameters, the first of shape .40, 32., were replaced by"
+        message = (
+            "^1 of the optimizer's parameters, the first of shape .40, 32., were replaced, but"
+        )
         with pytest.raises(TrainingError, match=message), optimizer_follows(model, optimizer):
             model.lm_head.weight = nn.Parameter(torch.zeros(40, 32))

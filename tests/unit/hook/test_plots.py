@@ -143,14 +143,19 @@ class TestHistory:
         ]
 
     def test_a_metric_of_another_length_is_refused(self, hook: HFConfigSyncHook, tmp_path: Path):
-        with pytest.raises(ValueError, match=r"^perplexity has 1 values for 2 pruning steps: give"):
+        with pytest.raises(
+            ValueError, match=r"^perplexity has 1 values for 2 pruning steps: expected 2"
+        ):
             hook.plot_history(tmp_path / "no.png", {"perplexity": [3.0]})
         assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("plot", [plot_widths, plot_history])
 def test_nothing_to_draw(plot: Any, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^nothing to draw: no report yet. Call pruner.step()"):
+    with pytest.raises(
+        ValueError,
+        match=r"^there is nothing to plot: the hook has no report yet. Call pruner.step\(\)",
+    ):
         plot([], tmp_path / "no.png")
 
 
@@ -162,4 +167,4 @@ def test_without_matplotlib_it_says_what_to_type(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError) as raised:
         plot([SyncReport(1)], tmp_path / "no.png")
-    assert str(raised.value) == "pictures need matplotlib: pip install 'tp-hf-config[plot]'"
+    assert str(raised.value) == "plots need matplotlib: pip install 'tp-hf-config[plot]'"

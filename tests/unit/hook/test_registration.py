@@ -382,8 +382,8 @@ class Weak:
 @pytest.mark.parametrize("wrong", [Weak(), "text", 3, {"a": 1}])
 def test_an_object_that_is_no_hook(wrong: Any):
     message = (
-        f"hooks: {type(wrong).__name__} has no after_step(pruner) method. Pass a "
-        "HFConfigSyncHook() or an object with that method."
+        f"hooks: {type(wrong).__name__} has no method after_step(pruner). Pass HFConfigSyncHook() "
+        "or another object with this method."
     )
     model = small.mlp()
     with pytest.raises(TypeError) as raised:
@@ -405,7 +405,7 @@ def test_a_class_is_no_hook():
 
 def test_a_wrong_hook_is_refused_before_any_tracing():
     spy = FullSpy()
-    with pytest.raises(TypeError, match="has no after_step"):
+    with pytest.raises(TypeError, match="has no method after_step"):
         small.pruner_of(small.mlp(), hooks=[spy, object()])
     assert spy.log == []
 
@@ -745,9 +745,9 @@ def test_groups_that_a_pruner_regularises_are_those_of_the_new_graph(cls: Any):
 
 
 TRACED = (
-    "this {name} has traced its model by itself, and nothing proves what its groups cut. The graph "
-    "made from the config cannot take their place any more: {why}. Construct the pruner with the "
-    "hook: {name}(model, ..., hooks=[HFConfigSyncHook()])."
+    "this {name} has already traced its model, and the groups of that trace are not proved. They "
+    "cannot be replaced by the graph made from the config: {why}. Pass the hook to the pruner's "
+    "constructor: {name}(model, ..., hooks=[HFConfigSyncHook()])."
 )
 
 
@@ -758,7 +758,7 @@ def test_a_pruner_that_has_pruned_by_its_trace_is_refused():
     before, state = everything(pruner), small.state_of(pruner.model)
     with pytest.raises(ValueError, match="traced") as raised:
         HFConfigSyncHook().register(pruner)
-    why = "it has pruned by that trace already"
+    why = "the pruner has already pruned with that trace"
     assert str(raised.value) == TRACED.format(name=type(pruner).__name__, why=why)
     assert same(everything(pruner), before)
     small.assert_same(state, small.state_of(pruner.model))
@@ -775,7 +775,7 @@ def test_a_pruner_with_a_constructor_of_its_own_is_refused():
     before, state = everything(pruner), small.state_of(pruner.model)
     with pytest.raises(ValueError, match="traced") as raised:
         HFConfigSyncHook().register(pruner)
-    why = "the constructor of Own may have kept groups of that trace"
+    why = "the constructor of Own may have stored groups of that trace"
     assert str(raised.value) == TRACED.format(name="Own", why=why)
     assert same(everything(pruner), before)
     small.assert_same(state, small.state_of(pruner.model))
@@ -795,7 +795,7 @@ def test_channel_groups_of_other_pruners_are_not_this_ones():
 
 
 def test_two_config_hooks_on_one_pruner():
-    message = "has an HFConfigSyncHook already, and one is enough"
+    message = "already has an HFConfigSyncHook, and it can have one"
     with pytest.raises(ValueError, match=message):
         hf_pruner(hooks=(HFConfigSyncHook(), HFConfigSyncHook()))
     first = HFConfigSyncHook()
@@ -813,8 +813,8 @@ def test_one_hook_on_two_pruners():
     with pytest.raises(ValueError, match="another pruner") as raised:
         hook.register(second)
     assert str(raised.value) == (
-        "this HFConfigSyncHook follows another pruner already: give every pruner a hook of its "
-        "own, or remove() the handle of the other one first"
+        "this HFConfigSyncHook is attached to another pruner. Make a hook for each pruner, or "
+        "first call remove() on the handle that register() returned for the other pruner"
     )
     assert same(everything(second), before)
     first.step()
@@ -836,8 +836,8 @@ def test_sync_of_a_hook_on_no_pruner():
     with pytest.raises(ValueError, match="attached to no pruner") as raised:
         hook.sync()
     assert str(raised.value) == (
-        "this HFConfigSyncHook is attached to no pruner: pass it as hooks=[hook] or call "
-        "hook.register(pruner)"
+        "this HFConfigSyncHook is attached to no pruner. Pass it to the pruner as hooks=[hook], "
+        "or call hook.register(pruner)"
     )
     handle = hook.register(hf_pruner())
     handle.remove()

@@ -65,11 +65,13 @@ def test_a_choice_that_the_class_does_not_take() -> None:
         with pytest.raises(ConfigSyncError) as raised:
             pruner.step()
     assert str(raised.value) == (
-        "BasePruner: step 1 would end in this, and nothing of it is pruned: LlamaConfig refuses "
-        "what the weights are now (hidden_size 32 -> 23). It says: \"'validate_architecture': "
+        "BasePruner: nothing of step 1 is pruned, because no config would describe the result: "
+        "LlamaConfig refuses the values of the pruned weights (hidden_size 32 -> 23). Its message: "
+        "\"'validate_architecture': "
         "ValueError: The hidden size (23) is not a multiple of the number of attention heads "
-        '(4).". The nearest it takes: hidden_size 20 or 24. Choose ratios that end there after '
-        "every step, or round_to= a number that the class accepts."
+        '(4).". The nearest values that it accepts: hidden_size 20 or 24. '
+        "Choose ratios that give accepted values after every step, or set round_to= to a number "
+        "that the class accepts."
     )
     small.assert_same(before, small.state_of(model))
     assert (pruner.current_step, hook.reports, pruner.DG._pruning_history) == (0, [], [])
@@ -168,9 +170,11 @@ def test_groups_that_the_user_is_handed_are_the_users() -> None:
     before = small.state_of(model)
     groups = pruner.step(interactive=True)
     next(groups).prune()
-    with pytest.warns(PrunerSettingsWarning, match="recorded, and not cut yet"):
+    with pytest.warns(PrunerSettingsWarning, match="recorded but not cut yet"):
         list(groups)
-    with pytest.raises(ConfigSyncError, match="Nothing was written; go on pruning and sync again"):
+    with pytest.raises(
+        ConfigSyncError, match=r"Nothing was written\. Continue to prune, then call hook\.sync"
+    ):
         hook.sync()
     small.assert_same(before, small.state_of(model))
     gate = model.model.layers[1].mlp.gate_proj
@@ -216,7 +220,8 @@ def test_nothing_switches_the_proof_off(kind: str, monkeypatch: pytest.MonkeyPat
     before = small.state_of(model)
     not_rounded(monkeypatch)
     with pytest.raises(
-        ConfigSyncError, match="step 1 would end in this, and nothing of it is pruned"
+        ConfigSyncError,
+        match="nothing of step 1 is pruned, because no config would describe the result",
     ):
         pruner.step()
     small.assert_same(before, small.state_of(model))

@@ -66,8 +66,8 @@ def test_calibrate_says_that_memory_ran_out(runs_out: Callable[..., None]) -> No
         "LlamaForCausalLM ran out of memory on batch 2 of the calibration data, {'input_ids': [2, 7"
     )
     assert message.endswith(
-        "Pass smaller batches, or calibrate(..., max_memory=) less than the default, half of what "
-        "is free, or refits=False, which needs no Gram matrices for importances"
+        "Pass smaller batches, or a smaller max_memory= to calibrate() (the default is half of "
+        "the free memory), or refits=False, so that importances need no Gram matrices"
     )
     assert is_out_of_memory(refused.value.__cause__ or refused.value)
 

@@ -11,8 +11,8 @@ from tp_hf_config import HFConfigSyncHook, UnsupportedModelError, prunable
 from tp_hf_config.model.tensors import select
 
 FOLLOWS = (
-    "with less of d_model the class computes something else than is left: "
-    "model.encoder.embed_positions.weight is not saved, and computed anew from the config it holds "
+    "with a smaller d_model, the class does not compute what remains of the original: "
+    "model.encoder.embed_positions.weight is not saved, and computed from the config it holds "
     "other values"
 )
 IDS = {"input_ids": torch.tensor([[4, 5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 5, 6]])}

@@ -102,7 +102,10 @@ def test_a_step_that_is_refused_before_the_cut_is_no_failure(
 def test_layers_without_a_width_of_their_own_are_refused(tmp_path: Path) -> None:
     tried = differ_trial(case_of("swin"), tmp_path)
     assert tried.outcome == "refused"
-    assert "SwinForImageClassification has no width that is its single layers' own" in tried.why
+    assert (
+        "SwinForImageClassification has no width that SwinConfig could set for each layer "
+        "separately"
+    ) in tried.why
     assert list(tmp_path.iterdir()) == []
 
 

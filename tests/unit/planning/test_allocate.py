@@ -112,15 +112,21 @@ def test_sizes_of_a_layer() -> None:
 def test_what_cannot_be_is_refused() -> None:
     model = llama()
     calibration = calibrate(model, calibrated.batches(model, 10))
-    with pytest.raises(ValueError, match=r"target_params=.* parameters are left when every layer"):
+    with pytest.raises(
+        ValueError, match=r"target_params=.* parameters remain even if the largest of shares="
+    ):
         allocate(model, calibration, target_params=0.3)
     with pytest.raises(
         UnsupportedModelError,
-        match=r"hidden_size is no width that each layer has of its own\. .*: intermediate_size",
+        match=r"hidden_size is not a width that can differ from layer to layer\. .*: "
+        "intermediate_size",
     ):
         allocate(model, calibration, target_params=0.9, prune="hidden_size")
     alone = calibrate(model, calibrated.batches(model, 1))
-    with pytest.raises(UnsupportedModelError, match="holds no batch out"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="compares layers on held-out batches, and the calibration has none",
+    ):
         allocate(model, alone, target_params=0.9)
 
 

@@ -183,7 +183,7 @@ class TestNumbers:
 
         result = plan(NeedsValues(zoo.build("llama").config), prune=["intermediate_size"])
         assert result.before.flops is None
-        assert "FLOPs are not known" in result.notes[0]
+        assert "FLOPs are unknown, because" in result.notes[0]
 
 
 class TestWhatIsPlanned:
@@ -231,10 +231,7 @@ class TestWhatIsPlanned:
         group = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5, gqa="group")
         assert group.widths[0].after == {"num_key_value_heads": 1, "num_attention_heads": 2}
         assert group.widths[0].ranks == ()
-        stay = (
-            "num_attention_heads stays: head_pruning_ratio= says what share of the heads goes, and "
-            "is 0"
-        )
+        stay = "num_attention_heads is kept: head_pruning_ratio=, the share of heads to prune, is 0"
         assert plan(model, prune_num_heads=True).notes == (stay,)
         assert query.notes == plan(model).notes == ()
         assert plan(model, prune_num_heads=True, target_params=0.5).notes == ()
@@ -242,12 +239,16 @@ class TestWhatIsPlanned:
         assert "num_key_value_heads" in plan(one_each, head_pruning_ratio=0.5).values
         with pytest.raises(ValueError, match="gqa='heads'"):
             plan(one_each, gqa="heads")  # type: ignore[arg-type]
-        with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"num_attention_heads.* is pruned by head_pruning_ratio"
+        ):
             plan(model, ratios={"num_attention_heads": 0.5}, head_pruning_ratio=0.25)
         together = {"num_attention_heads": 0.5, "hidden_size": 0.25}
         with pytest.raises(UnsupportedModelError, match="can only be pruned together"):
             plan(small.bert(), prune=["num_attention_heads"], ratios=together)
-        with pytest.raises(UnsupportedModelError, match="follows head_pruning_ratio here"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"num_attention_heads.* is pruned by head_pruning_ratio"
+        ):
             tp.pruner.BasePruner(
                 model,
                 example_inputs=None,
@@ -269,7 +270,7 @@ class TestRatiosThatCannotBe:
         [
             (
                 {"ratios": {"hidden_size": 0.25}},
-                "every width that is pruned has a ratio of its own",
+                "every pruned width has its own ratio",
             ),
             ({"target_params": 0.8}, "target_params= finds the ratio by itself"),
         ],
@@ -305,21 +306,21 @@ class TestRatiosThatCannotBe:
                 {"pruning_ratio": 0.95},
                 32,
                 (
-                    "hidden_size ends at 32, not at 0.95 less: it would leave nothing, and then "
-                    "nothing is pruned; 0.875 leaves the least",
+                    "hidden_size ends at 32; the ratio 0.95 asks for 1.6: this ratio would remove "
+                    "all of it, so nothing is pruned; 0.875 removes the most that is possible",
                 ),
             ),
             (
                 {"ratios": {"hidden_size": 0.75}, "max_pruning_ratio": 0.5},
                 16,
-                ("hidden_size ends at 16, not at 0.75 less: max_pruning_ratio is 0.5",),
+                ("hidden_size ends at 16; the ratio 0.75 asks for 8: max_pruning_ratio is 0.5",),
             ),
             (
                 {"prune": ["hidden_size"], "round_to": 64},
                 32,
                 (
-                    "hidden_size ends at 32, not at 0.5 less: no smaller multiple of 64 can be "
-                    "left of it",
+                    "hidden_size ends at 32; the ratio 0.5 asks for 16: no smaller multiple of 64 "
+                    "is possible",
                 ),
             ),
         ],
@@ -367,7 +368,7 @@ class TestAdjusted:
         assert result.widths[0].reached == 1 - 6 / 9
         assert result.adjusted == (
             "step 1: the ratios ask for num_attention_heads 7.2, hidden_size 459 "
-            f"{NOT_A_MULTIPLE.format(459, 7)}; nearest legal: num_attention_heads 6, "
+            f"{NOT_A_MULTIPLE.format(459, 7)}; nearest valid: num_attention_heads 6, "
             "hidden_size 450",
         )
 
@@ -382,15 +383,15 @@ class TestAdjusted:
         }
         assert result.adjusted == (
             f"step 1: the ratios ask for hidden_size 459 {NOT_A_MULTIPLE.format(459, 6)}; "
-            "nearest legal: hidden_size 450",
+            "nearest valid: hidden_size 450",
         )
 
     def test_every_step(self) -> None:
         """Nearest to what each step asks for, but heads do not come back."""
         result = plan(SMOLLM2, pruning_ratio=0.0, head_pruning_ratio=0.4, iterative_steps=4)
         assert [step["num_attention_heads"] for step in result.widths[0].steps] == [9, 6, 6, 6]
-        words = "step {}: the ratios ask for num_attention_heads {} {}; nearest legal: {}"
-        threes = "(num_attention_heads stays a multiple of 3)"
+        words = "step {}: the ratios ask for num_attention_heads {} {}; nearest valid: {}"
+        threes = "(num_attention_heads has to be a multiple of 3)"
         assert result.adjusted == (
             words.format(1, 8.1, threes, "num_attention_heads 9"),
             words.format(2, 7.2, NOT_A_MULTIPLE.format(576, 7), "num_attention_heads 6"),
@@ -402,8 +403,8 @@ class TestAdjusted:
         sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3}
         result = plan(small.llama(**sizes), prune=["num_attention_heads"], pruning_ratio=0.34)
         assert result.adjusted == (
-            "step 1: the ratios ask for num_attention_heads 7.92 (num_attention_heads stays a "
-            "multiple of 3); nearest legal: num_attention_heads 6",
+            "step 1: the ratios ask for num_attention_heads 7.92 (num_attention_heads has to be a "
+            "multiple of 3); nearest valid: num_attention_heads 6",
         )
 
     def test_a_width_of_which_a_step_asks_nothing_stays(self) -> None:
@@ -440,7 +441,8 @@ class TestAdjusted:
         assert result.adjusted == (
             "step 1: the ratios ask for neck_hidden_sizes[0] 11, neck_hidden_sizes[3] 67 (the "
             "class builds mobilevit.encoder.layer.0.layer.0.conv_3x3.convolution.weight with 48, "
-            "pruning leaves 44); nearest legal: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] 66",
+            "but pruning gives 44); nearest valid: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] "
+            "66",
         )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -468,7 +470,7 @@ class TestAdjusted:
         assert result.values == {"kv_lora_rank": 20}
         assert result.adjusted == (
             "step 1: the ratios ask for kv_lora_rank 21 (the class does not run then: Tensor must "
-            "have a stride divisible by 2 for all but last dimension); nearest legal: kv_lora_rank "
+            "have a stride divisible by 2 for all but last dimension); nearest valid: kv_lora_rank "
             "20",
         )
 
@@ -534,7 +536,7 @@ class TestRefusals:
             plan(narrow(), prune=["intermedite_size"])
         assert str(raised.value).startswith(
             "Narrow cannot prune intermedite_size: no such width (did you mean intermediate_size?)."
-            " Widths that can: hidden_size, intermediate_size, num_attention_heads"
+            " Widths that can be pruned: hidden_size, intermediate_size, num_attention_heads"
         )
 
     def test_no_search_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,14 +568,16 @@ class TestTarget:
         [
             (
                 {"target_params": 60_000},
-                "2,160 fewer, as units are whole and one ratio holds for all: intermediate_size "
-                "104 alone would leave 58,128 (a ratio of its own: intermediate_size=0.1875)",
+                "2,160 fewer, because only whole units are removed and all widths have one ratio: "
+                "with intermediate_size 104 it would be 58,128 (a ratio of its own: "
+                "intermediate_size=0.1875)",
                 {"pruning_ratio": 0.19, "ratios": {"intermediate_size": 0.1875}},
                 58_128,
             ),
             (
                 {"target_params": 70_000, "prune": ["intermediate_size"]},
-                "176 fewer, as units are whole: intermediate_size 85 would already leave 70,208",
+                "176 fewer, because only whole units are removed: with intermediate_size 85 it "
+                "would already be 70,208",
                 {"pruning_ratio": 43 / 128},
                 70_208,
             ),
@@ -671,7 +675,7 @@ class TestTarget:
         assert said.format(result.settings) in line
 
     def test_out_of_reach(self) -> None:
-        with pytest.raises(ValueError, match="leaves at least"):
+        with pytest.raises(ValueError, match=r"with one ratio for .*, at least"):
             plan(SMOLLM2, prune=["intermediate_size"], target_params=0.2)
 
     def test_reached_by_pruning(self) -> None:
@@ -767,7 +771,9 @@ class TestCarriedOut:
     def test_a_pruner_that_says_otherwise(self) -> None:
         model = small.llama()
         hook = HFConfigSyncHook(plan=plan(model, pruning_ratio=0.25))
-        words = "the pruner has pruning_ratio=0.3, and the hook's plan pruning_ratio=0.25: leave "
+        words = (
+            "the pruner has pruning_ratio=0.3, but the hook's plan has pruning_ratio=0.25. Leave "
+        )
         with pytest.raises(ValueError, match=f"^{words}"):
             tp.pruner.BasePruner(
                 model,
@@ -779,7 +785,9 @@ class TestCarriedOut:
 
     def test_a_hook_that_is_told_more(self) -> None:
         result = plan(small.llama())
-        with pytest.raises(ValueError, match="the plan says what is pruned, so leave out prune="):
+        with pytest.raises(
+            ValueError, match=r"the plan already says what to prune\. Leave out prune="
+        ):
             HFConfigSyncHook(plan=result, prune="intermediate_size")
 
     def test_scheduler(self) -> None:

@@ -96,7 +96,7 @@ class TestTold:
             prune=("hidden_size",),
             iterative_steps=2,
         )
-        assert 'taken: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
+        assert 'accepted: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
 
     def test_ratios_of_one_scope(self) -> None:
         model = small.llama()
@@ -165,7 +165,7 @@ class TestNotTold:
 def test_a_width_of_which_layers_are_ignored_stays(ignored: tuple[int, ...], others: bool) -> None:
     """All its groups do, and the hidden size has one alone, which can be ranked globally."""
     model = small.llama()
-    words = "^intermediate_size stays at 64: ignored_layers= keeps the outputs of model.layers.0"
+    words = "^intermediate_size is kept at 64: ignored_layers= keeps the outputs of model.layers.0"
     settings = {"prune": None, "global_pruning": True} if others else {}
     with pytest.warns(PrunerSettingsWarning, match=words):
         pruner = pruner_of(model, ignored_layers=[gate(model, n) for n in ignored], **settings)
@@ -204,7 +204,7 @@ class TestCarriedOut:
             [
                 "step 1: the ratios ask for hidden_size 30 ('validate_architecture': ValueError: "
                 "The hidden size (30) is not a multiple of the number of attention heads (4)); "
-                "nearest legal: hidden_size 24"
+                "nearest valid: hidden_size 24"
             ]
         ]
 
@@ -216,9 +216,9 @@ class TestCarriedOut:
         assert str(raised.value) == (
             "BasePruner of LlamaForCausalLM: step 1: the ratios ask for hidden_size 30 "
             "('validate_architecture': ValueError: The hidden size (30) is not a multiple of the "
-            "number of attention heads (4)); nearest legal: hidden_size 24. "
-            "HFConfigSyncHook() does the nearest; strict=True does not. Nothing is pruned yet. "
-            "tp_hf_config.plan(model, ...) shows what settings give."
+            "number of attention heads (4)); nearest valid: hidden_size 24. HFConfigSyncHook() "
+            "uses the nearest; strict=True refuses them. Nothing is pruned yet. "
+            "tp_hf_config.plan(model, ...) shows what settings lead to."
         )
         small.assert_same(before, small.state_of(model))
 
@@ -233,7 +233,7 @@ class TestCarriedOut:
             [
                 "step 1: the ratios ask for num_attention_heads 5.1 ('validate_architecture': "
                 "ValueError: The hidden size (48) is not a multiple of the number of attention "
-                "heads (5)); nearest legal: num_attention_heads 6"
+                "heads (5)); nearest valid: num_attention_heads 6"
             ],
             [],
         ]
@@ -249,8 +249,8 @@ class TestCarriedOut:
         assert (model.config.hidden_size, model.config.word_embed_proj_dim) == (44, 48)
         assert told == [
             [
-                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors there: "
-                "model.decoder.project_in.weight); nearest legal: hidden_size 44"
+                "step 1: the ratios ask for hidden_size 48 (the class builds other tensors with "
+                "these values: model.decoder.project_in.weight); nearest valid: hidden_size 44"
             ]
         ]
 
@@ -259,7 +259,9 @@ class TestCarriedOut:
         assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
         told = self.notes(model, prune=("num_local_experts",), pruning_ratio=0.9)
         assert model.config.num_local_experts == 2
-        assert told == [["num_local_experts ends at 2, not at 0.9 less: no less can be left of it"]]
+        assert told == [
+            ["num_local_experts ends at 2; the ratio 0.9 asks for 0.4: it cannot be smaller"]
+        ]
 
     def test_pruned_by_hand_before_the_first_step(self) -> None:
         """Not as foreseen: half of the 28 that Torch-Pruning finds, rounded to four heads."""

@@ -52,10 +52,12 @@ class TestAdapted:
     def test_round_to_and_ignored_layers(self) -> None:
         model = small.llama()
         kept = [layer.self_attn for layer in model.model.layers]
-        with pytest.warns(PrunerSettingsWarning, match="^hidden_size stays at 32: ignored_layers="):
+        with pytest.warns(
+            PrunerSettingsWarning, match="^hidden_size is kept at 32: ignored_layers="
+        ):
             report = step(model, round_to=24, ignored_layers=kept)
         assert report.fields == {"intermediate_size": (64, 24)}
-        assert report.notes[0].startswith("hidden_size stays at 32")
+        assert report.notes[0].startswith("hidden_size is kept at 32")
 
     def test_example_inputs_of_one_s_own_change_no_choice(self) -> None:
         model = small.llama()
@@ -99,15 +101,18 @@ class TestHeads:
         assert report.fields == {"num_key_value_heads": (2, 1), "num_attention_heads": (4, 2)}
 
     def test_how_no_heads_go(self) -> None:
-        with pytest.raises(ValueError, match=r"^gqa='group' says how attention heads go"):
+        with pytest.raises(
+            ValueError,
+            match=r"^gqa='group' asks for attention heads to be pruned, but prune_num_heads=False",
+        ):
             plan(small.llama(), gqa="group", prune_num_heads=False)
 
     def test_a_model_without_heads(self) -> None:
         with pytest.raises(UnsupportedModelError) as raised:
             pruner_of(zoo.build("convnext"), prune_num_heads=True, head_pruning_ratio=0.5)
         assert str(raised.value) == (
-            "ConvNextForImageClassification cannot prune attention heads: no heads were seen. "
-            "Widths that can: hidden_sizes[0], hidden_sizes[1]."
+            "ConvNextForImageClassification cannot prune attention heads: no attention heads were "
+            "found. Widths that can be pruned: hidden_sizes[0], hidden_sizes[1]."
         )
 
 
@@ -204,7 +209,7 @@ class TestSteps:
         before = small.state_of(model)
         importance = tp.importance.GroupTaylorImportance()
         pruner, _ = pruner_of(model, prune="intermediate_size", importance=importance)
-        words = "^GroupTaylorImportance fails .* no parameter has a gradient, .* loss.backward()"
+        words = "^GroupTaylorImportance fails .* no parameter has a gradient. .* loss.backward()"
         with pytest.raises(ValueError, match=words):
             list(pruner.step(interactive=interactive) or ())
         small.assert_same(before, small.state_of(model))
@@ -229,11 +234,12 @@ class TestSteps:
         model = small.llama()
         assert self.why(model, pruning_ratio=0.0) == "nothing was pruned: all ratios are 0"
         assert self.why(model, ignored_layers=[model]) == (
-            "nothing was pruned: no group takes part (prune=, ignored_layers=, root_module_types=)"
+            "nothing was pruned: the settings exclude every group (prune=, ignored_layers=, "
+            "root_module_types=)"
         )
         assert self.why(model, importance=tp.importance.BNScaleImportance()) == (
-            "nothing was pruned: BNScaleImportance gave no value to any group (it may need "
-            "gradients, or batch norms)"
+            "nothing was pruned: BNScaleImportance returned no importance for any group (it may "
+            "need gradients, or batch norms)"
         )
 
     def test_groups_that_nobody_prunes(self) -> None:
@@ -241,8 +247,8 @@ class TestSteps:
         assert len(list(pruner.step(interactive=True))) == 3
         assert hook.last_report is not None
         assert hook.last_report.notes == [
-            "nothing was pruned: less than one unit of each was to go, or no group that the step "
-            "gave was pruned"
+            "nothing was pruned: the ratios ask for less than one unit of each group, or no group "
+            "that the step yielded was pruned"
         ]
 
     def test_a_step_too_many(self) -> None:
@@ -255,7 +261,7 @@ class TestSteps:
             pruner.step()
         assert hook.last_report is not None
         assert hook.last_report.notes[-1] == (
-            "nothing was pruned: all steps of the pruner were taken (iterative_steps=1)"
+            "nothing was pruned: the pruner has already taken all its steps (iterative_steps=1)"
         )
 
 
@@ -285,8 +291,8 @@ def test_a_forward_pass_that_no_made_up_inputs_satisfy() -> None:
         step(model)
     assert str(raised.value) == (
         "LongformerForMultipleChoice cannot be pruned: the tiny model does not run: `input_ids` "
-        "should have two dimensions. Which channels belong together is found on a tiny model of "
-        "the class, in float64, which has to run forward and backward. Load the weights into a "
-        "class that does: LongformerModel.from_pretrained(...)."
+        "should have two dimensions. To find the channels that belong together, a tiny model of "
+        "the class has to run forward and backward in float64. Load the weights into a class that "
+        "does: LongformerModel.from_pretrained(...)."
     )
     small.assert_same(before, small.state_of(model))

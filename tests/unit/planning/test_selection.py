@@ -102,8 +102,8 @@ def fields_of(model: hf.PreTrainedModel, **settings: Any) -> set[str]:
 
 def stays(dim: str, field: str, other: str) -> str:
     return (
-        f"it sets dimension 0 of {dim}.weight with {field}. To prune it as well, give it a pruner "
-        f'of its own afterwards: prune=("{other}",)'
+        f"it sets dimension 0 of {dim}.weight together with {field}. To prune it too, make "
+        f'another pruner afterwards: prune=("{other}",)'
     )
 
 
@@ -154,7 +154,7 @@ def test_the_default_takes_what_goes_together_and_says_what_it_leaves(name: str)
     assert {name: planned.kept[name] for name in case.stays} == case.stays
     assert not any("of its own" in planned.kept[n] for n in planned.kept.keys() - case.stays)
     first, second = hook.reports
-    assert first.notes == [f"{name} stays: {reason}" for name, reason in case.stays.items()]
+    assert first.notes == [f"{name} is kept: {reason}" for name, reason in case.stays.items()]
     assert second.notes == []
     assert {name: new for name, (_, new) in second.fields.items()} == case.goes
     rand = torch.Generator().manual_seed(1)
@@ -186,7 +186,7 @@ def test_heads_go_where_no_other_width_is_proved(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tp_hf_config.planning.selection.widths_of", heads_alone)
     heads = {"prune_num_heads": True, "head_pruning_ratio": 0.5}
     assert fields_of(dinov2(), **heads) == {"num_attention_heads"}
-    with pytest.raises(UnsupportedModelError, match="nothing is proved"):
+    with pytest.raises(UnsupportedModelError, match="no width is proved"):
         fields_of(dinov2())
 
 
@@ -223,7 +223,7 @@ def test_what_is_named_otherwise_goes_too() -> None:
     model = small.llama()
     names = [*small.inside(model)]
     assert names == ["hidden_size", "intermediate_size"]
-    assert plan(model).kept["hidden_size"] == "pruned only where it is named"
+    assert plan(model).kept["hidden_size"] == "pruned only if it is named"
     fields = functools.partial(fields_of, model)
     first = model.model.layers[0]
     assert fields() == {"intermediate_size"}
@@ -231,5 +231,5 @@ def test_what_is_named_otherwise_goes_too() -> None:
     assert fields(pruning_ratio_dict={first.mlp: 0.5}) == {"intermediate_size"}
     assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.5}) == set(names)
     assert fields(root_module_types=[torch.nn.Embedding]) == {"hidden_size"}
-    with pytest.warns(PrunerSettingsWarning, match="intermediate_size stays at "):
+    with pytest.warns(PrunerSettingsWarning, match="intermediate_size is kept at "):
         assert fields(ignored_layers=[first.mlp.up_proj]) == set()

@@ -171,7 +171,7 @@ def test_heads_that_were_not_seen_are_not_guessed() -> None:
     model = hf.WavLMModel(hf.WavLMConfig(**sizes, num_conv_pos_embeddings=8))
     reasons = {width.name: width.reason for width in widths_of(model)}
     assert reasons["hidden_size"] == (
-        "its units are in 2 channel groups in the tiny model; at full size in 2 or 4"
+        "its units are in 2 channel groups in the tiny model, and in 2 or 4 at full size"
     )
 
 
@@ -251,8 +251,8 @@ def test_layers_that_read_each_other_and_of_which_the_tiny_copy_has_fewer() -> N
     widths = {width.name: width.reason for width in prunable(hf.Data2VecAudioModel(config)).widths}
     assert widths["intermediate_size"] is None
     assert widths["hidden_size"] == (
-        "encoder.pos_conv_embed.layers.0.conv.weight: dimension 0 is in two groups at full size: "
-        "layers that read each other, of which the tiny model has fewer"
+        "encoder.pos_conv_embed.layers.0.conv.weight: dimension 0 is in two groups at full size, "
+        "because layers read each other, and the tiny model has fewer of them"
     )
 
 

@@ -94,7 +94,7 @@ def test_a_width_that_a_squeeze_follows_in_steps_is_refused() -> None:
     assert not isinstance(fewer, Refusal)
     squeeze = "regnet.encoder.stages.0.layers.0.layer.2.attention.0.weight"
     change = ungrouped_change(field_map, less, fewer, set())
-    assert f"{squeeze} would have 2 instead of 4" in str(change)
+    assert f"of {squeeze} would change from 4 to 2" in str(change)
     moving = {(name, dim) for name, shape in field_map.shapes.items() for dim in range(len(shape))}
     assert ungrouped_change(field_map, less, fewer, moving) is None
 
@@ -143,7 +143,7 @@ def test_vectors_that_no_output_depends_on_go_along_with_the_residual_stream() -
             model.get_parameter(name).copy_(torch.arange(32.0).view_as(before[name]))
     pruner.step()
     assert hook.last_report is not None
-    assert f"no output depends on {token}, cut alike" in hook.last_report.graph
+    assert f"cut in the same way, though no output depends on it: {token}" in hook.last_report.graph
     kept = model.get_parameter("dinov2.layernorm.bias")
     assert len(kept) == 24
     assert torch.equal(model.get_parameter(token).flatten(), kept)
@@ -215,7 +215,10 @@ def test_a_rehearsal_that_shows_nothing_proves_nothing() -> None:
     assert rehearse(tiny, finding) is None
     tiny.model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e-14)
     del vars(tiny)["outputs"]  # those of before
-    nothing = "less of intermediate_size changes no output, so that nothing shows what is left"
+    nothing = (
+        "a smaller intermediate_size changes no output of the tiny model, so the "
+        "outputs do not show whether the right units were removed"
+    )
     assert rehearse(tiny, finding) == Refusal(nothing)
 
 
@@ -228,7 +231,8 @@ def test_a_width_that_cannot_be_rehearsed_is_refused(monkeypatch: pytest.MonkeyP
     finding = next(one for one in find_groups(tiny) if one.fields == (("intermediate_size",),))
     monkeypatch.setattr(Builder, "build_unfilled", lambda *_: Refusal("no."))
     assert rehearse(tiny, finding) == Refusal(
-        "less of intermediate_size cannot be built in the tiny model, so that nothing shows it: no."
+        "the tiny model cannot be built with a smaller intermediate_size, so pruning it cannot be "
+        "checked: no."
     )
 
 
@@ -259,7 +263,10 @@ def test_a_smaller_build_takes_what_is_not_cut_from_the_tiny_model() -> None:
 
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
     findings = find_groups(tiny)
-    assert any("computed anew from the config" in str(finding.reason) for finding in findings)
+    assert any(
+        ("computed from the config it holds other values") in str(finding.reason)
+        for finding in findings
+    )
     for finding in findings:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Builder, "build_unfilled", noted)
@@ -292,4 +299,4 @@ def test_a_smaller_build_with_other_layers_shows_nothing() -> None:
     config = hf.JambaConfig(**sizes, **heads, **mamba, **experts, expert_layer_offset=1)
     reasons = {width.name: width.reason for width in widths_of(hf.JambaForCausalLM(config))}
     assert reasons["num_experts"] is not None
-    assert " it builds model.layers.1.feed_forward." in reasons["num_experts"]
+    assert " the class then builds model.layers.1.feed_forward." in reasons["num_experts"]

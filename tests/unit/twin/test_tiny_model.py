@@ -179,7 +179,7 @@ def test_a_layer_that_was_not_looked_at_is_not_left_as_wide_as_it_was() -> None:
     (finding,) = [one for one in find_groups(tiny) if one.fields == (("intermediate_size",),)]
     model.beside = nn.Linear(model.config.intermediate_size, 3)
     assert expand(finding, tiny, field_map, model) == Refusal(
-        "beside.weight is as wide, and is of no layer that was looked at"
+        "beside.weight is as wide, and no layer of its kind was examined"
     )
 
 

@@ -15,7 +15,7 @@ from .fit import Conflict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AGAIN = "Nothing was written; go on pruning and sync again."  # how messages end
+AGAIN = "Nothing was written. Continue to prune, then call hook.sync()."  # how messages end
 
 
 def explain_conflict(
@@ -29,8 +29,8 @@ def explain_conflict(
             for solution in conflict.ambiguous
         )
         return ConfigSyncError(
-            f"{name}: the shapes fit {choices}, and nothing that was pruned tells which. Prune "
-            "through the pruner's groups, so that the hook sees the channels that go."
+            f"{name}: the shapes fit {choices}, and the hook did not see which channels were "
+            "removed. Prune with the pruner's groups, so that it does."
         )
     needs = {
         field_name(field): {
@@ -44,11 +44,11 @@ def explain_conflict(
         for (named, by_value), field in zip(needs.items(), conflict.needs, strict=True)
     ]
     return ConfigSyncError(
-        f"no {type(model.config).__name__} says what the weights of {name} are now. "
+        f"no {type(model.config).__name__} describes {name} with these widths. "
         + "; ".join(parts)
-        + ". One field sets all of these, so they have to lose the same number: prune them all at "
-        "one ratio with local ranking (global_pruning=False), or keep them all (ignored_layers=). "
-        f"{AGAIN}",
+        + ". One field sets all of these, so each has to lose the same number of channels: prune "
+        "them all at one ratio with local ranking (global_pruning=False), or keep them all "
+        f"(ignored_layers=). {AGAIN}",
         {named: {int(v): who for v, who in by.items()} for named, by in needs.items()},
     )
 
@@ -68,36 +68,36 @@ def explain_refusal(
             nearest = nearest_accepted(field_map, changed, field)
             if nearest:
                 advice.append(f"{field_name(field)} {' or '.join(map(str, nearest))}")
-    hint = f" The nearest it takes: {'; '.join(advice)}." if advice else ""
+    hint = f" The nearest values that it accepts: {'; '.join(advice)}." if advice else ""
     return ConfigSyncError(
-        f"{type(model.config).__name__} refuses what the weights are now ({changes}). It says: "
-        f"{refusal.reason!r}.{hint} Choose ratios that end there after every step, or round_to= a "
-        f"number that the class accepts. {AGAIN}"
+        f"{type(model.config).__name__} refuses the values of the pruned weights ({changes}). Its "
+        f"message: {refusal.reason!r}.{hint} Choose ratios that give accepted values after every "
+        f"step, or set round_to= to a number that the class accepts. {AGAIN}"
     )
 
 
 def explain_mismatch(model: PreTrainedModel, mismatches: Sequence[Mismatch]) -> ConfigSyncError:
     return ConfigSyncError(
-        f"no {type(model.config).__name__} says what the weights of {type(model).__name__} are "
-        f"now: {listed(mismatches, '; ')}. No field of the config sets these dimensions on their "
-        f"own: keep the layers (ignored_layers=). {AGAIN}"
+        f"no {type(model.config).__name__} describes {type(model).__name__} with these widths: "
+        f"{listed(mismatches, '; ')}. No field of the config sets these dimensions separately: "
+        f"keep the layers (ignored_layers=). {AGAIN}"
     )
 
 
 def explain_vanished(model: PreTrainedModel, names: Sequence[str]) -> ConfigSyncError:
     """Return the error for a count that becomes 0, which would break some forward pass."""
     return ConfigSyncError(
-        f"{type(model).__name__} with these widths makes {names[0]} 0: another field that sets no "
-        f"shape would have to change with them. Keep that width (prune=, ignored_layers=). {AGAIN}"
+        f"{type(model).__name__} with these widths has {names[0]} 0. Another field, which sets no "
+        f"shape, would have to change too. Keep this width (prune=, ignored_layers=). {AGAIN}"
     )
 
 
 def explain_unfilled(model: PreTrainedModel, names: Sequence[str]) -> ConfigSyncError:
     """Return the error for buffers that are neither saved nor computed from the config alone."""
     return ConfigSyncError(
-        f"{type(model).__name__} with these widths has another shape of {names[0]}, which is "
-        "not saved and which it fills together with its weights: nothing says what it would hold. "
-        f"Keep that width (prune=, ignored_layers=). {AGAIN}"
+        f"{type(model).__name__} with these widths has another shape of {names[0]}. This buffer is "
+        "not saved, and its new values cannot be computed from the config. Keep this width "
+        f"(prune=, ignored_layers=). {AGAIN}"
     )
 
 

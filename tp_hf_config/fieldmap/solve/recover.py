@@ -67,7 +67,7 @@ def _other_tensors(field_map: FieldMap, target: Shapes) -> Refusal | None:
     name = field_map.builder.model_class.__name__
     extra = sorted(target.keys() - expected.keys())
     if extra:
-        return Refusal(f"{name} builds no {extra[0]} from this config, at no width")
+        return Refusal(f"{name} builds no {extra[0]} from this config at any width")
     tied = _tied_groups(full)
     missing = sorted(
         tensor

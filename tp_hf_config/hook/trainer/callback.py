@@ -76,11 +76,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         if every is not None and every < 1:
             raise ValueError(f"PruningCallback: every={every}: expected 1 or more optimizer steps")
         if min(at, default=1) < 1 or list(at) != sorted(set(at)):
-            raise ValueError(f"PruningCallback: at={tuple(at)}: expected rising optimizer steps")
+            raise ValueError(
+                f"PruningCallback: at={tuple(at)}: expected increasing optimizer steps"
+            )
         if build is not None and settings:
             raise ValueError(
-                f"PruningCallback: {', '.join(settings)}: the function given makes the pruner, so "
-                "give them there"
+                f"PruningCallback: {', '.join(settings)}: your function makes the pruner, so pass "
+                "these arguments to the pruner there"
             )
         names = signature(HFConfigSyncHook).parameters
         of_hook = {name: value for name, value in settings.items() if name in names}
@@ -162,13 +164,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self._at and len(self._at) != steps:
             return (
                 f"at= names {len(self._at)} optimizer steps, but the pruner has "
-                f"iterative_steps={steps}: give as many"
+                f"iterative_steps={steps}. Name one optimizer step for each of them"
             )
         last = self._due(steps - 1)
         if last > max_steps:
             return (
-                f"training ends after {max_steps} optimizer steps, before the pruner's last of "
-                f"{steps} steps, which comes after {last}: prune earlier or train longer"
+                f"training ends after {max_steps} optimizer steps, but the last of the pruner's "
+                f"{steps} steps comes after optimizer step {last}. Prune earlier or train longer"
             )
         return None
 
@@ -179,8 +181,9 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
     saved = states.get(name, {})
     if isinstance(saved, list):
         raise TrainingError(
-            f"{name}: the Trainer has {len(saved)} of them, and a checkpoint holds the progress of "
-            "one. Give it one that takes all steps: at=(100, 200), iterative_steps=2"
+            f"{name}: the Trainer has {len(saved)} of these callbacks, but a checkpoint stores the "
+            "progress of one. Pass one callback that takes all steps: at=(100, 200), "
+            "iterative_steps=2"
         )
     if not state.global_step:
         return None
@@ -191,33 +194,39 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
 def _unsupported_run(args: Any) -> str | None:
     if getattr(args, "deepspeed", None):
         return (
-            "DeepSpeed keeps Parameters in pieces of its own, which cannot be pruned. Prune the "
-            "folder first: tp-hf-config prune FOLDER"
+            "DeepSpeed splits Parameters into pieces, which cannot be pruned. Prune the model's "
+            "folder before training: tp-hf-config prune FOLDER"
         )
     if getattr(args, "fsdp", None):
         return (
-            "the Trainer holds the sharded model in variables that no callback reaches, so it "
-            "would go on with the unpruned one. Prune in a loop of your own: "
+            "a callback cannot replace the sharded model that the Trainer holds, so the Trainer "
+            "would continue with the unpruned model. Prune in your own training loop: "
             "examples/fsdp2_prune_and_recover.py"
         )
     if args.world_size > 1:
         return (
-            f"{args.world_size} processes: the Trainer's DistributedDataParallel would go on with "
-            "the unpruned Parameters. Train in one process, or in a loop of your own that wraps "
-            "the model anew after every pruning step: examples/accelerate_two_processes.py"
+            f"{args.world_size} processes: the Trainer's DistributedDataParallel would continue "
+            "with the unpruned Parameters. Train in one process, or in your own training loop that "
+            "wraps the model again after every pruning step: examples/accelerate_two_processes.py"
         )
     if args.n_gpu > 1:
-        return f"{args.n_gpu} GPUs in one process: give it one (CUDA_VISIBLE_DEVICES=0)"
+        return (
+            f"the Trainer uses {args.n_gpu} GPUs in one process, expected one. Set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if args.load_best_model_at_end:
         return (
             "load_best_model_at_end=True would load a checkpoint of other widths into the pruned "
-            "model. Leave it out; every checkpoint loads by from_pretrained"
+            "model. Leave it out; from_pretrained(checkpoint) loads every checkpoint"
         )
     if args.auto_find_batch_size:
-        return "auto_find_batch_size=True begins anew with a model pruned already. Leave it out"
+        return (
+            "auto_find_batch_size=True restarts training with a model that is already pruned. "
+            "Leave it out"
+        )
     if getattr(args, "restore_callback_states_from_checkpoint", False):
         return (
-            "restore_callback_states_from_checkpoint=True makes callbacks anew, without their "
-            "arguments. Leave it out: this one goes on where it was by itself"
+            "restore_callback_states_from_checkpoint=True makes new callbacks without their "
+            "arguments. Leave it out: PruningCallback restores its own progress"
         )
     return None

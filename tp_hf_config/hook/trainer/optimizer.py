@@ -58,8 +58,8 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     if orphans:
         raise TrainingError(
             f"{len(orphans)} of the optimizer's parameters, the first of shape "
-            f"{list(orphans[0].shape)}, were replaced by something else than pruning. The model is "
-            "pruned; make a new optimizer from model.parameters()."
+            f"{list(orphans[0].shape)}, were replaced, but not by pruning. The model is pruned. "
+            "Make a new optimizer from model.parameters()."
         )
 
 
@@ -78,23 +78,25 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
             if parameter not in names:
                 return Refusal(
                     f"{kind} has a parameter of shape {list(parameter.shape)} that is not one of "
-                    f"{type(model).__name__}'s. It may have been made before an earlier pruning: "
-                    "make it from model.parameters(), and prune inside optimizer_follows."
+                    f"{type(model).__name__}'s. The optimizer may have been made before an earlier "
+                    "pruning step. Make it from model.parameters(), and prune inside "
+                    "optimizer_follows."
                 )
             name = names[parameter]
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return Refusal(
-                    f"{name} has hooks of its own on its gradient, which its pruned successor "
-                    "would not have. Remove them before pruning (an optimizer that steps inside "
-                    "the backward pass cannot follow)."
+                    f"{name} has gradient hooks, which the pruned Parameter would not have. Remove "
+                    "them before pruning (an optimizer that steps inside the backward pass is not "
+                    "supported)."
                 )
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if not _can_follow(value, parameter):
                     return Refusal(
-                        f"{kind} keeps {key!r} of {name}, {_described(value)}, where the parameter "
-                        f"has shape {list(parameter.shape)}: only state of the parameter's shape "
-                        "can follow it. Take an optimizer with such state (AdamW, SGD, Lion)."
+                        f"{kind} keeps {key!r} of {name}, {_described(value)}, but the parameter "
+                        f"has shape {list(parameter.shape)}. Only state of the parameter's shape "
+                        "can be pruned with it. Use an optimizer with this kind of state (AdamW, "
+                        "SGD, Lion)."
                     )
     return None
 

@@ -129,9 +129,9 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if other:  # the run would be neither the old one nor a new one
         old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
         raise TrainingError(
-            f"the checkpoint's run pruned with {listed(old)}, and this one has {listed(other)}. "
-            "Resume with the settings that it had. For others, start a new run from the model: "
-            "train() without resume_from_checkpoint="
+            f"the checkpoint's run pruned with {listed(old)}, but this run has {listed(other)}. "
+            "Resume with the settings of the checkpoint's run. For other settings, start a new "
+            "run: call train() without resume_from_checkpoint="
         )
 
 
@@ -143,7 +143,7 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
     if isinstance(pruned_build, Refusal) or isinstance(wide_build, Refusal):
         raise TrainingError(
             f"{type(model).__name__} refuses the config that the checkpoint's run began with. "
-            "Resume with the class and the version of transformers that it was saved by."
+            "Resume with the class and the version of transformers that saved the checkpoint."
         )
     write(changes, model, difference(model, pruned_build, wide_build))
     for old, names in parameter_names(model).items():
@@ -165,7 +165,8 @@ def _check_narrow(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
         replayed = getattr(module, key)
         if replayed.shape != tensor.shape:
             raise TrainingError(
-                f"{name} has shape {list(tensor.shape)}, but the pruning that the checkpoint "
-                f"tells of leaves {list(replayed.shape)}. Build the model from the checkpoint: "
-                "from_pretrained(checkpoint), and give PruningCallback the arguments that it had."
+                f"{name} has shape {list(tensor.shape)}, but the pruning steps recorded in the "
+                f"checkpoint lead to {list(replayed.shape)}. Load the model from the checkpoint, "
+                "from_pretrained(checkpoint), and pass PruningCallback the same arguments as in "
+                "the checkpoint's run."
             )
