@@ -103,18 +103,18 @@ def test_modules_are_short() -> None:
 
 
 LINES = {
-    "model": (3_262, 1_800),
-    "forward": (2_537, 2_200),
-    "fieldmap": (4_710, 3_400),
-    "twin": (4_433, 3_400),
-    "graph": (3_323, 2_200),
-    "planning": (3_162, 2_200),
-    "hook": (4_020, 2_300),
-    "calibration": (3_315, 2_300),
-    "checkpoint": (3_078, 2_000),
-    "pipeline": (4_475, 2_300),
-    "cli": (697, 700),
-    "": (992, 400),
+    "model": (2_917, 1_800),
+    "forward": (2_313, 2_200),
+    "fieldmap": (4_163, 3_400),
+    "twin": (3_899, 3_400),
+    "graph": (2_960, 2_200),
+    "planning": (2_816, 2_200),
+    "hook": (3_643, 2_300),
+    "calibration": (2_982, 2_300),
+    "checkpoint": (2_810, 2_000),
+    "pipeline": (3_873, 2_300),
+    "cli": (687, 700),
+    "": (925, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
