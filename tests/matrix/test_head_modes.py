@@ -606,7 +606,7 @@ def test_a_class_without_heads() -> None:
         heads_pruner(zoo.build("mamba2"))
     assert str(raised.value).startswith(
         "Mamba2ForCausalLM cannot prune attention heads: no attention heads were found. Widths "
-        "that can: "
+        "that can be pruned: "
     )
 
 

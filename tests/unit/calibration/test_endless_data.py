@@ -115,5 +115,5 @@ def test_texts_are_read_until_there_are_tokens() -> None:
 
 def test_texts_and_batches_are_not_mixed() -> None:
     tokenizer: Any = Letters()
-    with pytest.raises(CalibrationError, match="item 2 of the calibration data is a Tensor, and"):
+    with pytest.raises(CalibrationError, match="item 2 of the calibration data is a Tensor, but"):
         calibrate(zoo.build("llama"), ["a text", _row(0)], tokenizer=tokenizer)

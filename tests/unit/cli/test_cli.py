@@ -392,7 +392,10 @@ class TestTables:
         code, out, errors = shell(capsys, "plan", llama, "--target-params", "10")
         assert (code, out) == (1, "")
         assert errors.startswith(f"tp-hf-config plan: {llama}: ")
-        assert "target_params=10: one ratio for hidden_size, intermediate_size leaves at" in errors
+        assert (
+            "target_params=10: with one ratio for hidden_size, intermediate_size, at least"
+            in errors
+        )
 
     def test_what_the_class_refuses(
         self, capsys: Any, llama: Path, monkeypatch: pytest.MonkeyPatch

@@ -837,9 +837,9 @@ def test_a_search_does_not_depend_on_what_was_asked_before(
             10**9,
             "says 1,000,000,000, and no model has more than 10,000 layers.",
         ),
-        ("hidden_size", 10**12, "would be [40, 1000000000000], larger than in any model. Mend"),
-        ("vocab_size", 10**12, "would be [1000000000000, 32], larger than in any model. Mend the "),
-        ("intermediate_size", 10**12, "would be [1000000000000, 32], larger than in any model. Me"),
+        ("hidden_size", 10**12, "would be [40, 1000000000000], larger than in any model. Corr"),
+        ("vocab_size", 10**12, "would be [1000000000000, 32], larger than in any model. Correct "),
+        ("intermediate_size", 10**12, "would be [1000000000000, 32], larger than in any model. Co"),
         ("intermediate_size", -3, "Trying to create tensor with negative dimension -3"),
     ],
 )
