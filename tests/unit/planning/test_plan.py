@@ -440,9 +440,9 @@ class TestAdjusted:
         assert result.values == dict(zip(prune, (10, 66), strict=True))
         assert result.adjusted == (
             "step 1: the ratios ask for neck_hidden_sizes[0] 11, neck_hidden_sizes[3] 67 (the "
-            "class builds mobilevit.encoder.layer.0.layer.0.conv_3x3.convolution.weight with 48, "
-            "but pruning gives 44); nearest valid: neck_hidden_sizes[0] 10, neck_hidden_sizes[3] "
-            "66",
+            "class builds mobilevit.encoder.layer.0.layer.0.conv_3x3.convolution.weight with size "
+            "48, but pruning gives 44); nearest valid: neck_hidden_sizes[0] 10, "
+            "neck_hidden_sizes[3] 66",
         )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
