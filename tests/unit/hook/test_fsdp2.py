@@ -394,8 +394,8 @@ def test_a_rank_that_decides_otherwise(ranks: list[dict[str, Any]]) -> None:
 def test_a_rank_that_cannot_wrap(ranks: list[dict[str, Any]]) -> None:
     first, second = (results["failures"] for results in ranks)
     assert first["shard fails"] == (
-        "TrainingError: rank 1 at shard= of step 1: no room for shards. The sharded model is as "
-        "it was."
+        "TrainingError: rank 1 at shard= of step 1: no room for shards. The sharded model is "
+        "unchanged."
     )
     assert second["shard fails"] == "MemoryError: no room for shards"
     for failures in (first, second):
@@ -406,8 +406,8 @@ def test_a_rank_that_cannot_wrap(ranks: list[dict[str, Any]]) -> None:
 def test_a_rank_that_comes_too_late(ranks: list[dict[str, Any]]) -> None:
     """Who is missing is read from the process group's store, which every backend has."""
     rest = (
-        ". Every rank has to prune at the same point of the program. The sharded model is as it "
-        "was."
+        ". Every rank has to prune at the same point of the program. The sharded model is "
+        "unchanged."
     )
     assert [results["absent"] for results in ranks] == [
         "TrainingError: rank 0 waited 4 seconds for the other ranks at the start of step 1, but "
