@@ -159,7 +159,9 @@ def test_a_count_that_would_vanish_is_refused_by_the_sync_too(
     monkeypatch.setenv("TP_HF_CONFIG_CACHE", "off")
     forget(monkeypatch)
     monkeypatch.setattr("tp_hf_config.fieldmap.learn_field_map.non_size_followers", lambda *_: {})
-    with pytest.raises(ConfigSyncError, match=r"makes model.layers.0.self_attn.num_key_value_gr"):
+    with pytest.raises(
+        ConfigSyncError, match=r"widths has model.layers.0.self_attn.num_key_value_groups 0"
+    ):
         run_of(Case("deepseek_v3", "num_attention_heads", 1))
 
 
