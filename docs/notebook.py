@@ -24,7 +24,6 @@ _PICTURES = "quickstart_files"
 
 def executed(folder: Path) -> nbformat.NotebookNode:
     """Return the notebook with its outputs, run in a folder that holds the model by its name."""
-    os.environ["TP_HF_CONFIG_CACHE"] = "off"  # the kernel learns the class, as a new user's does
     for part in prune_smollm2.load_smollm2():
         part.save_pretrained(folder / MODEL)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -56,6 +55,7 @@ def write_page(notebook: nbformat.NotebookNode) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["TP_HF_CONFIG_CACHE"] = "off"  # the kernel learns the class, as a new user's does
     with tempfile.TemporaryDirectory() as place:
         ran = executed(Path(place))
     nbformat.write(ran, NOTEBOOK)
