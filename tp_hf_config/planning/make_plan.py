@@ -32,7 +32,6 @@ from .plan import (
     planned_refusal,
     shortfalls,
     size_of,
-    working_time,
 )
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
@@ -208,14 +207,11 @@ def _plan(
         missed = _target_missed(trajectory, free, count, target)
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
-    full_after, after, _ = _build_and_measure(field_map, values)
+    _, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
     not_chosen = "not chosen" if settings.prune else "pruned only if it is named"
     tokens = "input_ids" in inspect.signature(view.model.forward).parameters
-    time = None
-    if full_after is not None and tokens:
-        time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
@@ -234,7 +230,6 @@ def _plan(
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
         why_not_exactly=None if missed is None else missed.reason,
-        time=time,
         tokens=tokens,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _fields=dict(field_map.values),
