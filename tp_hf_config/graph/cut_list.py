@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_arguments
 from ..checkpoint.writing import write_whole
-from ..errors import CheckpointError, in_one_line
+from ..errors import CheckpointError, ConfigSyncError, in_one_line
 from ..model.config_json import changed_values, field_name
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
@@ -288,13 +288,18 @@ def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
 def edits_of(
     model: nn.Module,
     refits: Mapping[str, Iterable[RefitInPlace]],  # by first name
-    kept: Mapping[tuple[str, int], Tensor],  # kept positions, equal for tied names
+    kept: Mapping[tuple[str, int], Tensor],  # kept positions
 ) -> dict[str, tuple[Edit, ...]]:
     """Return the edits of each parameter and saved buffer, by its first name."""
     first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
     positions: dict[str, dict[int, Tensor]] = {}
     for (name, dim), stays in kept.items():
-        positions.setdefault(first.get(name, name), {})[dim] = stays
+        of_first = positions.setdefault(first.get(name, name), {}).setdefault(dim, stays)
+        if of_first is not stays and not of_first.equal(stays):
+            raise ConfigSyncError(
+                f"{name} and {first[name]} are tied, one weight under two names, but would lose "
+                "different channels. Nothing is pruned."
+            )
     return {name: (*refits.get(name, ()), Selection(dims)) for name, dims in positions.items()}
 
 

@@ -93,16 +93,15 @@ class RecordedPrunes:
     def clear(self) -> None:
         self._prunes.clear()
 
-    def take(self) -> Iterator[ConfigGroup]:
-        """Yield each recorded group, with indices valid after the groups before it."""
+    def take(self) -> None:
+        """Note each recorded group in the history, and remove its units from the graph."""
         prunes, self._prunes = [*self._prunes.values()], {}
         sizes: dict[Place, int] = {}
         for prune in prunes:
-            group = self._group(prune)
             if prune.in_history:
-                self._graph.note_in_history(group)
-            yield group
-            self._renumber(prune, sizes)  # the graph loses its units; the model is not touched
+                # with indices that are valid after the groups before it
+                self._graph.note_in_history(self._group(prune))
+            self._renumber(prune, sizes)
 
     def _renumber(self, prune: _Prune, sizes: dict[Place, int]) -> None:
         """Remove a group's units from the tables of its sides and of other groups' sides."""

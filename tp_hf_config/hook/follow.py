@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.completeness import (
@@ -29,6 +29,7 @@ from ..fieldmap.solve.explain import (
 from ..fieldmap.solve.fit import Conflict, build_with_shapes, fit
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs, encoder_states_of
+from ..graph.recorded_prunes import Place
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
     FieldPath,
@@ -41,16 +42,28 @@ from ..model.config_json import (
     with_values,
     without_field,
 )
-from ..model.shapes import shapes, vanished_counts
-from ..model.tensors import Tie, channels_apart, shapes_apart, ties_of
+from ..model.shapes import Shapes, shapes, vanished_counts
+from ..model.tensors import ties_of
 from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
 from .report import GroupCut, SyncReport
 
 # suffix in a history of the outputs of a projection other than ``nn.Linear`` (I-BERT's)
 _ROWS = ".weight#0"
 
-# fields' values, config JSON, its reference build, notes
-_Proof = tuple[dict[FieldPath, int], dict[str, Any], nn.Module, list[str]]
+Splits = dict[str, tuple[tuple[int, ...], ...] | None]  # layer -> its head splits
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A config that describes a pruned model, and what else the pruned model changes."""
+
+    shapes: Shapes  # tied weights under all their names
+    splits: Splits
+    inputs: dict[str, tuple[int, ...]]  # encoder states -> channels still read
+    values: dict[FieldPath, int]
+    data: dict[str, Any]  # the config's JSON
+    build: nn.Module  # the class, built from it
+    notes: list[str]
 
 
 class Follower:
@@ -69,10 +82,8 @@ class Follower:
         self.ties = ties_of(self.model)
         self.tensors = shapes(self.model).keys()
         self.values = dict(self.field_map.values)  # its fields
-        self._proof: tuple[Any, _Proof] | None = None  # the last question, and its answer
         self.inputs: dict[str, tuple[int, ...]] = {}  # encoder states -> channels still read
-        # layer -> its head splits; None if its heads lost different numbers of dimensions
-        self.splits: dict[str, tuple[tuple[int, ...], ...] | None] = {
+        self.splits: Splits = {
             name: splits
             for name, _ in self.model.named_modules()
             if (splits := self.field_map.splits_of(name))
@@ -89,18 +100,42 @@ class Follower:
                     "model. This step pruned nothing."
                 )
 
-    def follow(self, report: SyncReport, groups: Sequence[GroupCut]) -> SyncReport:
+    def prove(
+        self, groups: Sequence[GroupCut] = (), kept: Mapping[Place, Tensor] | None = None
+    ) -> Proof:
+        """Return the config of the model, or of what a cut of it leaves; raise if there is none.
+
+        Nothing is changed. ``groups``: what is to be cut; ``kept``: the positions that then remain.
+        """
+        after = self._shapes_after(kept or {})
+        splits, inputs = self._splits_after(groups), self._inputs_after(groups)
+        values = self._solve(after, splits)
+        data, built, notes = with_mirrored_fields(
+            self.field_map.builder, config_json(self.model.config), *self._build(after, values)
+        )
+        vanished = vanished_counts(self.reference, built)  # counts that would become 0
+        if vanished:
+            raise explain_vanished(self.model, vanished)
+        unfilled = unfilled_buffers(self.model, self.reference, built)
+        if unfilled:
+            raise explain_unfilled(self.model, unfilled)
+        proof = Proof(after, splits, inputs, values, data, built, notes)
+        with all_or_nothing() as changes:
+            self._write(changes, proof)  # a user's setter may raise anything
+            changes.roll_back()
+        return proof
+
+    def follow(self, report: SyncReport, proof: Proof | None) -> SyncReport:
         """Update config, attributes, buffers and ties to match the weights: all or nothing."""
-        self._follow_inputs(groups)
-        self._count_heads(groups)
-        live = self._live_shapes(groups)
-        values, data, built, mirror_notes = self._proved(live)
+        if proof is None or self._shapes_after({}) != proof.shapes:  # other code cut layers
+            proof = self.prove()
         old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
-            attributes, buffers, outside = self._write(changes, data, built)
+            attributes, buffers, outside = self._write(changes, proof)
             ties = write_ties(changes, self.model, self.ties)
         new = config_json(self.model.config, use_diff=False)
-        self.reference, self.values = built, values
+        self.reference, self.values = proof.build, proof.values
+        self.splits, self.inputs = proof.splits, proof.inputs
         self._set_head_counts()
         self.ties = ties_of(self.model)
         name = type(self.model).__name__
@@ -113,97 +148,72 @@ class Follower:
             attributes=attributes,
             buffers=buffers,
             ties=ties,
-            proof=f"proved: {len(live)} tensors have the shapes that {name} builds from the new "
-            "config.json",
-            notes=[*mirror_notes, *outside],
+            proof=f"proved: {len(proof.shapes)} tensors have the shapes that {name} builds from "
+            "the new config.json",
+            notes=[*proof.notes, *outside],
             inputs=dict(self.inputs),
         )
 
-    def check_shapes_after(
-        self, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        """Raise ``ConfigSyncError`` if no config describes these shapes, or none can be written."""
-        splits, retied = dict(self.splits), dict(shapes_after)  # tied weights under all their names
-        try:
-            self._count_heads(groups)
-            for tie in self.ties:
-                retied.update(self._tied_shapes_after(tie, groups, shapes_after))
-            _, data, built, _ = self._proved(retied)
-            with all_or_nothing() as changes:
-                self._write(changes, data, built)  # a user's setter may raise anything
-                changes.roll_back()
-        finally:
-            self.splits = splits
-
-    def _write(
-        self, changes: Changes, data: dict[str, Any], built: nn.Module
-    ) -> tuple[list[str], list[str], list[str]]:
+    def _write(self, changes: Changes, proof: Proof) -> tuple[list[str], list[str], list[str]]:
         """Write a proved config, except ties; return attributes, buffers and notes."""
-        change = difference(self.model, self.reference, built)
+        change = difference(self.model, self.reference, proof.build)
         old = config_json(self.model.config, use_diff=False)
         changed = {
             field: (value_at(old, field), new) for name, field, new in change.fields if not name
         }
         attributes, buffers = write(changes, self.model, change)
-        self._check_written(data, built)
+        self._check_written(proof)
         written, outside = _write_around(changes, self.model, self.pruner.model, changed)
         return [*attributes, *written], buffers, outside
 
-    def _tied_shapes_after(
-        self, tie: Tie, groups: Sequence[GroupCut], shapes_after: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, tuple[int, ...]]:
-        """Return a tied weight's shape after a step, by name; raise if the names disagree."""
-        lost = self._lost(groups)
-        cut = [name for name in tie.names if name.rpartition(".")[0] in lost]
-        conflict = shapes_apart({name: shapes_after[name] for name in cut or tie.names})
-        channels = [sorted(lost[name.rpartition(".")[0]]) for name in cut]
-        other = next((n for n, ids in zip(cut, channels, strict=True) if ids != channels[0]), None)
-        if conflict is None and other is not None:
-            conflict = channels_apart(cut[0], other)
-        if conflict is not None:
-            raise self._untied_error(conflict)
-        return dict.fromkeys(tie.names, shapes_after[(cut or tie.names)[0]])
-
-    def _proved(self, shapes: Mapping[str, tuple[int, ...]]) -> _Proof:
-        """Return the config with these shapes and its proof; raise if there is none."""
-        stated = config_json(self.model.config)
-        asked = dict(shapes), dict(self.splits), stated
-        if self._proof is not None and self._proof[0] == asked:  # check_shapes_after asked it
-            return self._proof[1]
-        values = self._solve(shapes)
-        data, built, mirror_notes = with_mirrored_fields(
-            self.field_map.builder, stated, *self._prove(shapes, values)
-        )
-        vanished = vanished_counts(self.reference, built)  # counts that would become 0
-        if vanished:
-            raise explain_vanished(self.model, vanished)
-        unfilled = unfilled_buffers(self.model, self.reference, built)
-        if unfilled:
-            raise explain_unfilled(self.model, unfilled)
-        self._proof = asked, (values, data, built, mirror_notes)
-        return self._proof[1]
-
-    def _follow_inputs(self, groups: Sequence[GroupCut]) -> None:
-        """Record which channels of the encoder states are still read."""
-        read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
-        for layer in (layer for group in groups for layer in group.layers):
-            if read is not None and not layer.out and self._own_name(layer.name) == read.layer:
-                remaining = self.inputs.get(read.argument, tuple(range(layer.before)))
-                removed = set(layer.removed)
-                self.inputs[read.argument] = tuple(
-                    channel for index, channel in enumerate(remaining) if index not in removed
+    def _shapes_after(self, kept: Mapping[Place, Tensor]) -> Shapes:
+        """Return the shapes that a cut leaves; raise if tied weights would differ."""
+        live = dict(shapes(self.model))
+        for tie in self.ties:
+            conflict = tie.conflict(self.model)
+            if conflict is not None:
+                raise ConfigSyncError(
+                    f"{conflict.reason}. {type(self.model).__name__} saves tied weights once, so a "
+                    "reload would change one of them. Prune them in one group, keep them "
+                    "(ignored_layers=), or untie them before pruning "
+                    "(config.tie_word_embeddings=False)."
                 )
+            live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
+        after: dict[str, tuple[int, ...]] = {
+            name: tuple(len(kept.get((name, dim), range(size))) for dim, size in enumerate(shape))
+            for name, shape in live.items()
+        }
+        for tie in self.ties:
+            # a name of a layer that the pruner does not see (T5's shared) is cut with the others
+            size = tuple(map(min, *(after[name] for name in tie.names)))
+            after.update(dict.fromkeys(tie.names, size))
+        return after
 
-    def _count_heads(self, groups: Sequence[GroupCut]) -> None:
-        for group in groups:
-            lost: dict[str, set[int]] = {}  # a fused layer occurs once for each piece
-            for layer in group.layers:
-                name = (self._own_name(layer.name) or "").removesuffix(_ROWS)
-                if name in self.splits and layer.out:
-                    lost.setdefault(name, set()).update(layer.removed)
-            for name, removed in lost.items():
-                split = self.splits[name]
-                self.splits[name] = None if split is None else splits_after(split, removed)
+    def _inputs_after(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
+        """Return which channels of the encoder states are still read."""
+        read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
+        cut = [
+            layer
+            for layer in (layer for group in groups for layer in group.layers)
+            if read is not None and not layer.out and self._own_name(layer.name) == read.layer
+        ]
+        if read is None or not cut:
+            return self.inputs
+        removed = {channel for layer in cut for channel in layer.removed}
+        remaining = self.inputs.get(read.argument, tuple(range(cut[0].before)))
+        left = (channel for index, channel in enumerate(remaining) if index not in removed)
+        return {**self.inputs, read.argument: tuple(left)}
+
+    def _splits_after(self, groups: Sequence[GroupCut]) -> Splits:
+        """Return the head splits; None if a layer's heads lose different numbers of dimensions."""
+        lost: dict[str, set[int]] = {}  # several groups may cut one layer, and a fused layer's
+        for layer in (layer for group in groups for layer in group.layers if layer.out):
+            name = (self._own_name(layer.name) or "").removesuffix(_ROWS)
+            lost.setdefault(name, set()).update(layer.removed)
+        return {
+            name: splits and splits_after(splits, lost[name]) if name in lost else splits
+            for name, splits in self.splits.items()
+        }
 
     def _set_head_counts(self) -> None:
         """Set ``pruner.num_heads`` and its channel groups to the current head counts."""
@@ -223,58 +233,31 @@ class Follower:
         inside = name.startswith(f"{prefix}.")
         return name.removeprefix(f"{prefix}.") if inside else None
 
-    def _live_shapes(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes, with tied weights equal again; raise if the pruner cut them apart."""
-        live = shapes(self.model)
-        lost = self._lost(groups)
-        for tie in self.ties:
-            cuts = [lost.get(name.rpartition(".")[0], []) for name in tie.pruned(self.model)]
-            alike = bool(cuts and cuts[0]) and all(cut == cuts[0] for cut in cuts)
-            conflict = tie.conflict(self.model, alike)
-            if conflict is not None:
-                raise self._untied_error(conflict)
-            live.update(dict.fromkeys(tie.names, live[tie.keeper(self.model)]))
-        return live
-
-    def _lost(self, groups: Sequence[GroupCut]) -> dict[str | None, list[tuple[int, ...]]]:
-        """Return layer -> its removed channels in each group; None: layers outside the model."""
-        lost: dict[str | None, list[tuple[int, ...]]] = {}
-        for layer in (layer for group in groups for layer in group.layers):
-            lost.setdefault(self._own_name(layer.name), []).append(layer.removed)
-        return lost
-
-    def _untied_error(self, conflict: Refusal) -> ConfigSyncError:
-        return ConfigSyncError(
-            f"{conflict.reason}. {type(self.model).__name__} saves tied weights once, so a reload "
-            "would change one of them. Prune them in one group, keep them (ignored_layers=), or "
-            "untie them before pruning (config.tie_word_embeddings=False)."
-        )
-
-    def _targets(self, live: Mapping[str, tuple[int, ...]]) -> dict[Quantity, int]:
+    def _targets(self, live: Shapes, splits: Splits) -> dict[Quantity, int]:
         """Return each quantity's current size; raise if heads lost different dimension counts."""
         targets: dict[Quantity, int] = {
             (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
         }
-        for name, splits in self.splits.items():
-            if splits is None:
+        for name, of_layer in splits.items():
+            if of_layer is None:
                 raise ConfigSyncError(
                     f"{name}: its attention heads lost different numbers of dimensions, so the "
                     "remaining channels are not equal heads. Pass the number of heads to the "
                     "pruner (num_heads={layer: heads}), or keep the layer (ignored_layers=)."
                 )
-            targets.update({(name, which): count for which, count in counts_of(splits).items()})
+            targets.update({(name, which): count for which, count in counts_of(of_layer).items()})
         return targets
 
-    def _solve(self, live: Mapping[str, tuple[int, ...]]) -> dict[FieldPath, int]:
+    def _solve(self, live: Shapes, splits: Splits) -> dict[FieldPath, int]:
         pruned = {field for fields in self.pruner.DG.fields for field in fields}
         hold = [field for field in self.field_map.values if field not in pruned]
-        result = fit(self.field_map, self._targets(live), hold=hold)
+        result = fit(self.field_map, self._targets(live, splits), hold=hold)
         if isinstance(result, Conflict):
             raise explain_conflict(self.model, self.field_map, result)
         return result
 
-    def _prove(
-        self, live: Mapping[str, tuple[int, ...]], values: dict[FieldPath, int]
+    def _build(
+        self, live: Shapes, values: dict[FieldPath, int]
     ) -> tuple[dict[str, Any], nn.Module]:
         """Return the new config's JSON and its build; raise if the shapes differ."""
         data = config_json(self.model.config)
@@ -292,13 +275,13 @@ class Follower:
             raise explain_refusal(self.model, self.field_map, values, proof)
         raise explain_mismatch(self.model, proof)
 
-    def _check_written(self, data: dict[str, Any], built: nn.Module) -> None:
-        proved = config_json(self.field_map.builder.config(data))
-        after = config_json(built.config)  # type: ignore[arg-type]
+    def _check_written(self, proof: Proof) -> None:
+        proved = config_json(self.field_map.builder.config(proof.data))
+        after = config_json(proof.build.config)  # type: ignore[arg-type]
         # the config class may set a field (Swin's hidden_size), as may the model (LeViT's down_ops)
         wrong = [
             (field, value)
-            for field, value in changed_values(data, config_json(self.model.config))
+            for field, value in changed_values(proof.data, config_json(self.model.config))
             if value not in (value_at(proved, field), value_at(after, field))
         ]
         if wrong:

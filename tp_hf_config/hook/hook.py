@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..arguments import Share, check_arguments
-from ..errors import CalibrationWarning, ConfigSyncError, warn
+from ..errors import CalibrationWarning, warn
 from ..planning.settings import INNER, Gqa, PruneSettings
 from . import registration
 from .report import SyncReport
@@ -26,12 +24,9 @@ if TYPE_CHECKING:
     from ..graph.cut_list import CutList
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
-    from .agreement import Agreement
-    from .cut_log import CutLog
+    from .attachment import Attachment, CutLog
     from .follow import Follower
-    from .pending_prunes import Done, PendingPrunes
-    from .refits import StepRefits
-    from .sharded_model import Shard, ShardedModel
+    from .ranks import Shard, ShardedModel
     from .unit_choice import UnitChoice
 
 
@@ -112,15 +107,10 @@ class HFConfigSyncHook:
         self.per_layer, self.strict, self.make_inputs = per_layer, strict, make_inputs
         self.refit, self.shard, self.distributed = refit, shard, distributed
         self.reports: list[SyncReport] = []
-        self._graph_reason, self._parameters = "", 0
-        self._follower: Follower | None = None
-        self._choice: UnitChoice | None = None
+        self._graph_reason = ""
+        self._attachment: Attachment | None = None
         self._cut_log: CutLog | None = None
         self._sharded: ShardedModel | None = None
-        self._agreement: Agreement  # set by attach(), as is the next one
-        self._refits: StepRefits
-        self._pending: PendingPrunes | None = None
-        self._first = 0  # the first report on this model
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -130,7 +120,7 @@ class HFConfigSyncHook:
         interactive step, only records units. The model and its config change once a config
         describes everything recorded and the loop has ended.
         """
-        return () if self._pending is None else self._pending.missing
+        return () if self._attachment is None else self._attachment.missing
 
     @property
     def cuts(self) -> CutList | None:
@@ -194,10 +184,10 @@ class HFConfigSyncHook:
         """
         from ..graph.layer_fields import layers_listed
         from ..model.sharded import behind
-        from .agreement import Agreement
-        from .sharded_model import ShardedModel
+        from .attachment import Attachment, CutLog
+        from .ranks import Agreement, ShardedModel
 
-        if self._follower is not None:
+        if self._attachment is not None:
             raise ValueError(
                 "this HFConfigSyncHook is attached to another pruner. Make a hook for each pruner, "
                 "or first call remove() on the handle that register() returned for the other pruner"
@@ -208,24 +198,33 @@ class HFConfigSyncHook:
                 "one. To replace it, first call remove() on the handle of the other hook"
             )
         sharded = behind(pruner.model) is not pruner.model
-        self._agreement = Agreement(sharded, self.distributed)
-        self._sharded = None
-        if sharded:
-            self._sharded = ShardedModel(pruner.model, self.shard, self._agreement)
+        agreement = Agreement(sharded, self.distributed)
+        self._sharded = ShardedModel(pruner.model, self.shard, agreement) if sharded else None
         with layers_listed(pruner.model, self.per_layer):
-            cut_log = self._attach(pruner)
-        cut_log.begin()
+            follower, choice = self._examined(pruner)
+        if self._cut_log is None or self._cut_log.model() is not follower.model:
+            self._cut_log = CutLog(follower.model)
+        self._cut_log.begin()
+        self._attachment = Attachment(
+            choice,
+            follower,
+            agreement,
+            self._sharded,
+            self._cut_log,
+            self.per_layer,
+            self._graph_reason,
+            lambda: self.refit,
+            self.reports,
+        )
 
-    def _attach(self, pruner: Any) -> CutLog:
+    def _examined(self, pruner: Any) -> tuple[Follower, UnitChoice]:
+        """Check a pruner's model and settings, and give the pruner the config graph."""
         from ..calibration.importance import advice
         from ..graph.config_graph import ConfigGraph
-        from ..graph.pruner_access import restore_trace
+        from ..graph.pruner_access import arguments_of, replace_graph, restore_trace
         from ..planning.preflight import preflight
-        from .cut_log import CutLog
+        from ..planning.pruner_graph import graph_for
         from .follow import Follower
-        from .installed_graph import replace_trace
-        from .pending_prunes import PendingPrunes
-        from .refits import StepRefits
         from .unit_choice import UnitChoice
 
         follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
@@ -235,62 +234,62 @@ class HFConfigSyncHook:
             warn(better, CalibrationWarning)
         with ExitStack() as undo:
             if not isinstance(pruner.DG, ConfigGraph):
-                if self.plan is not None:
-                    raise ValueError(
-                        "a plan sets the pruner's ratios and steps, so pass its hook to the "
-                        "pruner's constructor: hooks=[HFConfigSyncHook(plan=plan)]"
-                    )
-                self._graph_reason = replace_trace(
-                    pruner, self._settings, self.make_inputs, self._cheapest
+                self._check_replaceable(pruner)
+                arguments = arguments_of(pruner)
+                graph, self._graph_reason = graph_for(
+                    arguments, self._settings, self.make_inputs, self._cheapest
                 )
+                replace_graph(pruner, graph, arguments)
                 undo.callback(restore_trace, pruner)
             choice = UnitChoice(pruner)
             choice.preflight = preflight(pruner, follower.view, self.strict)
             undo.pop_all()
-        if self._cut_log is None or self._cut_log.model() is not follower.model:
-            self._cut_log, self._first = CutLog(follower.model), len(self.reports)
-        self._follower = follower
-        self._choice, pruner.DG.choose = choice, choice.groups
-        self._refits = StepRefits(self, follower, self._agreement)
-        self._pending = PendingPrunes(
-            pruner, follower, self._agreement, self.per_layer, self._refits, self._sync
-        )
-        pruner.DG.recorded.settle = self._pending.settle
-        self._parameters = follower.model.num_parameters()
-        return self._cut_log
+        return follower, choice
+
+    def _check_replaceable(self, pruner: Any) -> None:
+        """Raise if the trace that a pruner has made cannot be replaced by the config graph."""
+        from ..graph.pruner_access import cannot_replace_trace
+
+        if self.plan is not None:
+            raise ValueError(
+                "a plan sets the pruner's ratios and steps, so pass its hook to the pruner's "
+                "constructor: hooks=[HFConfigSyncHook(plan=plan)]"
+            )
+        refusal = cannot_replace_trace(pruner, registration.constructor_of(type(pruner)))
+        if refusal is not None:
+            name = type(pruner).__name__
+            raise ValueError(
+                f"this {name} has already traced its model, and the groups of that trace are not "
+                "proved. They cannot be replaced by the graph made from the config: "
+                f"{refusal.reason}. Pass the hook to the pruner's constructor: "
+                f"{name}(model, ..., hooks=[HFConfigSyncHook()])."
+            )
 
     def detach(self, pruner: Any) -> None:
         """Stop following a pruner, and restore its replaced trace if nothing was pruned."""
         from ..graph.pruner_access import restore_trace
 
-        if self._pending is not None:
-            self._pending.release()
-        self._follower = self._choice = self._pending = None
+        if self._attachment is not None:
+            self._attachment.release()
+        self._attachment = None
         graph = pruner.DG
         graph.choose = graph.recorded.settle = graph.recorded.refuse
         restore_trace(pruner)
 
-    @contextmanager
-    def stepping(self, pruner: Any) -> Iterator[None]:
+    def stepping(self, pruner: Any) -> AbstractContextManager[None]:
         """Surround a step, which records what to cut.
 
         Raises:
             UnsupportedModelError: the model gained or lost parts since the hook was attached.
             TrainingError: another rank does something else.
         """
-        assert self._follower is not None  # only an attached hook is called
-        assert self._pending is not None
-        with self._pending.step():
-            self._follower.check_parts()
-            if self._sharded is not None:
-                self._sharded.before_step()
-            self._agreement.on_settings(pruner)
-            yield
+        assert self._attachment is not None  # only an attached hook is called
+        return self._attachment.step()
 
     def looping(self, pruner: Any) -> AbstractContextManager[None]:
         """Surround the user's loop over the groups of an interactive step."""
-        assert self._pending is not None  # only an attached hook is called
-        return self._pending.loop()
+        assert self._attachment is not None  # only an attached hook is called
+        return self._attachment.loop()
 
     def after_step(self, pruner: Any) -> None:
         """Cut what a step or loop recorded; do nothing after a step that was refused.
@@ -299,8 +298,8 @@ class HFConfigSyncHook:
             ConfigSyncError: no config describes the result of the step; nothing of it is pruned.
             TrainingError: another rank would cut something else.
         """
-        if self._pending is not None:
-            self._pending.finish()
+        if self._attachment is not None:
+            self._attachment.finish()
 
     def sync(self) -> SyncReport:
         """Update the config to match the weights, now.
@@ -319,55 +318,12 @@ class HFConfigSyncHook:
                 unchanged.
             ValueError: the hook is attached to no pruner.
         """
-        if self._pending is None:
+        if self._attachment is None:
             raise ValueError(
                 "this HFConfigSyncHook is attached to no pruner. Pass it to the pruner as "
                 "hooks=[hook], or call hook.register(pruner)"
             )
-        return self._pending.sync()
-
-    def _sync(self, stepped: bool, done: Done, failure: ConfigSyncError | None) -> SyncReport:
-        """Update the config and append a report, also on failure."""
-        from ..graph.layer_fields import layers_listed
-
-        assert self._follower is not None  # only an attached hook is called
-        started = time.perf_counter()
-        report = SyncReport(
-            len(self.reports) + 1, self._graph_reason, [group.counted() for group in done.groups]
-        )
-        try:
-            if failure is not None:
-                raise failure
-            with layers_listed(self._follower.pruner.model, self.per_layer):
-                report = self._follower.follow(report, done.groups)
-            notes = list(report.notes)
-            if stepped and self._choice is not None:
-                notes += self._choice.notes(bool(report.groups))
-            first = len(self.reports) == self._first
-            graph_notes = self._follower.pruner.DG.notes if first else []
-            report = replace(report, notes=[*graph_notes, *self._follower.notes, *notes])
-        except ConfigSyncError as error:
-            failure = error
-        before, self._parameters = self._parameters, self._follower.model.num_parameters()
-        if failure is None and self._cut_log is not None:
-            self._cut_log.take(done.edits)
-        synced = False
-        try:
-            if self._sharded is not None:
-                self._sharded.carry_out(self._follower.pruner, done.edits, failure)
-            elif failure is not None:
-                raise failure
-            synced = True
-        finally:
-            report = replace(
-                report,
-                parameters=(before, self._parameters),
-                seconds=time.perf_counter() - started,
-                error=None if failure is None else str(failure),
-                refits=self._refits.taken(synced),
-            )
-            self.reports.append(report)
-        return report
+        return self._attachment.sync()
 
     def __repr__(self) -> str:
         names = ("plan", "strict", "per_layer", "refit", "make_inputs")
@@ -382,8 +338,9 @@ class HFConfigSyncHook:
             if value not in (None, False)
         )
         state = "attached to no pruner"
-        if self._follower is not None:
-            pruner, name = self._follower.pruner, type(self._follower.model).__name__
+        if self._attachment is not None:
+            follower = self._attachment.follower
+            pruner, name = follower.pruner, type(follower.model).__name__
             state = f"{type(pruner).__name__} of {name}, step {pruner.current_step} of "
             state += f"{pruner.iterative_steps}"
         waiting = ", recorded groups are not cut yet (hook.pending)" if self.pending else ""

@@ -18,8 +18,7 @@ from tp_hf_config import (
     UnsupportedModelError,
     drop_layers,
 )
-from tp_hf_config.hook import follow, pending_prunes, unit_choice
-from tp_hf_config.hook.pending_prunes import shapes_left
+from tp_hf_config.hook import follow, unit_choice
 from tp_hf_config.model.shapes import shapes
 
 
@@ -35,16 +34,18 @@ NAMES = ["llama", "gpt2", "mixtral", "bert", "swin", "convnext", "t5", "whisper"
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = zoo.build(name), []
+    prove = follow.Follower.prove
 
     def noting(*args: Any) -> Any:
-        seen.append(shapes_left(*args))
+        proof = prove(*args)
+        seen.append(proof.shapes)
         small.assert_same(before, small.state_of(model))
-        return seen[-1]
+        return proof
 
     before = small.state_of(model)
     hook = HFConfigSyncHook()
     pruner = pruner_of(model, [hook], pruning_ratio=0.3)
-    monkeypatch.setattr(pending_prunes, "shapes_left", noting)
+    monkeypatch.setattr(follow.Follower, "prove", noting)
     was = shapes(model)
     pruner.step()
     assert seen == [shapes(model)]

@@ -1,29 +1,88 @@
-"""Repeat on a sharded model what a pruner did to its meta copy: build the class, then fill it."""
+"""Prune on several ranks: all do the same, and a sharded model repeats what its meta copy did."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import TrainingError, UnsupportedModelError
 from ..graph.cut_list import CutList
 from ..graph.edits import Edit
 from ..graph.meta_copy import refresh
 from ..graph.rebuild import empty_copy, take_modes
-from ..model.config_json import changed_values, config_json
+from ..model.config_json import OF_NO_EFFECT, changed_values, config_json
 from ..model.fill import note, note_successor
+from ..model.locate import find_pretrained
+from ..model.ranks import agree
 from ..model.sharded import behind, divided_like, meta_copies, reshard, whole
 from ..model.tensors import owner, select
-from .agreement import Agreement
 from .apply import all_or_nothing, write_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..calibration.held_out import Refits
+    from .report import GroupCut
+
 Shard = Callable[[Any], nn.Module | None]  # wraps a module with meta parameters, as the user does
+
+
+class Agreement:
+    """Compares what this rank is about to do with all others; raises on all if they differ.
+
+    All ranks have to call each method at the same point.
+    """
+
+    def __init__(self, sharded: bool, distributed: bool):
+        self._what = "The sharded model" if sharded else "The model"
+        self._needed = sharded or distributed  # distributed: each rank has a copy of the model
+
+    def on_settings(self, pruner: Any) -> None:
+        if self._needed:
+            data = config_json(find_pretrained(pruner.model)[1].config)
+            config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}
+            what = (type(pruner).__name__, type(pruner.importance).__name__, repr(config))
+            self._on(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
+
+    def on_groups(
+        self, pruner: Any, groups: Iterable[GroupCut], failure: Exception | None = None
+    ) -> None:
+        """Compare the channels to be pruned; ``failure``: why this rank cannot prune them."""
+        parts = (
+            (group.layers[0].name, _digest([vars(layer) for layer in group.layers]))
+            for group in groups
+            if group.layers
+        )
+        self._on(_step(pruner), parts, failure)
+
+    def on_refits(self, pruner: Any, refits: Refits) -> None:
+        used = [(layer.weight, layer.part) for layer in refits.layers if layer.used]
+        parts = [("which weights are refitted", _digest(used))]
+        self._on(f"the refits of {_step(pruner)}", parts)
+
+    def on_build(self, pruner: Any, failure: Exception | None) -> None:
+        """Check that all ranks have built the pruned model; ``failure``: why this one has not."""
+        self._on(f"shard= of {_step(pruner)}", (), failure)
+
+    def _on(
+        self, when: str, parts: Iterable[tuple[str, str]], failure: Exception | None = None
+    ) -> None:
+        if self._needed:
+            agree(TrainingError, when, parts, failure, f". {self._what} is unchanged.")
+        elif failure is not None:
+            raise failure
+
+
+def _step(pruner: Any, more: int = 0) -> str:
+    return f"step {pruner.current_step + more}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 class ShardedModel:

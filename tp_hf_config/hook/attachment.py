@@ -1,0 +1,395 @@
+"""Cut what a pruner's graph recorded, all at once, as soon as a config describes the result."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..calibration.calibrate import Calibration
+from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refitting, in_words
+from ..errors import CalibrationWarning, ConfigSyncError, in_one_line, listed, warn
+from ..fieldmap.solve.explain import AGAIN
+from ..graph.config_group import ConfigGroup
+from ..graph.cut_list import CutList, edits_of, explained
+from ..graph.edits import Edit, NotKept, RefitInPlace
+from ..graph.layer_fields import layers_listed
+from ..graph.recorded_prunes import kept_positions
+from ..model.config_json import config_json
+from ..model.fill import LiveCut
+from ..model.layer_class import stock_class
+from ..model.shapes import Shapes, shapes
+from .follow import Follower, Proof
+from .ranks import Agreement, ShardedModel
+from .report import GroupCut, SyncReport, layers_of
+from .unit_choice import UnitChoice, is_unmodified
+
+# dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)
+_STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What is cut, or was cut last."""
+
+    groups: Sequence[GroupCut] = ()  # as numbered before the cut
+    edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)  # of each tensor
+    proof: Proof | None = None  # None: nothing was cut, or other code cut
+
+
+class Attachment:
+    """Proves, refits, cuts and syncs what a pruner records together, or touches nothing.
+
+    A step, or a loop over an interactive step, is cut when it ends. A step other than
+    Torch-Pruning's may read weights at any time, so its prunes are cut as soon as a config
+    describes the result.
+    """
+
+    def __init__(
+        self,
+        choice: UnitChoice,
+        follower: Follower,
+        agreement: Agreement,
+        sharded: ShardedModel | None,
+        cut_log: CutLog,
+        per_layer: bool,
+        graph_reason: str,
+        refit: Callable[[], Calibration | None],  # it may change between steps
+        reports: list[SyncReport],  # the hook's
+    ):
+        self.follower, self._pruner, self._model = follower, follower.pruner, follower.model
+        self._choice, self._agreement, self._sharded = choice, agreement, sharded
+        self._cut_log, self._per_layer, self._graph_reason = cut_log, per_layer, graph_reason
+        self._refit, self._reports = refit, reports
+        self._first = len(reports)  # the first report on this pruner
+        self._parameters = follower.model.num_parameters()
+        self._refitting: Refitting | None = None  # of the current step
+        self.recorded = self._pruner.DG.recorded
+        self.recorded.settle = self._settle
+        self._pruner.DG.choose = choice.groups
+        self._undo_choice: Callable[[], None] = lambda: None
+        self._reason = ""
+        self._stepping = self._own_step = False
+        self._loop: object | None = None  # the running loop over an interactive step
+        self._refused = False  # True until the running step has completed
+        self._told = False  # the user was warned that the recorded prunes wait
+        self._synced = False  # a part of the current or last step has a report
+        # a cut that failed twice; sync() finishes it
+        self._unfinished: tuple[LiveCut, _Done] | None = None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the recorded prunes wait for; empty if nothing is recorded."""
+        if not self.recorded:
+            return ()
+        names = self.recorded.missing()
+        if self._loop is not None:
+            names.append("the end of the loop over step(interactive=True)")
+        return tuple(names) or (self._reason,)
+
+    def _groups(self) -> list[GroupCut]:
+        graph = self._pruner.DG
+        return [GroupCut(tuple(layers_of(graph, group))) for group in self.recorded.groups()]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Surround a call of ``step()``; if it raises, drop what it recorded."""
+        self._refused = True
+        self.release()
+        self.follower.check_parts()
+        if self._sharded is not None:
+            self._sharded.before_step()
+        self._agreement.on_settings(self._pruner)
+        self._undo_choice = _undoing_choice(self._pruner)
+        self._stepping, self._synced = True, False
+        self._own_step = not is_unmodified(self._pruner)
+        try:
+            yield
+        except BaseException:
+            self._take_back()
+            raise
+        finally:
+            self._stepping = False
+        self._refused = False
+
+    @contextmanager
+    def loop(self) -> Iterator[None]:
+        self._loop = this = object()
+        try:
+            yield
+        finally:
+            self._refused = self._loop is not this  # another step has ended this loop
+
+    def finish(self) -> None:
+        """Cut what a step or loop recorded; report why if a step pruned nothing."""
+        refused, self._refused = self._refused, False
+        if refused:
+            return
+        looping, self._loop = self._loop is not None, None
+        if not self.recorded:
+            told, self._synced = self._synced, True
+            if not told:
+                self._sync(True, _Done())
+            return
+        try:
+            result = self._carry_out(in_step=True, may_wait=looping)
+        except BaseException:
+            if not looping:
+                self._take_back()  # the step does not count
+            raise
+        if isinstance(result, ConfigSyncError):
+            self._wait(result)
+
+    def _settle(self) -> None:
+        """Cut what is recorded if a config describes the result; else warn once."""
+        if self._loop is not None or (self._stepping and not self._own_step):
+            return  # it is cut when the loop or step ends
+        result = self._carry_out(in_step=self._stepping, may_wait=True)
+        if isinstance(result, ConfigSyncError):
+            self._wait(result)
+
+    def sync(self) -> SyncReport:
+        """Cut what is recorded and sync; if no config describes the result, raise and keep it."""
+        if self._unfinished is not None:
+            return self._cut(in_step=False)
+        if not self.recorded:
+            return self._sync(False, _Done())
+        result = self._carry_out(in_step=self._loop is not None, may_wait=True)
+        if isinstance(result, ConfigSyncError):
+            return self._sync(False, _Done(self._groups()), result)
+        return result
+
+    def release(self) -> None:
+        """Cut what is recorded, or drop it with a warning: a step begins, or the hook detaches."""
+        looping, self._loop = self._loop is not None, None
+        if self._unfinished is not None:
+            self._cut(in_step=False)
+        if not self.recorded:
+            return
+        failure = self._carry_out(in_step=looping, may_wait=True)
+        if isinstance(failure, ConfigSyncError):
+            missing = self.recorded.missing()
+            what = (
+                f"{listed(missing)} would have to be pruned too"
+                if missing
+                else str(failure).rstrip(". ")
+            )
+            self.recorded.clear()
+            self._told = False
+            warn(
+                "recorded groups are discarded, because no config describes the model with only "
+                f"these groups pruned: {what}. The model and its config are unchanged."
+            )
+
+    def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
+        """Prove, refit, cut and sync what is recorded. If it may wait, return why it has to."""
+        with layers_listed(self._pruner.model, self._per_layer):
+            groups, pruned = self.recorded.groups(), self._groups()
+            kept = kept_positions(self._model, groups)
+            proof: Proof | None = None
+            failure: ConfigSyncError | None = None
+            try:
+                proof = self.follower.prove(pruned, kept)
+            except ConfigSyncError as error:
+                if may_wait:
+                    return error
+                failure = self._of_step(error)
+            self._agreement.on_groups(self._pruner, pruned, failure)  # raises a failure
+            assert proof is not None
+            refits = self._solve_refits(groups, proof.shapes) if in_step else {}
+            edits = edits_of(self._model, refits, kept)
+        self._told, self._synced = False, True
+        self.recorded.take()
+        cut = LiveCut(self._model, CutList("", {}, {}, edits))
+        self._unfinished = cut, _Done(pruned, edits, proof)
+        return self._cut(in_step)
+
+    def _solve_refits(
+        self, groups: Sequence[ConfigGroup], remaining: Shapes
+    ) -> dict[str, list[RefitInPlace]]:
+        """Return each weight's refits for a step's groups; warn if the step costs too much."""
+        calibration = self._refit()
+        if calibration is None:
+            return {}
+        refitting = Refitting(calibration, groups)
+        self._agreement.on_refits(self._pruner, refitting.result)
+        self._refitting = refitting
+        expected = refitting.result.expected
+        if expected is not None and expected > TOO_MUCH:
+            sizes = {name: weight.numel() for name, weight in self._model.named_parameters()}
+            before, after = sum(sizes.values()), sum(math.prod(remaining[name]) for name in sizes)
+            warn(
+                f"this step removes {before - after:,} of {before:,} parameters. On held-out data "
+                f"the output distribution is expected to change by a KL divergence of "
+                f"{expected:.3g}: {in_words(expected)}. A change below {NOTICEABLE} is hardly "
+                'noticeable. Inner widths cost least for each parameter (prune="inner"). '
+                f"allocate(model, calibration, target_params={after}) prunes most in the layers "
+                "where it changes the output least (in the shell: --allocate --target-params "
+                f"{after / before:.2f})",
+                CalibrationWarning,
+            )
+        return refitting.edits
+
+    def _cut(self, in_step: bool) -> SyncReport:
+        """Cut the weights, also the rest of an interrupted cut, and sync."""
+        assert self._unfinished is not None  # the callers looked
+        cut, done = self._unfinished
+        try:
+            cut.carry_out()
+            self._unfinished = None
+            return self._sync(in_step, done)
+        except BaseException as error:
+            if cut.remaining:
+                warn(
+                    f"the cut was interrupted ({in_one_line(error)}): {cut.remaining} weights are "
+                    "not cut yet, and the config is not updated. Call hook.sync() to finish it"
+                )
+            else:
+                self._unfinished = None
+                self._sync_quietly(done)
+            raise
+
+    def _sync(
+        self, in_step: bool, done: _Done, failure: ConfigSyncError | None = None
+    ) -> SyncReport:
+        """Update the config and append a report, also on failure."""
+        started = time.perf_counter()
+        report = SyncReport(
+            len(self._reports) + 1, self._graph_reason, [group.counted() for group in done.groups]
+        )
+        try:
+            if failure is not None:
+                raise failure
+            with layers_listed(self._pruner.model, self._per_layer):
+                report = self.follower.follow(report, done.proof)
+            notes = [*self.follower.notes, *report.notes]
+            if len(self._reports) == self._first:
+                notes = [*self._pruner.DG.notes, *notes]
+            if in_step:
+                notes += self._choice.notes(bool(report.groups))
+            report = replace(report, notes=notes)
+        except ConfigSyncError as error:
+            failure = error
+        before, self._parameters = self._parameters, self._model.num_parameters()
+        if failure is None:
+            self._cut_log.take(done.edits)
+        synced = False
+        try:
+            if self._sharded is not None:
+                self._sharded.carry_out(self._pruner, done.edits, failure)
+            elif failure is not None:
+                raise failure
+            synced = True
+        finally:
+            refitting, self._refitting = self._refitting, None
+            report = replace(
+                report,
+                parameters=(before, self._parameters),
+                seconds=time.perf_counter() - started,
+                error=None if failure is None else str(failure),
+                refits=None if refitting is None else refitting.finished(synced),
+            )
+            self._reports.append(report)
+        return report
+
+    def _of_step(self, failure: ConfigSyncError) -> ConfigSyncError:
+        more = " more" if self._synced else ""
+        return ConfigSyncError(
+            f"{type(self._pruner).__name__}: nothing{more} of step {self._pruner.current_step} is "
+            "pruned, because no config would describe the result: "
+            f"{str(failure).removesuffix(AGAIN).rstrip()}",
+            failure.conflicts,
+        )
+
+    def _wait(self, failure: ConfigSyncError) -> None:
+        """Keep the reason why what is recorded has to wait, and warn once."""
+        self._reason = str(failure).removesuffix(AGAIN).rstrip()
+        if self._told or self._stepping:
+            return
+        self._told = True
+        missing = self.recorded.missing()
+        why = (
+            f"a config describes the result only if these are pruned too: {listed(missing)} "
+            "(hook.pending)"
+            if missing
+            else self._reason.rstrip(".")
+        )
+        warn(
+            f"pruned groups are recorded but not cut yet: {why}. Until then the model and its "
+            "config are unchanged."
+        )
+
+    def _take_back(self) -> None:
+        self.recorded.clear()
+        self._told = False
+        if not self._synced:  # else the step counts, as a part of it was cut
+            self._undo_choice()
+
+    def _sync_quietly(self, done: _Done) -> None:
+        """Sync while another exception is being raised; a failure here only warns."""
+        try:
+            self._sync(True, done)
+        except Exception as error:
+            warnings.warn(
+                f"HFConfigSyncHook failed after an interrupted step: {error}", stacklevel=2
+            )
+
+
+def _undoing_choice(pruner: Any) -> Callable[[], None]:
+    """Return a function that undoes what a step changes in the pruner before it prunes."""
+    step = pruner.current_step
+    dicts = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
+
+    def undo() -> None:
+        pruner.current_step = step
+        for current, before in dicts:
+            current.clear()
+            current.update(before)
+
+    return undo
+
+
+@dataclass(frozen=True)
+class _State:
+    """A model between two syncs: class name, config as JSON, shapes."""
+
+    model: str
+    config: dict[str, Any]
+    shapes: Shapes
+
+    @classmethod
+    def of(cls, model: Any) -> _State:
+        name = stock_class(type(model)).__name__
+        return cls(name, config_json(model.config), shapes(model))
+
+
+class CutLog:
+    """Records what a hook's pruners cut from one model."""
+
+    def __init__(self, model: Any):
+        self.model = weakref.ref(model)
+        self.total: CutList | None = None  # None: nothing is cut yet, or not all cuts are known
+        self._known = True
+
+    def begin(self) -> None:
+        self._before = _State.of(self.model())
+
+    def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
+        model: Any = self.model()
+        before, self._before = self._before, _State.of(model)
+        self._known &= explained(model, edits, before.shapes, self._before.shapes)
+        if not self._known:
+            self.total = None
+        if not self._known or not edits:
+            return
+        kept = {
+            name: tuple(NotKept() if isinstance(edit, RefitInPlace) else edit for edit in done)
+            for name, done in edits.items()
+        }
+        step = CutList(before.model, before.config, self._before.config, kept)
+        self.total = step if self.total is None else self.total.followed_by(step)
