@@ -29,7 +29,7 @@ from transformers import (
 from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.fieldmap.model_view import view_of
 from tp_hf_config.graph.meta_copy import meta_copy_of
-from tp_hf_config.planning.selection import Wanted, _inside, _sharing_nothing
+from tp_hf_config.planning.selection import _inside, _sharing_nothing
 
 TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
@@ -40,7 +40,7 @@ TORCH_PRUNING = tuple(int(part) for part in version("torch-pruning").split(".")[
 def inside(model: nn.Module) -> tuple[str, ...]:
     """Fields of all proved widths inside a model, the hidden size too; none share a dimension."""
     view = view_of(meta_copy_of(model), weights=False)
-    proved = [width for width in _inside(view, Wanted()) if width.reason is None]
+    proved = [width for width in _inside(view) if width.reason is None]
     return tuple(name for width in _sharing_nothing(proved, ())[0] for name in width.names)
 
 

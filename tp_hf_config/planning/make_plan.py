@@ -125,8 +125,7 @@ def plan(
     with layers_listed(model, per_layer):
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))
-        wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, wrapped=bool(view.prefix))
-        chosen = choose(view, wanted)
+        chosen = choose(view, Wanted(settings.prune, settings.prune_num_heads, gqa))
         trajectory = _trajectory(view, chosen, settings)
         if pruning_ratio:
             _check_followed(trajectory, settings, target_params, listed=prune is not None)

@@ -70,11 +70,7 @@ def _chosen(
     view: ModelView, arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool
 ) -> Chosen:
     """Return the widths to prune; if head dims cannot be pruned, they are kept, with a warning."""
-    wanted = _wanted_by(arguments, settings, cheapest, bool(view.prefix))
-    if wanted.fields is None:
-        rooted = _names_root_types(arguments)
-        wanted = replace(wanted, with_ratio=_with_ratios(view, arguments), rooted=rooted)
-    wanted = replace(wanted, stays=_staying(view, arguments))
+    wanted = replace(_wanted_by(arguments, settings, cheapest), stays=_staying(view, arguments))
     try:
         return choose(view, wanted)
     except UnsupportedModelError as error:
@@ -320,14 +316,7 @@ def _largest_head_ratio(arguments: Mapping[str, Any]) -> float:
     return float(max([arguments.get("head_pruning_ratio") or 0.0, *by_layer]))
 
 
-def _names_root_types(arguments: Mapping[str, Any]) -> bool:
-    types = set(arguments.get("root_module_types") or ())
-    return bool(types) and not types >= {ops.TORCH_CONV, ops.TORCH_LINEAR}
-
-
-def _wanted_by(
-    arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool, wrapped: bool
-) -> Wanted:
+def _wanted_by(arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool) -> Wanted:
     """Return what a pruner's arguments and a hook's settings ask for."""
     named = cheapest or settings.prune is not None or settings.gqa is not None
     heads = bool(arguments.get("prune_num_heads"))
@@ -335,15 +324,16 @@ def _wanted_by(
     heads = heads and (named or _largest_head_ratio(arguments) > 0)
     # as in Torch-Pruning, head dims need layers in num_heads=
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
-    return Wanted(settings.prune, heads, settings.gqa, dims, wrapped=wrapped, cheapest=cheapest)
+    return Wanted(settings.prune, heads, settings.gqa, dims, cheapest=cheapest)
 
 
 def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
     """Return the fields of each width that the pruner's arguments keep -> the reason."""
     types = tuple(arguments.get("root_module_types") or ())
+    any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
     if (
         not arguments.get("ignored_layers")
-        and not _names_root_types(arguments)
+        and any_type
         and not (arguments.get("num_heads") and arguments.get("prune_num_heads"))
         and arguments.get("prune_head_dims", True)
     ):
@@ -373,25 +363,6 @@ def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldP
         if reason is not None:
             result[width.fields] = reason
     return result
-
-
-def _with_ratios(view: ModelView, arguments: Mapping[str, Any]) -> list[tuple[FieldPath, ...]]:
-    """Return the fields of the widths that are outputs of layers in ``pruning_ratio_dict``."""
-    keys = arguments.get("pruning_ratio_dict") or {}
-    named = {layer for key in keys for layer in (key if isinstance(key, tuple) else (key,))}
-    if not named:
-        return []
-    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
-    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
-    graph.build_dependency(view.model)
-    return list(
-        dict.fromkeys(
-            group.fields
-            for group in graph.graph_groups
-            # no modules with submodules: they read and write the residual stream
-            if named & {*graph.outputs_of(group).values()}
-        )
-    )
 
 
 def _why_heads_stay(

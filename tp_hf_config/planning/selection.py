@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -28,12 +28,8 @@ class Wanted:
     heads: bool = False  # prune whole attention heads, by Torch-Pruning's head ratios
     gqa: Gqa | None = None  # None: whichever suits the model
     head_dims: bool = False  # also prune the same number of dimensions of every head
-    wrapped: bool = False  # another module reads the model's outputs, so their width is kept
     # fields of a width -> why the pruner's arguments keep it
     stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
-    # fields of widths with a ratio in the pruner's arguments
-    with_ratio: Collection[tuple[FieldPath, ...]] = ()
-    rooted: bool = False  # the pruner's arguments name the types of layers to prune
     # If no field is named: prune only inner widths, if there are any. False: every width inside the
     # model, as Torch-Pruning's own arguments mean.
     cheapest: bool = True
@@ -162,25 +158,23 @@ def _disjoint(widths: Iterable[Width]) -> list[Width]:
 def _default(view: ModelView, wanted: Wanted, alone: bool) -> list[Width]:
     """Return the proved widths that are pruned if none is named; if ``alone``, at least one.
 
-    These are the cheapest, the inner widths, and those with a ratio of their own. In a class
-    without inner widths, or if the pruner's root types exclude them: all inside the model.
+    These are the cheapest, the inner widths; in a class without them, all inside the model.
     """
-    default = _inside(view, wanted)
+    default = _inside(view)
     proved = [width for width in default if width.reason is None]
     if not proved and alone:
         reason = "; ".join(f"{w.name}: {w.reason}" for w in default) or "no width inside the model"
         raise UnsupportedModelError(f"{type(view.model).__name__}: no width is proved. {reason}.")
     inner = inner_widths_of(view) if wanted.cheapest else ()
-    cheap = [width for width in proved if width in inner]
-    if cheap and (wanted.free(cheap) or not wanted.rooted):
-        proved = [w for w in proved if w in cheap or w.fields in wanted.with_ratio]
+    proved = [width for width in proved if width in inner] or proved
     return _disjoint(wanted.free(proved))
 
 
-def _inside(view: ModelView, wanted: Wanted) -> list[Width]:
+def _inside(view: ModelView) -> list[Width]:
     inner = view.inner_widths()
     widths = [width for width in _widths(view) if inner >= set(width.fields)]
-    return [w for w in widths if not (wanted.wrapped and (w.outward or w.encoder_states))]
+    # a module around the model reads its outputs, so their width is kept
+    return [w for w in widths if not (view.prefix and (w.outward or w.encoder_states))]
 
 
 def _named(view: ModelView, wanted: Wanted, asked: tuple[FieldPath, ...]) -> list[Width]:

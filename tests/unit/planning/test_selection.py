@@ -218,8 +218,7 @@ def test_where_nothing_is_named_inner_widths_go_alone(name: str) -> None:
     assert [*planned.values] == INNER[name]
 
 
-def test_what_is_named_otherwise_goes_too() -> None:
-    """A ratio for a layer of the residual stream, and the types of layers to begin with."""
+def test_inner_alone_means_inner_widths() -> None:
     model = small.llama()
     names = [*small.inside(model)]
     assert names == ["hidden_size", "intermediate_size"]
@@ -229,7 +228,9 @@ def test_what_is_named_otherwise_goes_too() -> None:
     assert fields() == {"intermediate_size"}
     assert fields(root_module_types=[torch.nn.Linear]) == {"intermediate_size"}
     assert fields(pruning_ratio_dict={first.mlp: 0.5}) == {"intermediate_size"}
-    assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.5}) == set(names)
-    assert fields(root_module_types=[torch.nn.Embedding]) == {"hidden_size"}
+    with pytest.warns(PrunerSettingsWarning, match="^pruning_ratio_dict= has no effect for"):
+        assert fields(pruning_ratio_dict={first.mlp.down_proj: 0.5}) == {"intermediate_size"}
+    with pytest.warns(PrunerSettingsWarning, match="intermediate_size is kept at "):
+        assert fields(root_module_types=[torch.nn.Embedding]) == set()
     with pytest.warns(PrunerSettingsWarning, match="intermediate_size is kept at "):
         assert fields(ignored_layers=[first.mlp.up_proj]) == set()
