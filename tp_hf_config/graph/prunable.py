@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -238,7 +239,7 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
         return Width(finding.fields, reason="the full-size model has no group of this width")
     return Width(
         fields=finding.fields,
-        groups=tuple(_with_minimum(group, finding.minimum) for group in groups),
+        groups=_limited(groups, finding.minimum, model),
         units=groups[0].count.units // groups[0].count.per_field_unit,
         layers=len({dim.layer for group in groups for dim in group.dims}),
         parameters=_parameters_per_unit(groups, model),
@@ -248,8 +249,17 @@ def _width(finding: Finding, tiny: TinyModel, field_map: FieldMap, model: PreTra
     )
 
 
-def _with_minimum(group: Group, minimum: int) -> Group:
-    return replace(group, count=replace(group.count, minimum=minimum))
+def _limited(groups: Sequence[Group], minimum: int, model: nn.Module) -> tuple[Group, ...]:
+    """Return a width's groups with what limits their unit counts."""
+    channels = Counter[tuple[str, int]]()  # per unit; several groups may cut one dimension
+    for dim in (dim for group in groups for dim in group.dims):
+        channels[dim.place] += dim.layout.parts * dim.layout.run
+    result = []
+    for group in groups:
+        layers = {(tensor(model, m.name).shape[m.dim], channels[m.place]) for m in group.dims}
+        count = replace(group.count, minimum=minimum, layers=tuple(sorted(layers)))
+        result.append(replace(group, count=count))
+    return tuple(result)
 
 
 def note_on_unobserved(names: Sequence[str]) -> str:

@@ -249,7 +249,7 @@ class _Sensitivity:
         graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
         multiple = multiples_of(self._view, [width])[width.fields]
-        (count,) = unit_counts_of(width, multiple, model)
+        (count,) = unit_counts_of(width, multiple)
         whole = graph.group_at(graph_group, range(count.units))
         values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
         starts = torch.arange(0, count.units, values.shape[1], device=values.device)

@@ -167,7 +167,7 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         moving_widths.append(
             MovingWidth(
                 width.fields,
-                unit_counts_of(width, multiples[width.fields], view.model),
+                unit_counts_of(width, multiples[width.fields]),
                 ratio,
                 clamped=bool(named) or width in chosen.heads,
                 counts_heads=bool(set(width.fields) & field_map.count_fields()),

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch_pruning import ops
-
 from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
@@ -186,29 +184,9 @@ def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
 
 def _pruned_groups(pruner: Any) -> Iterator[_PrunedGroup]:
     graph: ConfigGraph = pruner.DG
-    channels: Counter[Any] = Counter()  # by fields, layer and whether it loses outputs
-    groups: list[tuple[GraphGroup, Any, list[Any]]] = []
     for graph_group in graph.groups_to_prune(pruner.ignored_layers, pruner.root_module_types):
         group = graph.group_at(graph_group, [0])  # its layers in the order that the pruner sees
-        keys = []
-        for item in group:
-            if item.dep.target.type != ops.OPTYPE.PARAMETER:
-                out = graph.is_out_channel_pruning_fn(item.dep.handler)
-                keys.append((graph_group.fields, item.dep.target.module, out))
-                channels[keys[-1]] += len(item.idxs)
-        groups.append((graph_group, group, keys))
-    for graph_group, group, keys in groups:
-        layers = set()
-        for key in keys:
-            _, layer, out = key
-            size = graph.get_out_channels(layer) if out else graph.get_in_channels(layer)
-            if size is not None:
-                layers.add((size, channels[key]))
+        layer = graph._module2name.get(group[-1].dep.target.module, "")
         scope, ratios = scope_of(pruner, group)
-        yield _PrunedGroup(
-            graph_group,
-            graph._module2name.get(group[-1].dep.target.module, ""),
-            scope,
-            ratios[1:],
-            replace(graph_group.count, units=graph_group.units.count, layers=tuple(sorted(layers))),
-        )
+        count = replace(graph_group.count, units=graph_group.units.count)
+        yield _PrunedGroup(graph_group, layer, scope, ratios[1:], count)

@@ -8,10 +8,7 @@ from functools import cached_property
 from itertools import chain, islice, product
 from math import gcd, lcm
 
-from torch import nn
-
 from ..fieldmap.field_map import (
-    STOPS,
     FieldMap,
     build_mismatch,
     count_at_zero,
@@ -248,11 +245,9 @@ class Trajectory:
             if requested:
                 whole = {field: max(1, round(value)) for field, value in requested.items()}
                 refusal = self.refusal_of({**values, **whole})
-                reason = "" if refusal is None else refusal.reason
-                if grids and (not reason or reason.startswith(STOPS)):
-                    reason = "; ".join(grids)  # no other number is possible at all
+                reasons = grids if refusal is None else [*grids, refusal.reason]
                 accepted = {field: values[field] for field in requested}
-                result.append(Adjusted(step + 1, requested, accepted, reason))
+                result.append(Adjusted(step + 1, requested, accepted, "; ".join(reasons)))
         return result
 
     def units(self, moving: MovingWidth) -> list[list[int]]:
@@ -366,17 +361,10 @@ def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPa
     return multiples
 
 
-def unit_counts_of(width: Width, multiple: int, model: nn.Module) -> tuple[UnitCount, ...]:
+def unit_counts_of(width: Width, multiple: int) -> tuple[UnitCount, ...]:
     """Return the unit counts of a width's groups; ``multiple`` is in units of its fields."""
-    channels: dict[tuple[str, int], int] = {}
-    for dim in (dim for group in width.groups for dim in group.dims):
-        channels[dim.place] = channels.get(dim.place, 0) + dim.layout.parts * dim.layout.run
-    unit_counts: dict[UnitCount, None] = {}
-    for group in width.groups:
-        layers = {(tensor(model, m.name).shape[m.dim], channels[m.place]) for m in group.dims}
-        unit_count = group.count.in_multiples_of(multiple)
-        unit_counts[replace(unit_count, layers=tuple(sorted(layers)))] = None
-    return tuple(unit_counts)
+    counts = (group.count.in_multiples_of(multiple) for group in width.groups)
+    return tuple(dict.fromkeys(counts))
 
 
 def _multiple_in(view: ModelView, width: Width) -> int:

@@ -262,6 +262,7 @@ NOT_A_MULTIPLE = (
     "('validate_architecture': ValueError: The hidden size ({}) is not a multiple of the number of "
     "attention heads ({}))"
 )
+THREES = "num_attention_heads has to be a multiple of 3"
 
 
 class TestRatiosThatCannotBe:
@@ -368,8 +369,8 @@ class TestAdjusted:
         assert result.widths[0].reached == 1 - 6 / 9
         assert result.adjusted == (
             "step 1: the ratios ask for num_attention_heads 7.2, hidden_size 459 "
-            f"{NOT_A_MULTIPLE.format(459, 7)}; nearest valid: num_attention_heads 6, "
-            "hidden_size 450",
+            f"({THREES}; {NOT_A_MULTIPLE.format(459, 7)[1:]}; nearest valid: num_attention_heads "
+            "6, hidden_size 450",
         )
 
     def test_key_value_groups(self) -> None:
@@ -391,11 +392,11 @@ class TestAdjusted:
         result = plan(SMOLLM2, pruning_ratio=0.0, head_pruning_ratio=0.4, iterative_steps=4)
         assert [step["num_attention_heads"] for step in result.widths[0].steps] == [9, 6, 6, 6]
         words = "step {}: the ratios ask for num_attention_heads {} {}; nearest valid: {}"
-        threes = "(num_attention_heads has to be a multiple of 3)"
+        seven, five = (f"({THREES}; {NOT_A_MULTIPLE.format(576, n)[1:]}" for n in (7, 5))
         assert result.adjusted == (
-            words.format(1, 8.1, threes, "num_attention_heads 9"),
-            words.format(2, 7.2, NOT_A_MULTIPLE.format(576, 7), "num_attention_heads 6"),
-            words.format(4, 5.4, NOT_A_MULTIPLE.format(576, 5), "num_attention_heads 6"),
+            words.format(1, 8.1, f"({THREES})", "num_attention_heads 9"),
+            words.format(2, 7.2, seven, "num_attention_heads 6"),
+            words.format(4, 5.4, five, "num_attention_heads 6"),
         )
 
     def test_numbers_that_cannot_be_left_at_all(self) -> None:
