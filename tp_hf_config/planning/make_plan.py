@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -203,7 +203,9 @@ def _plan(
         heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
         free = [m for m in trajectory.moving_widths if not m.clamped or m.fields in heads]
         trajectory = _trajectory_to(trajectory, free, count, target)
-        missed = _target_missed(trajectory, free, count, target)
+        fewer = target - count.at(trajectory.steps()[-1])
+        if fewer:
+            missed = f"{fewer:,} fewer, because only whole units are removed"
         settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
     _, after, _ = _build_and_measure(field_map, values)
@@ -228,7 +230,7 @@ def _plan(
         refusal=planned_refusal(trajectory),
         adjusted=(*map(adjusted_line, trajectory.adjusted), *shortfalls(trajectory)),
         target=target,
-        why_not_exactly=None if missed is None else missed.reason,
+        why_not_exactly=missed,
         tokens=tokens,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _fields=dict(field_map.values),
@@ -356,8 +358,8 @@ def _with_head_counts(
     return set(width.fields) | related
 
 
-# bisection steps; ratios to try with the class; digits of a short ratio
-_HALVINGS, _TRIES, _DIGITS = 40, 32, (2, 3, 4, 5, 6)
+_TRIES = 32  # ratios to try with the class
+_DIGITS = 5  # of a ratio that is searched for
 
 
 def _trajectory_to(
@@ -384,11 +386,10 @@ def _trajectory_to(
             f"{parameters(at(highest)):,} of {count.at({}):,} parameters remain. Prune more widths "
             "(prune=), or set a ratio for each (ratios=)."
         )
-    low, high = (0.0, highest) if parameters(at(0.0)) > target else (0.0, 0.0)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if parameters(at(middle)) <= target else (middle, high)
-    ratio = _short(at(high), moving_widths, high)
+    scale = 10**_DIGITS
+    numbers = range(int(highest * scale) + 1)
+    found = bisect_left(numbers, True, key=lambda n: parameters(at(n / scale)) <= target)
+    ratio = min(found / scale, highest)
     for larger in _ratios(at(ratio), moving_widths, ratio, highest):
         common = at(larger)
         fitting = [
@@ -399,44 +400,9 @@ def _trajectory_to(
         if fitting:
             return max(fitting, key=parameters)
     raise ValueError(
-        f"target_params={target:,}: the class accepts no widths near one ratio of {high:.3f}. Set "
+        f"target_params={target:,}: the class accepts no widths near one ratio of {ratio:.3f}. Set "
         "a ratio for each width (ratios=), or prune fewer widths (prune=)."
     )
-
-
-def _target_missed(
-    trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
-) -> Refusal | None:
-    """Return why a trajectory leaves fewer parameters than the target; ``None``: it does not.
-
-    The text names the width whose own ratio would come nearest to the target.
-    """
-    reached = count.at(trajectory.steps()[-1])
-    if reached == target:
-        return None
-    wider = []
-    for moving in moving_widths:
-        reachable = trajectory.reachable(moving)
-        more = trajectory.units(moving)[0][-1] + reachable.step
-        if moving.clamped or more > reachable[-1]:  # heads have one ratio
-            continue
-        ratio = moving.unit_counts[0].ratio_for(more, moving.counts_heads)
-        other = trajectory.at({moving.fields: ratio})
-        values = other.steps()[-1]
-        if other.accepted() and count.at(values) > reached:
-            text = ", ".join(f"{field_name(field)} {values[field]:,}" for field in moving.fields)
-            wider.append((count.at(values), text, f"{field_name(moving.fields[0])}={ratio:g}"))
-    fewer = f"{target - reached:,} fewer, because only whole units are removed"
-    within = max((candidate for candidate in wider if candidate[0] <= target), default=None)
-    if within is not None:
-        return Refusal(
-            f"{fewer} and all widths have one ratio: with {within[1]} it would be {within[0]:,} (a "
-            f"ratio of its own: {within[2]})"
-        )
-    above = min(wider, default=None)
-    if above is None:
-        return Refusal(fewer)
-    return Refusal(f"{fewer}: with {above[1]} it would already be {above[0]:,}")
 
 
 def _one_head_ratio(trajectory: Trajectory, moving_widths: Sequence[MovingWidth]) -> bool:
@@ -469,13 +435,3 @@ def _ratios(
         if not larger:
             return
         ratio = min(larger)
-
-
-def _short(trajectory: Trajectory, moving_widths: Sequence[MovingWidth], ratio: float) -> float:
-    """Return a ratio of few digits that leads to the same widths; ``ratio`` if there is none."""
-    for digits in _DIGITS:
-        rounded: float = ceil(ratio * 10**digits) / 10**digits
-        other = trajectory.at({moving.fields: rounded for moving in moving_widths})
-        if rounded <= 1 and other.steps() == trajectory.steps():
-            return rounded
-    return ratio

@@ -565,32 +565,16 @@ class TestTarget:
         assert f"target of {result.target:,} parameters" in str(result)
 
     @pytest.mark.parametrize(
-        ("settings", "why", "other", "parameters"),
+        ("settings", "fewer"),
         [
-            (
-                {"target_params": 60_000},
-                "2,160 fewer, because only whole units are removed and all widths have one ratio: "
-                "with intermediate_size 104 it would be 58,128 (a ratio of its own: "
-                "intermediate_size=0.1875)",
-                {"pruning_ratio": 0.19, "ratios": {"intermediate_size": 0.1875}},
-                58_128,
-            ),
-            (
-                {"target_params": 70_000, "prune": ["intermediate_size"]},
-                "176 fewer, because only whole units are removed: with intermediate_size 85 it "
-                "would already be 70,208",
-                {"pruning_ratio": 43 / 128},
-                70_208,
-            ),
+            ({"target_params": 60_000}, "2,160"),
+            ({"target_params": 70_000, "prune": ["intermediate_size"]}, "176"),
         ],
     )
-    def test_why_it_is_not_the_number(
-        self, settings: dict[str, Any], why: str, other: dict[str, Any], parameters: int
-    ) -> None:
-        """And what is said of other widths is so."""
-        model = tiny.build("llama-gqa")
-        result = plan(model, **settings)
+    def test_why_it_is_not_the_number(self, settings: dict[str, Any], fewer: str) -> None:
+        result = plan(tiny.build("llama-gqa"), **settings)
         assert result.after is not None
+        why = f"{fewer} fewer, because only whole units are removed"
         assert result.why_not_exactly == why
         line = next(one for one in str(result).splitlines() if one.startswith("target of"))
         assert line.startswith(
@@ -598,10 +582,6 @@ class TestTarget:
         )
         assert line.endswith(f"; {why}")
         assert result.to_dict()["why_not_exactly"] == why
-        prune = list(result.values)
-        wider = plan(model, prune=prune, **other)
-        assert wider.after is not None
-        assert wider.after.parameters == parameters
 
     def test_exactly_the_number(self) -> None:
         model = tiny.build("llama-gqa")
