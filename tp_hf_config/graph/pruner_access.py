@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
 from .config_group import ConfigGroup
-from .pruner_classes import BasePruner, constructing_with, with_awaited_graph
+from .pruner_classes import constructor_with
 
 
 class Graph(Protocol):
@@ -162,15 +162,14 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     """Construct a pruner again with ``graph`` instead of its trace, and :func:`arguments_of`."""
     before = dict(vars(pruner))
     try:
-        with constructing_with(graph):
-            construct = with_awaited_graph(BasePruner.__init__)
-            schedule = pruner.iterative_pruning_ratio_scheduler
-            construct(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
-            vars(pruner).update({name: before[name] for name in _SCHEDULE})
-            for name in _OWN_RATIOS:
-                vars(pruner)[name].update(before[name])
-            if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and others store groups
-                pruner.update_regularizer()
+        schedule = pruner.iterative_pruning_ratio_scheduler
+        construct = constructor_with(graph)
+        construct(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
+        vars(pruner).update({name: before[name] for name in _SCHEDULE})
+        for name in _OWN_RATIOS:
+            vars(pruner)[name].update(before[name])
+        if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and others store groups
+            pruner.update_regularizer()
     except BaseException:
         vars(pruner).update(before)
         raise

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..calibration.calibrate import Calibration
     from ..forward.run_recipe import MakeInputs
+    from ..graph.config_graph import ConfigGraph
     from ..graph.cut_list import CutList
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
@@ -152,11 +153,10 @@ class HFConfigSyncHook:
         return registration.register(pruner, self)
 
     @contextmanager
-    def constructing(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Surround a pruner's constructor: check the model, and install the graph."""
+    def constructing(self, arguments: dict[str, Any]) -> Iterator[ConfigGraph]:
+        """Surround a pruner's constructor: check the model, and give the pruner its graph."""
         from ..graph.layer_fields import layers_listed
         from ..graph.meta_copy import on_meta_copy
-        from ..graph.pruner_classes import constructing_with
         from ..planning.pruner_graph import graph_for
 
         arguments |= on_meta_copy(arguments["model"], arguments)
@@ -167,8 +167,7 @@ class HFConfigSyncHook:
             graph, self._graph_reason = graph_for(
                 arguments, self._settings, self.make_inputs, self._cheapest
             )
-            with constructing_with(graph):
-                yield
+            yield graph
 
     def attach(self, pruner: Any) -> None:
         """Start to follow a pruner; ``register`` calls this.

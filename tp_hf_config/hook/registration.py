@@ -12,16 +12,14 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from torch_pruning import DependencyGraph
+
 from ..arguments import check_arguments
-from ..graph.pruner_classes import (
-    BasePruner,
-    family,
-    with_awaited_graph,
-)
+from ..graph.pruner_classes import BasePruner, constructor_with, family
 
 Pruner = Any  # any pruner of Torch-Pruning, which has no type hints
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")
@@ -36,7 +34,8 @@ class PrunerHook(Protocol):
 
     - ``constructing(arguments)`` returns a context manager around the pruner's constructor.
       ``arguments`` are all arguments of Torch-Pruning's own constructor (``arguments["model"]`` is
-      the model); the hook may change them.
+      the model); the hook may change them. A ``DependencyGraph`` that the context manager gives
+      is the pruner's, instead of a trace.
     - ``stepping(pruner)`` returns a context manager around each call of ``step()``. The groups of
       an interactive step are pruned after it ends.
     - ``looping(pruner)`` returns a context manager around the user's loop over the groups of an
@@ -109,11 +108,9 @@ def _call(hook: Any, name: str, *args: Any) -> Any:
     return method(*args) if method is not None else None
 
 
-def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> None:
-    for hook in hooks:
-        context: AbstractContextManager[Any] | None = _call(hook, name, *args)
-        if context is not None:
-            stack.enter_context(context)
+def _enter(stack: ExitStack, hooks: list[Any], name: str, *args: Any) -> list[Any]:
+    contexts = (_call(hook, name, *args) for hook in hooks)
+    return [stack.enter_context(context) for context in contexts if context is not None]
 
 
 def _stepper(pruner: Any) -> Callable[..., Any]:
@@ -237,10 +234,13 @@ class _Construction:
     surroundings: ExitStack  # holds the hooks' context managers
     entered: bool = False  # True: they are entered
 
-    def begin(self, pruner: Any, arguments: dict[str, Any]) -> None:
-        if pruner is self.pruner and not self.entered:
-            self.entered = True
-            _enter(self.surroundings, self.hooks, "constructing", arguments)
+    def begin(self, pruner: Any, arguments: dict[str, Any]) -> DependencyGraph | None:
+        """Enter the context managers if it is this pruner's turn; return the graph to use."""
+        if pruner is not self.pruner or self.entered:
+            return None
+        self.entered = True
+        given = _enter(self.surroundings, self.hooks, "constructing", arguments)
+        return next((one for one in given if isinstance(one, DependencyGraph)), None)
 
 
 def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any]) -> None:
@@ -266,11 +266,12 @@ def _construct_base(
 ) -> None:
     construction: _Construction | None = getattr(_constructing, "now", None)
     if construction is None:
-        with_awaited_graph(original)(pruner, *args, **kwargs)
+        original(pruner, *args, **kwargs)
         return
     arguments = _with_own_dicts(signature, pruner, args, kwargs)
-    construction.begin(pruner, arguments)
-    with_awaited_graph(original)(pruner, **arguments)
+    graph = construction.begin(pruner, arguments)
+    construct = original if graph is None else constructor_with(graph)
+    construct(pruner, **arguments)
 
 
 def _with_own_dicts(
