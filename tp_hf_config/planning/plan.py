@@ -22,7 +22,7 @@ from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import name_in_all_layers
 from ..reports import Report, Rows, fields_as_json, short
 from .settings import PruneSettings
-from .trajectory import Adjusted, MovingWidth, Trajectory
+from .trajectory import MovingWidth, Trajectory
 
 
 @dataclass(frozen=True)
@@ -261,15 +261,6 @@ def refusal_lines(
     return lines
 
 
-def adjusted_line(adjusted: Adjusted) -> str:
-    requested = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in adjusted.requested.items())
-    accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
-    reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
-    return (
-        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest valid: {accepted}"
-    )
-
-
 def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
     return {field_name(field): value for field, value in values.items()}
 
@@ -285,7 +276,8 @@ def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
         )
         for other in trajectory.nearest()
     ]
-    return PlannedRefusal(refused.step, by_name(refused.values), refused.reason, tuple(nearest))
+    step, values, reason = refused
+    return PlannedRefusal(step, by_name(values), reason, tuple(nearest))
 
 
 def shortfalls(trajectory: Trajectory) -> list[str]:

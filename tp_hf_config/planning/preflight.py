@@ -15,7 +15,7 @@ from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
-from .plan import adjusted_line, planned_refusal, refusal_lines, shortfalls
+from .plan import planned_refusal, refusal_lines, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -28,11 +28,7 @@ class Preflight:
     kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
 
     def notes(self, step: int) -> list[str]:
-        lines = [
-            adjusted_line(adjusted)
-            for adjusted in self.trajectory.adjusted
-            if adjusted.step == step
-        ]
+        lines = [line for at, line in self.trajectory.adjusted if at == step]
         # the last step also names widths that lose less than their ratio asks for
         last = step == len(self.trajectory.units_by_step)
         return lines + (shortfalls(self.trajectory) if last else [])
@@ -63,7 +59,7 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
         return None
     outcome, problem = _preflight(pruner, view)
     if problem is None and strict and outcome is not None and outcome.trajectory.adjusted:
-        lines = "; ".join(map(adjusted_line, outcome.trajectory.adjusted))
+        lines = "; ".join(line for _, line in outcome.trajectory.adjusted)
         problem = f"{lines}. HFConfigSyncHook() uses the nearest; strict=True refuses them."
     if problem is None:
         return outcome

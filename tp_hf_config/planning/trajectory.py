@@ -49,25 +49,6 @@ class MovingWidth:
 
 
 @dataclass(frozen=True)
-class RefusedStep:
-    """Widths that the class does not accept."""
-
-    step: int  # from 1
-    values: Values  # of the fields that differ from the start
-    reason: str
-
-
-@dataclass(frozen=True)
-class Adjusted:
-    """A step with other widths than the ratios ask for, because the class refuses those."""
-
-    step: int  # from 1
-    requested: dict[FieldPath, float]  # only of fields that get another value
-    accepted: Values
-    reason: str
-
-
-@dataclass(frozen=True)
 class Trajectory:
     """The widths after each step of a pruner, and what the class accepts of them."""
 
@@ -224,14 +205,15 @@ class Trajectory:
                 yield units
 
     @cached_property
-    def adjusted(self) -> list[Adjusted]:
-        result: list[Adjusted] = []
+    def adjusted(self) -> list[tuple[int, str]]:
+        """The steps, from 1, with other widths than the ratios ask for, and what is done."""
+        result: list[tuple[int, str]] = []
         for step, (rounded, state) in enumerate(self._steps):
             values, by_rounding = self.values_of(state), self.values_of(rounded)
             if self.refusal_of(values) is not None:
                 break  # later steps do not happen
             requested: dict[FieldPath, float] = {}
-            grids: list[str] = []
+            reasons: list[str] = []
             for width in self.moving_widths:
                 share = max(0.0, 1 - self.ratios[width.fields][step])
                 units = state[width.fields][0] / width.unit_counts[0].per_field_unit
@@ -239,15 +221,19 @@ class Trajectory:
                 if width.counts_heads and off > 0.5 + 1e-9:  # not the nearest whole number
                     requested |= {f: self.field_map.values[f] * share for f in width.fields}
                     if (grid := self._numbers(width).step) > 1:
-                        grids.append(f"{width.name} has to be a multiple of {grid}")
+                        reasons.append(f"{width.name} has to be a multiple of {grid}")
                 elif not width.counts_heads and rounded[width.fields] != state[width.fields]:
                     requested |= {field: by_rounding[field] for field in width.fields}
-            if requested:
-                whole = {field: max(1, round(value)) for field, value in requested.items()}
-                refusal = self.refusal_of({**values, **whole})
-                reasons = grids if refusal is None else [*grids, refusal.reason]
-                accepted = {field: values[field] for field in requested}
-                result.append(Adjusted(step + 1, requested, accepted, "; ".join(reasons)))
+            if not requested:
+                continue
+            whole = {field: max(1, round(value)) for field, value in requested.items()}
+            refusal = self.refusal_of({**values, **whole})
+            reasons += [] if refusal is None else [refusal.reason.rstrip(".")]
+            asked = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in requested.items())
+            done = ", ".join(f"{field_name(field)} {values[field]}" for field in requested)
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            line = f"step {step + 1}: the ratios ask for {asked}{why}; nearest valid: {done}"
+            result.append((step + 1, line))
         return result
 
     def units(self, moving: MovingWidth) -> list[list[int]]:
@@ -264,8 +250,8 @@ class Trajectory:
             for field in w.fields
         }
 
-    def first_refused(self) -> RefusedStep | None:
-        """Return the first step that the class refuses or no config can describe, if any."""
+    def first_refused(self) -> tuple[int, Values, str] | None:
+        """Return the first step, from 1, that no config can describe, its values and the reason."""
         steps = self.steps()
         for moving in self.moving_widths:
             ends = {
@@ -275,10 +261,10 @@ class Trajectory:
             if len(ends) > 1:
                 apart = " and ".join(map(str, sorted(ends)))
                 words = f"groups of {moving.name} would have {apart} units"
-                return RefusedStep(len(steps), self._changed(steps[-1]), words)
+                return len(steps), self._changed(steps[-1]), words
         for number, values in enumerate(steps, 1):
             if (refusal := self.refusal_of(values)) is not None:
-                return RefusedStep(number, self._changed(values), refusal.reason)
+                return number, self._changed(values), refusal.reason
         return None
 
     def accepted(self) -> bool:
