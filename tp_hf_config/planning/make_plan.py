@@ -257,11 +257,10 @@ def _build_and_measure(
 ) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
     """Return the full model on the meta device, its size and notes on what is unknown of it."""
     full = field_map.builder.build(field_map.config_at(values, shallow=False))
-    shallow = field_map.build_at(values)
-    if isinstance(full, Refusal) or isinstance(shallow, Refusal):
+    if isinstance(full, Refusal):
         return None, None, ()
     cast("PreTrainedModel", full).tie_weights()  # a build on the meta device does not tie them
-    size, unknown = size_of(field_map, full, shallow)
+    size, unknown = size_of(field_map, full)
     return full, size, () if unknown is None else (unknown,)
 
 

@@ -336,13 +336,13 @@ class Size:
     gram_bytes: int | None
 
 
-def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[Size, str | None]:
+def size_of(field_map: FieldMap, full: nn.Module) -> tuple[Size, str | None]:
     """Return the size, and a note if the FLOPs are unknown."""
     saved: list[torch.Tensor] = list(full.parameters())
     for module in full.modules():
         hidden = module._non_persistent_buffers_set
         saved += [b for key, b in module._buffers.items() if b is not None and key not in hidden]
-    flops = flops_of(field_map, full, shallow)
+    flops = flops_of(field_map, full)
     size = Size(
         parameters=sum(parameter.numel() for parameter in full.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in saved),
@@ -356,52 +356,18 @@ def size_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> tuple[S
     return size, None
 
 
-def flops_of(field_map: FieldMap, full: nn.Module, shallow: nn.Module) -> int | Refusal:
-    """Return the FLOPs per token or input of the full model, from one run of the shallow model.
-
-    A module's own FLOPs count once for each module of the full model that corresponds to it, scaled
-    by its size: it may hold a piece for each layer.
-    """
+def flops_of(field_map: FieldMap, full: nn.Module) -> int | Refusal:
+    """Return the FLOPs of a model on the meta device, per token or input."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    ran = dry_pass(shallow, field_map.recipe, counter)
+    ran = dry_pass(full, field_map.recipe, counter)
     if isinstance(ran, Refusal):
         return ran
     if ran.guessed:
         return Refusal("what it computes depends on the values of tensors")
-    counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    own = _own_flops(counts, type(shallow).__name__)
-    like = dict(shallow.named_modules())
-    total: float = 0
-    for name, module in full.named_modules():
-        canonical = field_map.depth.canonical(name)
-        if own.get(canonical):
-            total += own[canonical] * _own_size(module) / _own_size(like[canonical])
     tokens = sum(ran.inputs[name].numel() for name in _TOKENS if name in ran.inputs)
-    return int(total // max(1, tokens))
-
-
-def _own_size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False)) or 1
-
-
-def _own_flops(counts: Mapping[str, int], root: str) -> Counter[str]:
-    """Return each module's FLOPs without its submodules' (FlopCounterMode includes those)."""
-    inside = {
-        name.removeprefix(root).lstrip("."): count
-        for name, count in counts.items()
-        if name != "Global"
-    }
-    own = Counter(inside)
-    for name, count in inside.items():
-        outer = name
-        while outer:
-            outer = outer.rpartition(".")[0]
-            if outer in inside:
-                own[outer] -= count
-                break
-    return own
+    return counter.get_total_flops() // max(1, tokens)
 
 
 class ParameterCount:
