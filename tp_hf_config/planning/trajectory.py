@@ -213,7 +213,7 @@ class Trajectory:
             if self.refusal_of(values) is not None:
                 break  # later steps do not happen
             requested: dict[FieldPath, float] = {}
-            reasons: list[str] = []
+            reasons: dict[FieldPath, str] = {}  # of fields that can have no other number at all
             for width in self.moving_widths:
                 share = max(0.0, 1 - self.ratios[width.fields][step])
                 units = state[width.fields][0] / width.unit_counts[0].per_field_unit
@@ -221,18 +221,21 @@ class Trajectory:
                 if width.counts_heads and off > 0.5 + 1e-9:  # not the nearest whole number
                     requested |= {f: self.field_map.values[f] * share for f in width.fields}
                     if (grid := self._numbers(width).step) > 1:
-                        reasons.append(f"{width.name} has to be a multiple of {grid}")
+                        reason = f"{width.name} has to be a multiple of {grid}"
+                        reasons |= dict.fromkeys(width.fields, reason)
                 elif not width.counts_heads and rounded[width.fields] != state[width.fields]:
                     requested |= {field: by_rounding[field] for field in width.fields}
             if not requested:
                 continue
+            why = [*dict.fromkeys(reasons.values())]
             whole = {field: max(1, round(value)) for field, value in requested.items()}
             refusal = self.refusal_of({**values, **whole})
-            reasons += [] if refusal is None else [refusal.reason.rstrip(".")]
+            if refusal is not None and requested.keys() - reasons.keys():
+                why.append(refusal.reason.rstrip("."))
             asked = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in requested.items())
             done = ", ".join(f"{field_name(field)} {values[field]}" for field in requested)
-            why = f" ({'; '.join(reasons)})" if reasons else ""
-            line = f"step {step + 1}: the ratios ask for {asked}{why}; nearest valid: {done}"
+            because = f" ({'; '.join(why)})" if why else ""
+            line = f"step {step + 1}: the ratios ask for {asked}{because}; nearest valid: {done}"
             result.append((step + 1, line))
         return result
 
