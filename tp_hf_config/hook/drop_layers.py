@@ -409,8 +409,8 @@ class OutputsWithout:
                 self._inputs = text
                 self._whole = self._run()
         self._expected = self._run([layers[number] for number in dropped], handed)
-        self._generated = self._cannot_generate() is None
-        self._ran = self._cannot_run() is None
+        self._failing = self._failures()
+        self._now_failing: dict[str, str] = {}  # because of the removed layers
 
     def _run(
         self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
@@ -434,39 +434,34 @@ class OutputsWithout:
             )
         return dict(tensors_by_name(result, self._total))
 
-    def _cannot_generate(self) -> Refusal | None:
-        """Return why the model cannot generate a token with a cache; ``None`` if it can."""
-        if not getattr(self._model, "can_generate", bool)():
-            return Refusal("it generates nothing")
-        return self._error_of(functools.partial(self._model.generate, **_TWO_TOKENS), "decoder")
-
-    def _cannot_run(self) -> Refusal | None:
-        """Return why the model fails with its default cache; ``None`` if it runs."""
-        configs = [config for _, config in config_nodes(self._model.config)]
-        if not any(getattr(config, "use_cache", False) for config in configs):
-            return Refusal("it makes none")
-        return self._error_of(functools.partial(self._model, use_cache=True))
-
-    def _error_of(self, call: Callable[..., Any], *left_out: str) -> Refusal | None:
-        """Return why a call fails on the inputs without cache settings; ``None`` if it works."""
-        if isinstance(self._inputs, Refusal):
-            return self._inputs
-        given = {k: v for k, v in self._inputs.items() if not k.startswith((*left_out, "use_"))}
-        try:
-            with undisturbed(self._model), quiet_transformers(logging.CRITICAL):
-                call(**given)
-        except Exception as error:  # as in a forward pass
-            raise_shortage(error)
-            return Refusal(in_one_line(error))
-        return None
+    def _failures(self) -> dict[str, str]:
+        """Return what the model cannot do with a cache, ``generate`` or ``run`` -> why."""
+        inputs = self._inputs
+        if isinstance(inputs, Refusal):
+            return {}
+        calls: dict[str, Callable[..., Any]] = {}
+        if getattr(self._model, "can_generate", bool)():
+            calls["generate"] = functools.partial(self._model.generate, **_TWO_TOKENS)
+        if any(getattr(node, "use_cache", False) for _, node in config_nodes(self._model.config)):
+            calls["run"] = functools.partial(self._model, use_cache=True)
+        failures: dict[str, str] = {}
+        for what, call in calls.items():
+            left_out = ("use_", "decoder") if what == "generate" else ("use_",)
+            given = {k: v for k, v in inputs.items() if not k.startswith(left_out)}
+            try:
+                with undisturbed(self._model), quiet_transformers(logging.CRITICAL):
+                    call(**given)
+            except Exception as error:  # as in a forward pass
+                raise_shortage(error)
+                failures[what] = in_one_line(error)
+        return failures
 
     def notes(self) -> Iterator[str]:
-        refusal = self._cannot_generate() if self._generated else None
-        if refusal is not None:
+        if "generate" in self._now_failing:
             yield (
                 "the model no longer generates with a cache, because the class makes the cache for "
-                f"another number of layers ({refusal.reason}). Pass use_cache=False to generate(), "
-                "or drop as many layers from the other list of layers"
+                f"another number of layers ({self._now_failing['generate']}). Pass use_cache=False "
+                "to generate(), or drop as many layers from the other list of layers"
             )
 
     def compare(self, layers: str) -> str:
@@ -481,12 +476,13 @@ class OutputsWithout:
                 f"{type(self._model).__name__} does not run without these layers of {layers}: "
                 f"{now.reason}. Nothing was changed."
             )
-        failure = self._cannot_run() if self._ran else None
-        if failure is not None:
+        after = self._failures()
+        self._now_failing = {k: why for k, why in after.items() if k not in self._failing}
+        if "run" in self._now_failing:
             raise ConfigSyncError(
                 f"{type(self._model).__name__} without these layers of {layers} fails with the "
-                f"cache that it makes by default: {failure.reason.rstrip('.')}. Keep at least one "
-                "layer of each kind. Nothing was changed."
+                f"cache that it makes by default: {self._now_failing['run'].rstrip('.')}. Keep at "
+                "least one layer of each kind. Nothing was changed."
             )
         for key, value in expected.items():
             error = _relative_error(value, now.get(key))
