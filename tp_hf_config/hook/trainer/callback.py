@@ -21,7 +21,7 @@ from ...planning.pruner_graph import check_names, check_values
 from ...planning.settings import INNER
 from ..hook import HFConfigSyncHook
 from .optimizer import cannot_follow, optimizer_follows, unwrapped
-from .resume import Progress, full_config, progress_of, pruner_at, sync_hook_of
+from .resume import Progress, fields_of, full_config, progress_of, pruner_at, sync_hook_of
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -103,7 +103,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.pruner is None:
             return {"args": {}, "attributes": {}}
         progress = progress_of(self.pruner, self._unpruned)
-        return {"args": {}, "attributes": {"progress": progress.to_dict()}}
+        return {"args": {}, "attributes": {"progress": progress}}
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +120,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._unpruned = full_config(model, sync_hook_of(self.pruner).per_layer)
         else:
             self.pruner = pruner_at(saved, model, self._make_pruner)
-            self._unpruned = with_values(full_config(model, saved.per_layer), dict(saved.fields))
+            self._unpruned = with_values(full_config(model, saved["per_layer"]), fields_of(saved))
         self.hook = sync_hook_of(self.pruner)
         reason = self._schedule_problem(state.max_steps)
         if reason is not None:
@@ -187,46 +187,28 @@ def _saved_progress(state: TrainerState, name: str) -> Progress | None:
         )
     if not state.global_step:
         return None
-    progress = saved.get("attributes", {}).get("progress")
-    return None if progress is None else Progress.from_dict(progress)
+    progress: Progress | None = saved.get("attributes", {}).get("progress")
+    return progress
+
+
+# settings of a Trainer under which it would continue with something else than the pruned model
+_UNSUPPORTED = {
+    "load_best_model_at_end": "would load a checkpoint of other widths into the pruned model",
+    "auto_find_batch_size": "restarts training with a model that is already pruned",
+    "restore_callback_states_from_checkpoint": "makes new callbacks without their arguments",
+}
 
 
 def _unsupported_run(args: Any) -> str | None:
-    if getattr(args, "deepspeed", None):
+    several = max(args.world_size, args.n_gpu) > 1
+    if several or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         return (
-            "DeepSpeed splits Parameters into pieces, which cannot be pruned. Prune the model's "
-            "folder before training: tp-hf-config prune FOLDER"
-        )
-    if getattr(args, "fsdp", None):
-        return (
-            "a callback cannot replace the sharded model that the Trainer holds, so the Trainer "
-            "would continue with the unpruned model. Prune in your own training loop: "
+            "the Trainer would continue with the unpruned Parameters that it has wrapped for "
+            "several devices. Train in one process on one device (CUDA_VISIBLE_DEVICES=0), or "
+            "prune in your own training loop: examples/accelerate_two_processes.py, "
             "examples/fsdp2_prune_and_recover.py"
         )
-    if args.world_size > 1:
-        return (
-            f"{args.world_size} processes: the Trainer's DistributedDataParallel would continue "
-            "with the unpruned Parameters. Train in one process, or in your own training loop that "
-            "wraps the model again after every pruning step: examples/accelerate_two_processes.py"
-        )
-    if args.n_gpu > 1:
-        return (
-            f"the Trainer uses {args.n_gpu} GPUs in one process, expected one. Set "
-            "CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.load_best_model_at_end:
-        return (
-            "load_best_model_at_end=True would load a checkpoint of other widths into the pruned "
-            "model. Leave it out; from_pretrained(checkpoint) loads every checkpoint"
-        )
-    if args.auto_find_batch_size:
-        return (
-            "auto_find_batch_size=True restarts training with a model that is already pruned. "
-            "Leave it out"
-        )
-    if getattr(args, "restore_callback_states_from_checkpoint", False):
-        return (
-            "restore_callback_states_from_checkpoint=True makes new callbacks without their "
-            "arguments. Leave it out: PruningCallback restores its own progress"
-        )
+    for name, why in _UNSUPPORTED.items():
+        if getattr(args, name, False):
+            return f"{name}=True {why}. Leave it out"
     return None

@@ -8,8 +8,7 @@ records. Then the weights are put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -31,26 +30,19 @@ _SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(TypedDict):
     """How far a pruner has come, as plain data."""
 
     step: int  # pruner steps that are done
     history: list[tuple[str, bool, list[int]]]  # as ``pruner.pruning_history()`` returns it
     fields: list[tuple[FieldPath, Any]]  # that pruning changed, with values before the first step
     scopes: dict[str, int]  # ranking scope -> channels at the first step
-    per_layer: bool = False
-    # the pruner's own; a resumed run needs the same
-    settings: dict[str, Any] = field(default_factory=dict)
+    per_layer: bool
+    settings: dict[str, Any]  # the pruner's own; a resumed run needs the same
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Progress:
-        fields = [(tuple(field), value) for field, value in data["fields"]]
-        per_layer, settings = data.get("per_layer", False), data.get("settings", {})
-        return cls(data["step"], data["history"], fields, data["scopes"], per_layer, settings)
+def fields_of(progress: Progress) -> dict[FieldPath, Any]:
+    return {tuple(field): value for field, value in progress["fields"]}  # JSON has no tuples
 
 
 def full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
@@ -71,9 +63,14 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
         for field, value in changed_values(full_config(pruner.model, hook.per_layer), unpruned)
         if field_name(field) in pruned  # saving a model sets other fields too
     ]
-    scopes = dict(pruner._scope_initial_channels)
-    settings = settings_of(pruner)
-    return Progress(pruner.current_step, history, fields, scopes, hook.per_layer, settings)
+    return Progress(
+        step=pruner.current_step,
+        history=history,
+        fields=fields,
+        scopes=dict(pruner._scope_initial_channels),
+        per_layer=hook.per_layer,
+        settings=settings_of(pruner),
+    )
 
 
 def settings_of(pruner: Any) -> dict[str, Any]:
@@ -103,16 +100,16 @@ def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module],
     _, pretrained = find_pretrained(model)
     names = dict(pretrained.named_parameters(remove_duplicate=False))
     buffers = saved_buffers(pretrained)
-    with layers_listed(model, progress.per_layer), all_or_nothing() as changes:
+    with layers_listed(model, progress["per_layer"]), all_or_nothing() as changes:
         _widen(changes, pretrained, progress)
         pruner = build(model)
         hook = sync_hook_of(pruner)
-        _check_settings(progress.settings, settings_of(pruner))
+        _check_settings(progress["settings"], settings_of(pruner))
         with pruner.DG.recorded.held():
-            pruner.load_pruning_history(list(progress.history))
+            pruner.load_pruning_history(list(progress["history"]))
             hook.sync()
-        pruner.current_step = progress.step
-        pruner._scope_initial_channels.update(progress.scopes)
+        pruner.current_step = progress["step"]
+        pruner._scope_initial_channels.update(progress["scopes"])
         _check_narrow(pretrained, {**names, **buffers})
         for name, parameter in names.items():
             put_parameter(pretrained, [name], parameter)
@@ -124,7 +121,7 @@ def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module],
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise if a pruner's settings differ from those of the checkpoint's run."""
-    names = dict.fromkeys((*saved, *now)) if saved else {}
+    names = dict.fromkeys((*saved, *now))
     other = [f"{n}={now.get(n)}" for n in names if saved.get(n) != now.get(n)]
     if other:  # the run would be neither the old one nor a new one
         old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
@@ -139,7 +136,7 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
     """Give a model its unpruned shapes; changed Parameters and saved buffers become zeros."""
     builder, pruned_build = build_live(model, buffers=True)
     data = config_json(model.config)
-    wide_build = builder.build(with_values(data, dict(progress.fields)), buffers=True)
+    wide_build = builder.build(with_values(data, fields_of(progress)), buffers=True)
     if isinstance(pruned_build, Refusal) or isinstance(wide_build, Refusal):
         raise TrainingError(
             f"{type(model).__name__} refuses the config that the checkpoint's run began with. "
