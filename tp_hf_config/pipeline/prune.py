@@ -31,7 +31,7 @@ from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
-from ..planning.plan import Plan, refusal_lines
+from ..planning.plan import Plan
 from .card import card
 from .companions import copy_companions, fetch_companions, notes_on_uncopied
 from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
@@ -159,14 +159,9 @@ def plan_for(
         raise PipelineError(f"{source.name}: {error}") from error
 
 
-def _as_option(ratios: Mapping[str, float]) -> str:
-    return f"--ratios {','.join(f'{name}={ratio:g}' for name, ratio in ratios.items())}"
-
-
 def _check_plan(planned: Plan, job: Job) -> None:
     if planned.refusal is not None:
-        lines = refusal_lines(planned.refusal, _as_option)
-        raise ConfigSyncError("\n".join((f"{planned.model}: {lines[0]}", *lines[1:])))
+        raise ConfigSyncError(f"{planned.model}: {planned.refusal}")
     if all(width.after == width.before for width in planned.widths):
         steps = "; ".join(
             f"{w.name} {w.asked:g} of {next(iter(w.before.values())):,}" for w in planned.widths

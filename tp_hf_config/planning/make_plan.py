@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +20,7 @@ from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.meta_copy import meta_copy_of
 from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal, module_of
-from ..model.config_json import FieldPath, field_name
+from ..model.config_json import FieldPath
 from .plan import (
     ParameterCount,
     Plan,
@@ -199,13 +198,17 @@ def _plan(
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
         count = ParameterCount(field_map, full)
+        # a head ratio of 0 means that the target decides it too
         heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
         free = [m for m in trajectory.moving_widths if not m.clamped or m.fields in heads]
-        trajectory = _trajectory_to(trajectory, free, count, target)
+        trajectory, ratio = _trajectory_to(trajectory, free, count, target)
+        if any(not moving.clamped for moving in free):
+            settings = replace(settings, pruning_ratio=ratio)
+        if heads:
+            settings = replace(settings, head_pruning_ratio=ratio)
         fewer = target - count.at(trajectory.steps()[-1])
         if fewer:
             missed = f"{fewer:,} fewer, because only whole units are removed"
-        settings = _settings_of(trajectory, settings, heads)
     values = trajectory.steps()[-1]
     _, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
@@ -301,29 +304,6 @@ def _width(
     )
 
 
-def _settings_of(
-    trajectory: Trajectory, settings: PruneSettings, heads: Collection[tuple[FieldPath, ...]]
-) -> PruneSettings:
-    """Return the settings that lead to a trajectory: the most common ratio, and exceptions."""
-    free = [moving for moving in trajectory.moving_widths if not moving.clamped]
-    common = Counter(moving.ratio for moving in free).most_common(1)
-    ratio = common[0][0] if common else settings.pruning_ratio
-    others = {
-        field_name(moving.fields[0]): moving.ratio for moving in free if moving.ratio != ratio
-    }
-    of_heads = [moving.ratio for moving in trajectory.moving_widths if moving.fields in heads]
-    prune = settings.prune
-    if others and prune is None:  # without prune=, ratios= would name the only fields to prune
-        prune = tuple(field_name(moving.fields[0]) for moving in free)
-    return replace(
-        settings,
-        prune=prune,
-        pruning_ratio=ratio,
-        ratios={**settings.ratios, **others},
-        head_pruning_ratio=of_heads[0] if of_heads else settings.head_pruning_ratio,
-    )
-
-
 def _divisors(candidates: Sequence[int], sizes: Collection[int]) -> tuple[int, ...]:
     return tuple(n for n in candidates if all(size % n == 0 for size in sizes))
 
@@ -362,11 +342,10 @@ _DIGITS = 5  # of a ratio that is searched for
 
 def _trajectory_to(
     trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
-) -> Trajectory:
-    """Return the trajectory of the smallest common ratio that leaves at most ``target`` parameters.
+) -> tuple[Trajectory, float]:
+    """Return the smallest common ratio that leaves at most ``target`` parameters, with its widths.
 
-    If the class refuses its widths, the nearest accepted ones are used; if those leave too many,
-    the next larger ratios are tried.
+    If the class refuses these and all near them, the next larger ratios are tried.
     """
 
     def at(ratio: float) -> Trajectory:
@@ -390,23 +369,12 @@ def _trajectory_to(
     ratio = min(found / scale, highest)
     for larger in _ratios(at(ratio), moving_widths, ratio, highest):
         common = at(larger)
-        fitting = [
-            option
-            for option in ([common] if common.accepted() else common.nearest())
-            if parameters(option) <= target and _one_head_ratio(option, moving_widths)
-        ]
-        if fitting:
-            return max(fitting, key=parameters)
+        if common.accepted() and parameters(common) <= target:
+            return common, larger
     raise ValueError(
         f"target_params={target:,}: the class accepts no widths near one ratio of {ratio:.3f}. Set "
         "a ratio for each width (ratios=), or prune fewer widths (prune=)."
     )
-
-
-def _one_head_ratio(trajectory: Trajectory, moving_widths: Sequence[MovingWidth]) -> bool:
-    """True if all heads whose ratio the target decides have the same one: a pruner has only one."""
-    heads = {moving.fields for moving in moving_widths if moving.clamped}
-    return len({moving.ratio for moving in trajectory.moving_widths if moving.fields in heads}) < 2
 
 
 def _highest(trajectory: Trajectory, moving: MovingWidth) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -126,8 +126,9 @@ class Plan(Report):
             UnsupportedModelError: the model has another class or config.
         """
         if self.refusal is not None:
-            words = " ".join(line.strip() for line in refusal_lines(self.refusal))
-            raise ConfigSyncError(f"this plan of {self.model} cannot be carried out: {words}")
+            raise ConfigSyncError(
+                f"this plan of {self.model} cannot be carried out: {self.refusal}"
+            )
         # the caller has listed an entry for each layer if layers may differ (layers_listed)
         view = view_of(model, self.make_inputs)
         name = type(view.model).__name__
@@ -200,7 +201,7 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 
 def _footnotes(plan: Plan) -> list[str]:
-    lines = [] if plan.refusal is None else refusal_lines(plan.refusal)
+    lines = [] if plan.refusal is None else [str(plan.refusal)]
     if plan.target is not None and plan.after is not None:
         lines.append(
             f"target of {plan.target:,} parameters: {plan.after.parameters:,} at "
@@ -228,37 +229,24 @@ def _ratios(plan: Plan) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class PlannedRefusal:
-    """Field values that the class refuses, and settings near them that it accepts.
+    """Field values that the class refuses, as it does all values near them.
 
     Attributes:
         step: the step that leads to them, counted from 1.
         values: field -> value after that step, for the fields that differ from now.
         reason: the message of the class, or of this package.
-        nearest: accepted settings, each as field -> ratio and field -> the value it leads to.
     """
 
     step: int
     values: dict[str, int]
     reason: str
-    nearest: tuple[tuple[dict[str, float], dict[str, int]], ...]
 
-
-def _in_python(ratios: Mapping[str, float]) -> str:
-    values = ", ".join(f'"{name}": {ratio:g}' for name, ratio in ratios.items())
-    return f"ratios={{{values}}}"
-
-
-def refusal_lines(
-    refusal: PlannedRefusal, written: Callable[[Mapping[str, float]], str] = _in_python
-) -> list[str]:
-    values = ", ".join(f"{name} {value}" for name, value in refusal.values.items())
-    lines = [f"refused at step {refusal.step} ({values}): {refusal.reason.rstrip('.')}."]
-    for ratios, leads_to in refusal.nearest:
-        values = ", ".join(f"{name} {value}" for name, value in leads_to.items())
-        lines.append(f"  accepted: {written(ratios)} ({values})")
-    if not refusal.nearest:
-        lines.append("  no settings near these are accepted: change one ratio at a time")
-    return lines
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        return (
+            f"refused at step {self.step} ({values}): {self.reason.rstrip('.')}. No settings near "
+            "these are accepted: change one ratio at a time."
+        )
 
 
 def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
@@ -269,15 +257,8 @@ def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
     refused = trajectory.first_refused()
     if refused is None:
         return None
-    nearest = [
-        (
-            {field_name(moving.fields[0]): moving.ratio for moving in other.moving_widths},
-            by_name(other.steps()[-1]),
-        )
-        for other in trajectory.nearest()
-    ]
     step, values, reason = refused
-    return PlannedRefusal(step, by_name(values), reason, tuple(nearest))
+    return PlannedRefusal(step, by_name(values), reason)
 
 
 def shortfalls(trajectory: Trajectory) -> list[str]:
@@ -287,8 +268,9 @@ def shortfalls(trajectory: Trajectory) -> list[str]:
         units = moving.unit_counts[0].units
         remaining = trajectory.units_by_step[-1][moving.fields][0]
         ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
-        # Trajectory.adjusted has the head counts
-        if not moving.counts_heads and remaining > units * (1 - ratio) + 1e-6:
+        # Trajectory.adjusted has the head counts, and what the class refuses
+        told = moving.counts_heads or trajectory.was_adjusted(moving)
+        if not told and remaining > units * (1 - ratio) + 1e-6:
             field = moving.fields[0]
             value = trajectory.field_map.values[field] * remaining // units
             why = _why_wider(trajectory, moving, remaining, ratio)
@@ -367,7 +349,7 @@ def flops_of(field_map: FieldMap, full: nn.Module) -> int | Refusal:
     if ran.guessed:
         return Refusal("what it computes depends on the values of tensors")
     tokens = sum(ran.inputs[name].numel() for name in _TOKENS if name in ran.inputs)
-    return counter.get_total_flops() // max(1, tokens)
+    return int(counter.get_total_flops() // max(1, tokens))
 
 
 class ParameterCount:

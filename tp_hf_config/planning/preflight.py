@@ -15,7 +15,7 @@ from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
-from .plan import planned_refusal, refusal_lines, shortfalls
+from .plan import planned_refusal, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -126,8 +126,7 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     refusal = planned_refusal(trajectory)
     if refusal is None:
         return outcome, None
-    words = " ".join(line.strip() for line in refusal_lines(refusal))
-    return outcome, f"the class refuses the widths. {words}"
+    return outcome, f"the class refuses the widths. {refusal}"
 
 
 def _ranked_together(ranked: _Groups) -> str | None:

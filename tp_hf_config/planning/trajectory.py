@@ -25,9 +25,10 @@ from ..model.tensors import is_matrix_stack, tensor
 Values = dict[FieldPath, int]
 # fields of a width -> units left in each kind of its groups (one per unit count)
 UnitsLeft = dict[tuple[FieldPath, ...], tuple[int, ...]]
-# limits of the search: ratios of one width, of each of several; steps down; head count states;
-# sets of values to try (see Trajectory.patience)
-_TRIES, _FEW, _DOWN, _HEADS, _PATIENT = 24, 6, 65, 96, 40
+_ALONE = 24  # numbers that are tried of one width alone
+_DISTANCE = 64  # steps that a width is moved away from what its ratio leaves
+_HEADS = 96  # states that differ in head counts
+_PATIENT = 40  # sets of values that a step may try, in units of Trajectory.patience
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Trajectory:
     round_to: int = 1  # the pruner's round_to
     max_ratio: float = 1.0  # the pruner's max_pruning_ratio
     # Limits the search for widths that the class accepts: no step searches on after ``patience *
-    # (_PATIENT + steps)`` sets of values. With 0, each step takes its first candidate untested.
+    # (_PATIENT + steps)`` sets of values.
     patience: int = 4
     _refusals: dict[object, Refusal | None] = field(default_factory=dict, compare=False, repr=False)
     # includes sets with a known answer: the limit must not depend on earlier searches
@@ -100,32 +101,33 @@ class Trajectory:
                 )
                 for w in self.moving_widths
             }
-            heads = {w.fields: now[w.fields] for w in self.moving_widths if w.counts_heads}
-            shrinking = [
-                w
-                for w in self.moving_widths
-                if not w.counts_heads and rounded[w.fields] != now[w.fields]
-            ]
+            before = now
+            heads = {w.fields: before[w.fields] for w in self.moving_widths if w.counts_heads}
             now = {**rounded, **heads}
-            for state in self._candidates(now, rounded, shrinking, step):
-                if self.patience and len(self._asked) >= self.patience * (_PATIENT + steps):
+            for state in self._candidates(before, rounded, now, step):
+                if len(self._asked) >= self.patience * (_PATIENT + steps):
                     break
-                if not self.patience or self.refusal_of(self.values_of(state)) is None:
+                if self.refusal_of(self.values_of(state)) is None:
                     now = state
                     break
             result.append((rounded, now))
         return result
 
     def _candidates(
-        self, with_heads: UnitsLeft, rounded: UnitsLeft, shrinking: Sequence[MovingWidth], step: int
+        self, before: UnitsLeft, rounded: UnitsLeft, with_heads: UnitsLeft, step: int
     ) -> Iterator[UnitsLeft]:
         """Yield what a step can leave: what the rounded ratios leave, then states near it.
 
-        ``with_heads``: ``rounded`` with every head count unchanged. ``shrinking``: widths that lose
-        units in ``rounded`` and count no heads; Torch-Pruning rounds none of the others.
+        ``with_heads``: ``rounded`` with every head count as ``before``.
         """
+        # widths that lose units and count no heads; Torch-Pruning rounds none of the others
+        shrinking = [
+            w
+            for w in self.moving_widths
+            if not w.counts_heads and rounded[w.fields] != before[w.fields]
+        ]
         heads = [
-            [*self._head_counts(width, with_heads[width.fields], self.ratios[width.fields][step])]
+            [*self._head_counts(width, before[width.fields], self.ratios[width.fields][step])]
             for width in self.moving_widths
             if width.counts_heads
         ]
@@ -141,6 +143,7 @@ class Trajectory:
             self._alone(states[0], shrinking),
             self._smaller(states[0], shrinking),
             self._smaller(with_heads, shrinking),
+            self._larger(states[0], before, shrinking),
         )
 
     def _head_counts(
@@ -180,7 +183,7 @@ class Trajectory:
         changes: UnitsLeft = {}
         for width in shrinking:
             rounded = state[width.fields]
-            for units in chain([rounded], islice(self._downwards(width, rounded), _TRIES)):
+            for units in chain([rounded], islice(self._downwards(width, rounded), _ALONE)):
                 if self.refusal_of(self.values_of({**self.start, width.fields: units})) is None:
                     if units != rounded:
                         changes[width.fields] = units
@@ -195,14 +198,35 @@ class Trajectory:
             for units in self._downwards(moving, state[moving.fields]):
                 yield {**state, moving.fields: units}
 
+    def _larger(
+        self, state: UnitsLeft, before: UnitsLeft, shrinking: Sequence[MovingWidth]
+    ) -> Iterator[UnitsLeft]:
+        """Yield the state with one width larger than its ratio asks, at last as ``before``."""
+        for moving in shrinking:
+            most = before[moving.fields]
+            for up in range(1, _DISTANCE + 1):
+                units = self._moved(moving, state[moving.fields], up)
+                if any(n >= limit for n, limit in zip(units, most, strict=True)):
+                    break
+                yield {**state, moving.fields: units}
+            yield {**state, moving.fields: most}
+
     def _downwards(self, moving: MovingWidth, now: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for down in range(1, _DOWN):
-            units = tuple(
-                n - down * count.step(self.round_to)
-                for n, count in zip(now, moving.unit_counts, strict=True)
-            )
+        for down in range(1, _DISTANCE + 1):
+            units = self._moved(moving, now, -down)
             if min(units) >= 1:
                 yield units
+
+    def _moved(self, moving: MovingWidth, now: tuple[int, ...], steps: int) -> tuple[int, ...]:
+        return tuple(
+            n + steps * count.step(self.round_to)
+            for n, count in zip(now, moving.unit_counts, strict=True)
+        )
+
+    def was_adjusted(self, moving: MovingWidth) -> bool:
+        """True if the class refuses what the last step's rounded ratio leaves of a width."""
+        rounded, state = self._steps[-1]
+        return rounded[moving.fields] != state[moving.fields]
 
     @cached_property
     def adjusted(self) -> list[tuple[int, str]]:
@@ -294,15 +318,12 @@ class Trajectory:
             or run_failure(self.field_map, model)
         )
 
-    def at(
-        self, ratios: Mapping[tuple[FieldPath, ...], float], patience: int | None = None
-    ) -> Trajectory:
+    def at(self, ratios: Mapping[tuple[FieldPath, ...], float]) -> Trajectory:
         moving_widths = [
             replace(w, ratio=ratios[w.fields], ratios=None) if w.fields in ratios else w
             for w in self.moving_widths
         ]
-        patience = self.patience if patience is None else patience
-        return replace(self, moving_widths=tuple(moving_widths), patience=patience)
+        return replace(self, moving_widths=tuple(moving_widths))
 
     def reachable(self, moving: MovingWidth) -> range:
         """Return the numbers of units that rounding can leave of a width; if none, all of them."""
@@ -310,29 +331,6 @@ class Trajectory:
         grid = count.step(self.round_to)
         rounded = range(-(-count.minimum // grid) * grid, count.units + 1, grid)
         return rounded or range(count.units, count.units + 1)
-
-    def nearest(self) -> list[Trajectory]:
-        """Return accepted trajectories near this one: with one ratio changed, or several."""
-        if not self.steps():
-            return []
-        near = {moving.fields: self._near(moving) for moving in self.moving_widths}
-        accepted: list[Trajectory] = []
-        for fields, ratios in near.items():
-            candidates = (self.at({fields: ratio}, patience=0) for ratio in ratios)
-            accepted += islice(filter(Trajectory.accepted, candidates), 1)
-        if accepted:
-            return accepted
-        every = islice(product(*(ratios[:_FEW] for ratios in near.values())), 4 * _TRIES)
-        candidates = (self.at(dict(zip(near, ratios, strict=True)), patience=0) for ratios in every)
-        return list(islice(filter(Trajectory.accepted, candidates), 1))
-
-    def _near(self, moving: MovingWidth) -> list[float]:
-        """Return ratios that end a width elsewhere, the nearest ends first."""
-        end, count, sizes = self.units(moving)[0][-1], moving.unit_counts[0], self.reachable(moving)
-        middle = (end - sizes.start) // sizes.step  # index of the end among them
-        window = sizes[max(0, middle - _TRIES) : max(0, middle + _TRIES + 1)]
-        others = sorted(window, key=lambda n: (abs(n - end), n))
-        return [count.ratio_for(n, moving.counts_heads) for n in others if n != end][:_TRIES]
 
 
 def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPath, ...], int]:

@@ -694,7 +694,7 @@ class TestRefused:
         monkeypatch: pytest.MonkeyPatch,
         unproved: None,
     ) -> None:
-        """The message ends with what to type."""
+        """The nearest that it takes are used, and it says so."""
 
         def at_least_72(_: Any, values: Any) -> Refusal | None:
             too_few = values.get(("intermediate_size",), 128) < 72
@@ -703,15 +703,7 @@ class TestRefused:
         monkeypatch.setattr(Trajectory, "_ask", at_least_72)
         typed = ("prune", models / "llama-gqa", "--out", tmp_path / "out")
         code, _, errors = shell(capsys, *typed, "--pruning-ratio", "0.5")
-        assert code == 1
-        assert errors == (
-            "tp-hf-config prune: LlamaForCausalLM: refused at step 1 (hidden_size 32, "
-            "intermediate_size 64): at least 72.\n"
-            "  accepted: --ratios hidden_size=0.5,intermediate_size=0.4375 (hidden_size 32, "
-            "intermediate_size 72)\n"
-        )
-        options = errors.splitlines()[1].split()[1:3]
-        assert shell(capsys, *typed, *options)[0] == 0
+        assert code == 0, errors
         assert hf.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 72
 
     def test_weights_of_another_size(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -472,30 +473,38 @@ class TestAdjusted:
         assert pruned(model, result) == [result.values]
 
 
-class TestRefusals:
-    def test_in_the_class_own_words_with_what_it_takes(self) -> None:
-        result = plan(narrow(), pruning_ratio=0.5, iterative_steps=2)
-        assert result.refusal is not None
-        assert (result.refusal.step, result.refusal.reason) == (
-            2,
-            "hidden_size: at least 24 are needed",
-        )
-        assert result.refusal.values == {"hidden_size": 16, "intermediate_size": 16}
-        assert result.refusal.nearest == (
-            (
-                {"hidden_size": 0.25, "intermediate_size": 0.5},
-                {"hidden_size": 24, "intermediate_size": 16},
-            ),
-        )
-        assert result.after is None
-        assert result.adjusted == ()
-        taken = plan(narrow(), ratios=result.refusal.nearest[0][0], iterative_steps=2)
-        assert taken.refusal is None
-        assert taken.values == result.refusal.nearest[0][1]
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A class that takes no other values; what it was asked."""
+    asked: list[Any] = []
+    refusal = Refusal("never")
+    monkeypatch.setattr(Trajectory, "_ask", lambda _, values: asked.append(values) or refusal)
+    return asked
 
-    def test_what_is_refused_is_not_carried_out(self) -> None:
+
+class TestRefusals:
+    def test_less_goes_if_the_class_takes_nothing_smaller(self) -> None:
+        model = narrow()
+        result = plan(model, pruning_ratio=0.5, iterative_steps=2)
+        assert result.refusal is None
+        assert steps(result) == [
+            {"hidden_size": 24, "intermediate_size": 24},
+            {"hidden_size": 24, "intermediate_size": 16},
+        ]
+        assert result.adjusted == (
+            "step 2: the ratios ask for hidden_size 16 (hidden_size: at least 24 are needed); "
+            "nearest valid: hidden_size 24",
+        )
+        assert pruned(model, result) == steps(result)
+
+    def test_what_is_refused_is_not_carried_out(self, never: list[Any]) -> None:
         model = narrow()
         result = plan(model, pruning_ratio=0.5)
+        assert result.after is None
+        assert str(result.refusal) == (
+            "refused at step 1 (hidden_size 16, intermediate_size 16): never. No settings near "
+            "these are accepted: change one ratio at a time."
+        )
         with pytest.raises(ConfigSyncError, match="cannot be carried out: refused at step 1"):
             pruned(model, result)
 
@@ -507,19 +516,15 @@ class TestRefusals:
             " Widths that can be pruned: hidden_size, intermediate_size, num_attention_heads"
         )
 
-    def test_no_search_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A class that takes nothing is asked some hundred times, not for every width there is."""
-        asked: list[Any] = []
-        never = Refusal("never")
-        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: asked.append(values) or never)
+    def test_no_search_without_end(self, never: list[Any]) -> None:
+        """It is asked some hundred times, not for every width there is."""
         settings: dict[str, Any] = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.5}
         assert plan(LLAMA_70B, **settings).refusal is not None
-        near = 3 * 24 + 4 * 24 + 64  # settings near these; what heads could be
-        near += 2 * 25  # the other widths alone
-        assert len(asked) <= 4 * (40 + 1) + near
-        asked.clear()
+        near = 64 + 2 * 25  # what heads could be; the other widths alone
+        assert len(never) <= 4 * (40 + 1) + near
+        never.clear()
         assert plan(LLAMA_70B, **settings, iterative_steps=200).refusal is not None
-        assert len(asked) <= 4 * (40 + 200) + near
+        assert len(never) <= 4 * (40 + 200) + near
 
 
 class TestTarget:
@@ -592,12 +597,10 @@ class TestTarget:
         assert result.values["hidden_size"] == 576
         assert result.settings.ratios == {"hidden_size": 0.0}
 
-    def test_a_ratio_of_its_own_leaves_the_others_in(self) -> None:
-        """Ratios alone mean these fields and no others; so the fields are named."""
+    def test_a_width_that_the_class_does_not_take_is_replaced(self) -> None:
         model = narrow()
         result = plan(model, target_params=0.5)
-        assert list(result.settings.ratios) == ["intermediate_size"]
-        assert result.settings.prune == ("hidden_size", "intermediate_size")
+        assert result.values == {"hidden_size": 24, "intermediate_size": 2}
         pruned(model, result)
         assert result.after is not None
         assert numbers_of(model)[0] == result.after.parameters <= result.target
@@ -635,7 +638,7 @@ class TestTarget:
 
 
 class TestOutput:
-    def test_json(self) -> None:
+    def test_json(self, never: list[Any]) -> None:
         result = plan(narrow(), pruning_ratio=0.5)
         read = json.loads(json.dumps(result.to_dict()))
         assert read["schema_version"] == 1
@@ -645,13 +648,7 @@ class TestOutput:
         assert read["refusal"] == {
             "step": 1,
             "values": {"hidden_size": 16, "intermediate_size": 16},
-            "reason": "hidden_size: at least 24 are needed",
-            "nearest": [
-                [
-                    {"hidden_size": 0.25, "intermediate_size": 0.5},
-                    {"hidden_size": 24, "intermediate_size": 16},
-                ]
-            ],
+            "reason": "never",
         }
         assert read["before"]["parameters"] == numbers_of(narrow())[0]
         assert read["after"] is None
@@ -774,7 +771,7 @@ def test_a_search_does_not_depend_on_what_was_asked_before(
     again = alone.at({})
     assert again.steps() == [{("width",): 500}]
     assert not again.accepted()
-    assert alone.at({}, patience=2).steps() == [{("width",): 450}]
+    assert replace(alone, patience=2).steps() == [{("width",): 450}]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from tp_hf_config import (
     HFConfigSyncHook,
     PrunerSettingsWarning,
 )
+from tp_hf_config.model.build import Refusal
+from tp_hf_config.planning.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -90,13 +92,22 @@ class TestTold:
         )
 
     def test_widths_that_the_class_does_not_take(self) -> None:
-        message = assert_told(
-            narrow(),
-            r"refused at step 2 \(hidden_size 16\): hidden_size: at least 24 are needed\.",
-            prune=("hidden_size",),
-            iterative_steps=2,
+        model = narrow()
+        pruner_of(model, HFConfigSyncHook(prune="hidden_size"), iterative_steps=2)
+        with pytest.raises(ConfigSyncError) as raised:
+            pruner_of(model, prune=("hidden_size",), iterative_steps=2)
+        assert (
+            "step 2: the ratios ask for hidden_size 16 (hidden_size: at least 24 are needed); "
+            "nearest valid: hidden_size 24. HFConfigSyncHook() uses the nearest; strict=True"
+        ) in str(raised.value)
+
+    def test_widths_near_which_the_class_takes_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Trajectory, "_ask", lambda _, values: Refusal("never"))
+        assert_told(
+            small.llama(),
+            r"refused at step 1 \(hidden_size 16, intermediate_size 32\): never\. No settings near",
+            prune=("hidden_size", "intermediate_size"),
         )
-        assert 'accepted: ratios={"hidden_size": 0.25} (hidden_size 24)' in message
 
     def test_ratios_of_one_scope(self) -> None:
         model = small.llama()
