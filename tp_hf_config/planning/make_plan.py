@@ -26,14 +26,11 @@ from .plan import (
     Plan,
     PlannedWidth,
     Size,
-    by_name,
-    planned_refusal,
-    shortfalls,
     size_of,
 )
 from .selection import Chosen, Wanted, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
-from .trajectory import MovingWidth, Trajectory, multiples_of, unit_counts_of
+from .trajectory import MovingWidth, Trajectory, by_name, multiples_of, unit_counts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -229,8 +226,8 @@ def _plan(
         },
         before=before,
         after=after,
-        refusal=planned_refusal(trajectory),
-        adjusted=(*(line for _, line in trajectory.adjusted), *shortfalls(trajectory)),
+        refusal=trajectory.refusal(),
+        adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
         target=target,
         why_not_exactly=missed,
         tokens=tokens,
@@ -336,23 +333,22 @@ def _with_head_counts(
     return set(width.fields) | related
 
 
-_TRIES = 32  # ratios to try with the class
 _DIGITS = 5  # of a ratio that is searched for
 
 
 def _trajectory_to(
     trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
 ) -> tuple[Trajectory, float]:
-    """Return the smallest common ratio that leaves at most ``target`` parameters, with its widths.
-
-    If the class refuses these and all near them, the next larger ratios are tried.
-    """
+    """Return the smallest accepted common ratio that leaves at most ``target`` parameters."""
 
     def at(ratio: float) -> Trajectory:
         return trajectory.at({moving.fields: ratio for moving in moving_widths})
 
     def parameters(trajectory: Trajectory) -> int:
         return count.at(trajectory.steps()[-1])
+
+    def fits(trajectory: Trajectory) -> bool:
+        return parameters(trajectory) <= target and trajectory.accepted()
 
     # above this ratio, some width would lose all units, and the pruner would skip it
     highest = min((_highest(trajectory, moving) for moving in moving_widths), default=0.0)
@@ -365,12 +361,10 @@ def _trajectory_to(
         )
     scale = 10**_DIGITS
     numbers = range(int(highest * scale) + 1)
-    found = bisect_left(numbers, True, key=lambda n: parameters(at(n / scale)) <= target)
+    found = bisect_left(numbers, True, key=lambda n: fits(at(n / scale)))
     ratio = min(found / scale, highest)
-    for larger in _ratios(at(ratio), moving_widths, ratio, highest):
-        common = at(larger)
-        if common.accepted() and parameters(common) <= target:
-            return common, larger
+    if fits(at(ratio)):
+        return at(ratio), ratio
     raise ValueError(
         f"target_params={target:,}: the class accepts no widths near one ratio of {ratio:.3f}. Set "
         "a ratio for each width (ratios=), or prune fewer widths (prune=)."
@@ -382,22 +376,3 @@ def _highest(trajectory: Trajectory, moving: MovingWidth) -> float:
     if moving.counts_heads or fewest == moving.unit_counts[0].units:
         return 1.0
     return moving.unit_counts[0].ratio_for(fewest)
-
-
-def _ratios(
-    trajectory: Trajectory, moving_widths: Sequence[MovingWidth], ratio: float, highest: float
-) -> Iterator[float]:
-    """Yield the common ratio, then the next larger ones at which some width changes."""
-    for _ in range(_TRIES):
-        yield ratio
-        following: list[float] = []
-        for moving in moving_widths:
-            end = trajectory.at({moving.fields: ratio}).units(moving)[0][-1]
-            reachable = trajectory.reachable(moving)
-            if end > reachable[0]:
-                count, fewer = moving.unit_counts[0], end - reachable.step
-                following.append(count.ratio_for(fewer, moving.counts_heads))
-        larger = [other for other in following if ratio < other <= highest]
-        if not larger:
-            return
-        ratio = min(larger)

@@ -18,11 +18,11 @@ from ..fieldmap.model_view import view_of
 from ..forward.find_recipe import dry_pass
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name
+from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
 from ..reports import Report, Rows, fields_as_json, short
 from .settings import PruneSettings
-from .trajectory import MovingWidth, Trajectory
+from .trajectory import PlannedRefusal
 
 
 @dataclass(frozen=True)
@@ -225,75 +225,6 @@ def _ratios(plan: Plan) -> Iterator[str]:
     if settings.head_pruning_ratio in asked - {settings.pruning_ratio}:
         yield f"a head ratio of {settings.head_pruning_ratio:g}"
     yield from (f"{name} {ratio:g}" for name, ratio in settings.ratios.items())
-
-
-@dataclass(frozen=True)
-class PlannedRefusal:
-    """Field values that the class refuses, as it does all values near them.
-
-    Attributes:
-        step: the step that leads to them, counted from 1.
-        values: field -> value after that step, for the fields that differ from now.
-        reason: the message of the class, or of this package.
-    """
-
-    step: int
-    values: dict[str, int]
-    reason: str
-
-    def __str__(self) -> str:
-        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
-        return (
-            f"refused at step {self.step} ({values}): {self.reason.rstrip('.')}. No settings near "
-            "these are accepted: change one ratio at a time."
-        )
-
-
-def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
-    return {field_name(field): value for field, value in values.items()}
-
-
-def planned_refusal(trajectory: Trajectory) -> PlannedRefusal | None:
-    refused = trajectory.first_refused()
-    if refused is None:
-        return None
-    step, values, reason = refused
-    return PlannedRefusal(step, by_name(values), reason)
-
-
-def shortfalls(trajectory: Trajectory) -> list[str]:
-    """Return one line for each width that ends wider than its ratio asks for, with the reason."""
-    result: list[str] = []
-    for moving in trajectory.moving_widths if trajectory.units_by_step else ():
-        units = moving.unit_counts[0].units
-        remaining = trajectory.units_by_step[-1][moving.fields][0]
-        ratio = moving.ratio if moving.ratios is None else moving.ratios[-1]
-        # Trajectory.adjusted has the head counts, and what the class refuses
-        told = moving.counts_heads or trajectory.was_adjusted(moving)
-        if not told and remaining > units * (1 - ratio) + 1e-6:
-            field = moving.fields[0]
-            value = trajectory.field_map.values[field] * remaining // units
-            why = _why_wider(trajectory, moving, remaining, ratio)
-            result.append(
-                f"{field_name(field)} ends at {value}; the ratio {ratio:g} asks for "
-                f"{trajectory.field_map.values[field] * (1 - ratio):g}: {why}"
-            )
-    return result
-
-
-def _why_wider(trajectory: Trajectory, moving: MovingWidth, remaining: int, ratio: float) -> str:
-    unit_count, fewest = moving.unit_counts[0], trajectory.reachable(moving)[0]
-    if trajectory.max_ratio < ratio:
-        return f"max_pruning_ratio is {trajectory.max_ratio:g}"
-    if remaining < unit_count.units:
-        return "it cannot be smaller"
-    if fewest == unit_count.units:
-        return f"no smaller multiple of {unit_count.step(trajectory.round_to)} is possible"
-    most = unit_count.ratio_for(fewest)
-    return (
-        f"this ratio would remove all of it, so nothing is pruned; {most:g} removes the most that "
-        "is possible"
-    )
 
 
 _TOKENS = ("input_ids", "decoder_input_ids")

@@ -15,7 +15,6 @@ from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
-from .plan import planned_refusal, shortfalls
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -29,9 +28,8 @@ class Preflight:
 
     def notes(self, step: int) -> list[str]:
         lines = [line for at, line in self.trajectory.adjusted if at == step]
-        # the last step also names widths that lose less than their ratio asks for
         last = step == len(self.trajectory.units_by_step)
-        return lines + (shortfalls(self.trajectory) if last else [])
+        return lines + (self.trajectory.shortfalls if last else [])
 
     def changes(self, step: int) -> bool:
         states = [self.trajectory.start, *self.trajectory.units_by_step]
@@ -93,7 +91,9 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
         for fields, groups in by_fields.items()
         if any(scopes[group.scope] > 1 for group in groups)
     }
-    problem = _ranked_together(ranked) or _first_difference(pruner, by_fields, ranked)
+    alone = (groups for fields, groups in by_fields.items() if fields not in ranked)
+    different = (_different_ends(pruner, groups) for groups in alone)
+    problem = _ranked_together(ranked) or next(filter(None, different), None)
     if problem is not None and may_differ(view.model):
         problem += " Or let each layer have its own widths: per_layer=True."
     if ranked or problem is not None:
@@ -122,11 +122,9 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
         pruner.round_to,
         pruner.max_pruning_ratio,
     )
-    outcome = Preflight(trajectory, kinds)
-    refusal = planned_refusal(trajectory)
-    if refusal is None:
-        return outcome, None
-    return outcome, f"the class refuses the widths. {refusal}"
+    refusal = trajectory.refusal()
+    problem = None if refusal is None else f"the class refuses the widths. {refusal}"
+    return Preflight(trajectory, kinds), problem
 
 
 def _ranked_together(ranked: _Groups) -> str | None:
@@ -144,11 +142,6 @@ def _ranked_together(ranked: _Groups) -> str | None:
         "field cannot describe that. Use global_pruning=False and isomorphic=False, and put no two "
         f"of them under one key of pruning_ratio_dict{other}."
     )
-
-
-def _first_difference(pruner: Any, by_fields: _Groups, ranked: _Groups) -> str | None:
-    alone = (groups for fields, groups in by_fields.items() if fields not in ranked)
-    return next(filter(None, (_different_ends(pruner, groups) for groups in alone)), None)
 
 
 def _names(fields: tuple[FieldPath, ...]) -> str:

@@ -50,6 +50,32 @@ class MovingWidth:
 
 
 @dataclass(frozen=True)
+class PlannedRefusal:
+    """Field values that the class refuses, as it does all values near them.
+
+    Attributes:
+        step: the step that leads to them, counted from 1.
+        values: field -> value after that step, for the fields that differ from now.
+        reason: the message of the class, or of this package.
+    """
+
+    step: int
+    values: dict[str, int]
+    reason: str
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        return (
+            f"refused at step {self.step} ({values}): {self.reason.rstrip('.')}. No settings near "
+            "these are accepted: change one ratio at a time."
+        )
+
+
+def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
+    return {field_name(field): value for field, value in values.items()}
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """The widths after each step of a pruner, and what the class accepts of them."""
 
@@ -223,11 +249,6 @@ class Trajectory:
             for n, count in zip(now, moving.unit_counts, strict=True)
         )
 
-    def was_adjusted(self, moving: MovingWidth) -> bool:
-        """True if the class refuses what the last step's rounded ratio leaves of a width."""
-        rounded, state = self._steps[-1]
-        return rounded[moving.fields] != state[moving.fields]
-
     @cached_property
     def adjusted(self) -> list[tuple[int, str]]:
         """The steps, from 1, with other widths than the ratios ask for, and what is done."""
@@ -263,6 +284,38 @@ class Trajectory:
             result.append((step + 1, line))
         return result
 
+    @cached_property
+    def shortfalls(self) -> list[str]:
+        """A line for each width that ends wider than its ratio asks for, with the reason."""
+        result: list[str] = []
+        rounded, left = self._steps[-1] if self._steps else ({}, {})
+        for moving in self.moving_widths if self._steps else ():
+            remaining, ratio = left[moving.fields][0], moving.ratio
+            # ``adjusted`` has the head counts, and what the class refuses
+            told = moving.counts_heads or rounded[moving.fields] != left[moving.fields]
+            if not told and remaining > moving.unit_counts[0].units * (1 - ratio) + 1e-6:
+                field = moving.fields[0]
+                value = self.field_map.values[field]
+                ends = value * remaining // moving.unit_counts[0].units
+                result.append(
+                    f"{field_name(field)} ends at {ends}; the ratio {ratio:g} asks for "
+                    f"{value * (1 - ratio):g}: {self._why_wider(moving, remaining)}"
+                )
+        return result
+
+    def _why_wider(self, moving: MovingWidth, remaining: int) -> str:
+        count, fewest = moving.unit_counts[0], self.reachable(moving)[0]
+        if self.max_ratio < moving.ratio:
+            return f"max_pruning_ratio is {self.max_ratio:g}"
+        if remaining < count.units:
+            return "it cannot be smaller"
+        if fewest == count.units:
+            return f"no smaller multiple of {count.step(self.round_to)} is possible"
+        return (
+            "this ratio would remove all of it, so nothing is pruned; "
+            f"{count.ratio_for(fewest):g} removes the most that is possible"
+        )
+
     def units(self, moving: MovingWidth) -> list[list[int]]:
         kinds = range(len(moving.unit_counts))
         return [[left[moving.fields][kind] for left in self.units_by_step] for kind in kinds]
@@ -277,8 +330,8 @@ class Trajectory:
             for field in w.fields
         }
 
-    def first_refused(self) -> tuple[int, Values, str] | None:
-        """Return the first step, from 1, that no config can describe, its values and the reason."""
+    def refusal(self) -> PlannedRefusal | None:
+        """Return the first step that the class refuses or no config can describe, if any."""
         steps = self.steps()
         for moving in self.moving_widths:
             ends = {
@@ -288,14 +341,14 @@ class Trajectory:
             if len(ends) > 1:
                 apart = " and ".join(map(str, sorted(ends)))
                 words = f"groups of {moving.name} would have {apart} units"
-                return len(steps), self._changed(steps[-1]), words
+                return PlannedRefusal(len(steps), by_name(self._changed(steps[-1])), words)
         for number, values in enumerate(steps, 1):
             if (refusal := self.refusal_of(values)) is not None:
-                return number, self._changed(values), refusal.reason
+                return PlannedRefusal(number, by_name(self._changed(values)), refusal.reason)
         return None
 
     def accepted(self) -> bool:
-        return not any(map(self.refusal_of, reversed(self.steps()))) and not self.first_refused()
+        return not any(map(self.refusal_of, reversed(self.steps()))) and not self.refusal()
 
     def refusal_of(self, values: Mapping[FieldPath, int]) -> Refusal | None:
         changed = self._changed(values)
