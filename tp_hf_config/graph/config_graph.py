@@ -49,12 +49,12 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         prefix: str = "",  # name of ``model`` inside the module that the pruner prunes
         multiples: Mapping[Any, int] | None = None,  # fields -> divisor that the class demands
         heads: Collection[Any] = (),  # fields whose groups use the pruner's head ratios
-        notes: Sequence[str] = (),  # for the first report
         make_inputs: MakeInputs | None = None,
     ):
         super().__init__()
         self.make_inputs = make_inputs
-        self.pretrained, self.prefix, self.notes = model, prefix, list(notes)
+        self.pretrained, self.prefix = model, prefix
+        self.notes: list[str] = []  # for the first report
         self.replaced: dict[str, Any] = {}  # a pruner's attributes before it took this graph
         self.register_customized_layer(Units, UNITS)
         self.recorded = RecordedPrunes(self)

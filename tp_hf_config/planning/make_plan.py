@@ -28,7 +28,7 @@ from .plan import (
     Size,
     size_of,
 )
-from .selection import Chosen, Wanted, check_ratios, choose
+from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
 from .trajectory import MovingWidth, Trajectory, by_name, multiples_of, unit_counts_of
 
@@ -121,6 +121,7 @@ def plan(
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))
         chosen = choose(view, Wanted(settings.prune, settings.prune_num_heads, gqa))
+        check_apart(view, chosen)
         trajectory = _trajectory(view, chosen, settings)
         if pruning_ratio:
             _check_followed(trajectory, settings, target_params, listed=prune is not None)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch_pruning import ops
 
 from ..arguments import check
 from ..errors import UnsupportedModelError, closest, listed, warn
@@ -17,11 +16,11 @@ from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.layer_fields import fields_named
-from ..graph.prunable import Width, note_on_states, note_on_unobserved, widths_of
+from ..graph.prunable import Width, note_on_states, note_on_unobserved
 from ..graph.pruner_classes import family
 from ..graph.sides import ParameterView, channels_of, is_output
-from ..model.config_json import FieldPath, field_name
-from .selection import Chosen, Wanted, check_ratios, choose
+from ..model.config_json import field_name
+from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import PruneSettings
 from .trajectory import multiples_of
 
@@ -42,10 +41,12 @@ def graph_for(
     settings = settings.in_every_layer(fields_named(view.field_map))
     heads = bool(arguments.get("prune_num_heads") or settings.prune_num_heads)
     arguments["prune_num_heads"] = heads
-    chosen = _chosen(view, arguments, settings, cheapest)
-    for message in chosen.staying:
+    chosen, staying = _chosen(view, arguments, settings, cheapest)
+    for message in staying:
         warn(message)
     graph = _graph_of(view, chosen)
+    left_out = (f"{name} is kept: {reason}" for name, reason in chosen.left_out.items())
+    graph.notes = [*staying, *left_out]
     why = f"config graph: {len(graph.graph_groups)} groups, each proved by permutation"
     why += note_on_unobserved([n for width in chosen.widths for n in width.unobserved_parameters])
     why += note_on_states(name for width in chosen.widths for name in width.encoder_states)
@@ -68,34 +69,48 @@ def graph_for(
 
 def _chosen(
     view: ModelView, arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool
-) -> Chosen:
-    """Return the widths to prune; if head dims cannot be pruned, they are kept, with a warning."""
-    wanted = replace(_wanted_by(arguments, settings, cheapest), stays=_staying(view, arguments))
-    try:
-        return choose(view, wanted)
-    except UnsupportedModelError as error:
-        nothing_else = wanted.fields == () and not wanted.heads
-        # prune_head_dims is true by default, so the user may not have asked for it
-        if not wanted.head_dims or nothing_else:
-            raise
-        reason = str(error)
-    chosen = choose(view, replace(wanted, head_dims=False))
-    splits = view.field_map.splits_of
-    graph = _graph_of(view, chosen)
-    if not any(splits(name) for group in graph.graph_groups for name in graph.outputs_of(group)):
-        warn(f"prune_head_dims=True, but head dims are kept: {reason}")
-    return chosen
+) -> tuple[Chosen, list[str]]:
+    """Return the widths to prune, and messages on those that only the arguments keep.
+
+    If head dims cannot be pruned, they are kept, with a warning.
+    """
+    wanted, head_dims = _wanted_by(arguments, settings, cheapest), ""
+    kept: dict[Width, str] = {}
+    while True:  # another width may take the place of one that is kept
+        try:
+            wanted = replace(wanted, stays=[width.fields for width in kept])
+            chosen = choose(view, wanted)
+        except UnsupportedModelError as error:
+            nothing_else = wanted.fields == () and not wanted.heads
+            # prune_head_dims is true by default, so the user may not have asked for it
+            if not wanted.head_dims or nothing_else:
+                raise
+            wanted, head_dims = replace(wanted, head_dims=False), str(error)
+            continue
+        now_kept = _kept(view, chosen, arguments)
+        if not now_kept:
+            break
+        kept |= now_kept
+    check_apart(view, chosen)
+    if head_dims:
+        graph = _graph_of(view, chosen)
+        names = (name for group in graph.graph_groups for name in graph.outputs_of(group))
+        if not any(map(view.field_map.splits_of, names)):
+            warn(f"prune_head_dims=True, but head dims are kept: {head_dims}")
+    going = {field for width in chosen.widths for field in width.fields}
+    messages = []
+    for width, reason in kept.items():
+        if not going >= set(width.fields):
+            values = " + ".join(str(view.field_map.values[field]) for field in width.fields)
+            messages.append(f"{width.name} is kept at {values}: {reason}")
+    return chosen, messages
 
 
 def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    notes = [
-        *chosen.staying,
-        *(f"{name} is kept: {reason}" for name, reason in chosen.left_out.items()),
-    ]
     multiples, recipe = multiples_of(view, chosen.widths), view.field_map.recipe
-    return ConfigGraph(view.model, groups, view.prefix, multiples, heads, notes, recipe.make_inputs)
+    return ConfigGraph(view.model, groups, view.prefix, multiples, heads, recipe.make_inputs)
 
 
 def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:
@@ -327,26 +342,17 @@ def _wanted_by(arguments: Mapping[str, Any], settings: PruneSettings, cheapest: 
     return Wanted(settings.prune, heads, settings.gqa, dims, cheapest=cheapest)
 
 
-def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldPath, ...], str]:
-    """Return the fields of each width that the pruner's arguments keep -> the reason."""
+def _kept(view: ModelView, chosen: Chosen, arguments: Mapping[str, Any]) -> dict[Width, str]:
+    """Return the widths that the pruner's arguments keep -> the reason."""
     types = tuple(arguments.get("root_module_types") or ())
-    any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
-    if (
-        not arguments.get("ignored_layers")
-        and any_type
-        and not (arguments.get("num_heads") and arguments.get("prune_num_heads"))
-        and arguments.get("prune_head_dims", True)
-    ):
-        return {}
-    offered = [w for w in widths_of(view.model, view.field_map) if w.reason is None]
     ignored = list(arguments.get("ignored_layers") or ())
     modules = [m for item in ignored if isinstance(item, nn.Module) for m in item.modules()]
     parameters = [item for item in ignored if isinstance(item, nn.Parameter)]
-    graph = ConfigGraph(view.model, [group for width in offered for group in width.groups])
+    graph = ConfigGraph(view.model, [group for width in chosen.widths for group in width.groups])
     graph.build_dependency(view.model, ignored_params=parameters)
     groups = iter(graph.graph_groups)
-    result: dict[tuple[FieldPath, ...], str] = {}
-    for width in offered:
+    result: dict[Width, str] = {}
+    for width in chosen.widths:
         of_width = [next(groups) for _ in width.groups]
         every = [graph.refusal_of(graph_group, modules, types) for graph_group in of_width]
         # one field sets all groups of a width, so one kept group keeps all
@@ -356,12 +362,12 @@ def _staying(view: ModelView, arguments: Mapping[str, Any]) -> dict[tuple[FieldP
                 if len(refusals) < len(of_width)
                 else ""
             )
-            result[width.fields] = f"{refusals[0].reason}{others}."
+            result[width] = f"{refusals[0].reason}{others}."
             continue
         layers = [graph.outputs_of(graph_group) for graph_group in of_width]
         reason = _why_heads_stay(view, width, layers, arguments)
         if reason is not None:
-            result[width.fields] = reason
+            result[width] = reason
     return result
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -28,8 +28,7 @@ class Wanted:
     heads: bool = False  # prune whole attention heads, by Torch-Pruning's head ratios
     gqa: Gqa | None = None  # None: whichever suits the model
     head_dims: bool = False  # also prune the same number of dimensions of every head
-    # fields of a width -> why the pruner's arguments keep it
-    stays: Mapping[tuple[FieldPath, ...], str] = dataclasses.field(default_factory=dict)
+    stays: Collection[tuple[FieldPath, ...]] = ()  # fields of widths that arguments keep
     # If no field is named: prune only inner widths, if there are any. False: every width inside the
     # model, as Torch-Pruning's own arguments mean.
     cheapest: bool = True
@@ -47,7 +46,6 @@ class Chosen:
     how: str = ""  # how the heads are pruned, in words
     # name of a default width -> why it is left out: it shares a tensor dim with another
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    staying: tuple[str, ...] = ()  # messages on widths that only the pruner's arguments keep
 
 
 def choose(view: ModelView, wanted: Wanted) -> Chosen:
@@ -71,9 +69,7 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     if wanted.fields is None:
         rest, left_out = _sharing_nothing(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
-    _check_apart(view, widths)
-    staying = tuple(_staying(view, wanted, widths))
-    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out, staying)
+    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out)
 
 
 def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:
@@ -98,25 +94,6 @@ def _check_tried(view: ModelView, asked: tuple[FieldPath, ...]) -> None:
         "belong together, a tiny model of the class has to run forward and backward in float64. "
         f"{way_out}"
     )
-
-
-def _staying(view: ModelView, wanted: Wanted, chosen: Sequence[Width]) -> Iterator[str]:
-    """Yield a message for each width that is asked for, but kept."""
-    if not wanted.stays:
-        return
-    going = {field for width in chosen for field in width.fields}
-    counts, dims = view.field_map.count_fields(), view.head_fields() - view.field_map.count_fields()
-    named = set(wanted.fields or ())
-    would_go = [] if wanted.fields is not None else _default(view, replace(wanted, stays={}), False)
-    for width in _widths(view):
-        fields = set(width.fields)
-        if width.fields not in wanted.stays or fields <= going:
-            continue
-        default = width in would_go
-        heads = wanted.heads and fields & counts
-        if default or heads or (wanted.head_dims and fields & dims) or named & set(width.names):
-            values = " + ".join(str(view.field_map.values[field]) for field in width.fields)
-            yield f"{width.name} is kept at {values}: {wanted.stays[width.fields]}"
 
 
 def check_ratios(chosen: Chosen, ratios: Mapping[str, float]) -> None:
@@ -298,10 +275,10 @@ def _places(width: Width) -> dict[tuple[str, int], None]:
     return {dim.place: None for group in width.groups for dim in group.dims}
 
 
-def _check_apart(view: ModelView, chosen: Sequence[Width]) -> None:
+def check_apart(view: ModelView, chosen: Chosen) -> None:
     """Raise if two widths share a tensor dim (heads times head dim): no pruner can do both."""
     owner: dict[tuple[str, int], Width] = {}
-    for width in chosen:
+    for width in chosen.widths:
         for name, dim in _places(width):
             other = owner.setdefault((name, dim), width)
             if other is not width:
