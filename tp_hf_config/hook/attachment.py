@@ -29,9 +29,6 @@ from .ranks import Agreement, ShardedModel
 from .report import GroupCut, SyncReport, layers_of
 from .unit_choice import UnitChoice, is_unmodified
 
-# dicts that ``BasePruner._prune`` changes while it chooses (base_pruner.py, 1.6.1)
-_STATE = ("num_heads", "in_channel_groups", "out_channel_groups", "_scope_initial_channels")
-
 
 @dataclass(frozen=True)
 class _Done:
@@ -72,7 +69,8 @@ class Attachment:
         self.recorded = self._pruner.DG.recorded
         self.recorded.settle = self._settle
         self._pruner.DG.choose = choice.groups
-        self._undo_choice: Callable[[], None] = lambda: None
+        # steps taken, and sizes that ratios are relative to, before the running step
+        self._before: tuple[int, dict[str, int]] = (0, {})
         self._reason = ""
         self._stepping = self._own_step = False
         self._loop: object | None = None  # the running loop over an interactive step
@@ -105,7 +103,7 @@ class Attachment:
         if self._sharded is not None:
             self._sharded.before_step()
         self._agreement.on_settings(self._pruner)
-        self._undo_choice = _undoing_choice(self._pruner)
+        self._before = self._pruner.current_step, dict(self._pruner._scope_initial_channels)
         self._stepping, self._synced = True, False
         self._own_step = not is_unmodified(self._pruner)
         try:
@@ -328,7 +326,7 @@ class Attachment:
         self.recorded.clear()
         self._told = False
         if not self._synced:  # else the step counts, as a part of it was cut
-            self._undo_choice()
+            self._pruner.current_step, self._pruner._scope_initial_channels = self._before
 
     def _sync_quietly(self, done: _Done) -> None:
         """Sync while another exception is being raised; a failure here only warns."""
@@ -338,20 +336,6 @@ class Attachment:
             warnings.warn(
                 f"HFConfigSyncHook failed after an interrupted step: {error}", stacklevel=2
             )
-
-
-def _undoing_choice(pruner: Any) -> Callable[[], None]:
-    """Return a function that undoes what a step changes in the pruner before it prunes."""
-    step = pruner.current_step
-    dicts = [(getattr(pruner, name), dict(getattr(pruner, name))) for name in _STATE]
-
-    def undo() -> None:
-        pruner.current_step = step
-        for current, before in dicts:
-            current.clear()
-            current.update(before)
-
-    return undo
 
 
 @dataclass(frozen=True)
