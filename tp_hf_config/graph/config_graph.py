@@ -6,7 +6,7 @@ example inputs, forward pass or autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         model: nn.Module,
         groups: Sequence[Group],
         prefix: str = "",  # name of ``model`` inside the module that the pruner prunes
-        multiples: Mapping[Any, int] | None = None,  # fields -> divisor that the class demands
         heads: Collection[Any] = (),  # fields whose groups use the pruner's head ratios
         make_inputs: MakeInputs | None = None,
     ):
@@ -64,7 +63,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             GraphGroup(
                 group.fields,
                 sides_of(model, group, self._views),
-                group.count.in_multiples_of((multiples or {}).get(group.fields, 1)),
+                group.count,
                 Units(group.count.units),
                 group.fields in heads,
             )

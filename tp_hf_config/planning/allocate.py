@@ -34,7 +34,7 @@ from ..model.layer_entries import layer_number, name_in_all_layers
 from ..model.locate import find_pretrained
 from ..reports import Report
 from .settings import PruneSettings
-from .trajectory import multiples_of, unit_counts_of
+from .trajectory import in_multiples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -244,12 +244,11 @@ class _Sensitivity:
 
     def curve(self, width: Width, shares: Iterable[float]) -> LayerCurve:
         """Return how the output changes when shares of a width's units are removed, with refits."""
-        model = self._view.model
+        model, width = self._view.model, in_multiples(self._view, width)
         graph = ConfigGraph(model, width.groups)
         graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
-        multiple = multiples_of(self._view, [width])[width.fields]
-        (count,) = unit_counts_of(width, multiple)
+        count = graph_group.count
         whole = graph.group_at(graph_group, range(count.units))
         values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
         starts = torch.arange(0, count.units, values.shape[1], device=values.device)

@@ -30,7 +30,7 @@ from .plan import (
 )
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
-from .trajectory import MovingWidth, Trajectory, by_name, multiples_of, unit_counts_of
+from .trajectory import MovingWidth, Trajectory, by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -153,7 +153,6 @@ def _check_followed(
 def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
     field_map = view.field_map
     check_ratios(chosen, settings.ratios)
-    multiples = multiples_of(view, chosen.widths)
     moving_widths = []
     for width in chosen.widths:
         named = [settings.ratios[name] for name in width.names if name in settings.ratios]
@@ -163,7 +162,7 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         moving_widths.append(
             MovingWidth(
                 width.fields,
-                unit_counts_of(width, multiples[width.fields]),
+                tuple(dict.fromkeys(group.count for group in width.groups)),
                 ratio,
                 clamped=bool(named) or width in chosen.heads,
                 counts_heads=bool(set(width.fields) & field_map.count_fields()),

@@ -23,8 +23,7 @@ class Preflight:
     """The widths after each step of a pruner, computed before it starts."""
 
     trajectory: Trajectory
-    # id of a group -> its width's fields, and index of its unit count in unit_counts
-    kinds: dict[int, tuple[tuple[FieldPath, ...], int]]
+    units: dict[int, list[int]]  # id of a group -> its units now and after each step
 
     def notes(self, step: int) -> list[str]:
         lines = [line for at, line in self.trajectory.adjusted if at == step]
@@ -32,19 +31,14 @@ class Preflight:
         return lines + (self.trajectory.shortfalls if last else [])
 
     def changes(self, step: int) -> bool:
-        states = [self.trajectory.start, *self.trajectory.units_by_step]
-        return 1 <= step < len(states) and states[step - 1] != states[step]
+        return any(len(n) > step >= 1 and n[step - 1] != n[step] for n in self.units.values())
 
     def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
         """Return how many units a step leaves of a group; ``None``: unknown."""
-        states = [self.trajectory.start, *self.trajectory.units_by_step]
-        kind = self.kinds.get(id(graph_group))
-        if kind is None or not 1 <= step < len(states):
-            return None
-        fields, index = kind
-        before, after = states[step - 1][fields][index], states[step][fields][index]
-        # else something else pruned the group
-        return after if before == graph_group.units.count else None
+        units = self.units.get(id(graph_group), [])
+        if not len(units) > step >= 1 or units[step - 1] != graph_group.units.count:
+            return None  # something else pruned the group
+        return units[step]
 
 
 def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
@@ -99,17 +93,11 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     if ranked or problem is not None:
         return None, problem
     moving_widths: list[MovingWidth] = []
-    kinds: dict[int, tuple[tuple[FieldPath, ...], int]] = {}
     for fields, groups in by_fields.items():
-        unit_counts = list(dict.fromkeys(group.unit_count for group in groups))
-        kinds |= {
-            id(member.graph_group): (fields, unit_counts.index(member.unit_count))
-            for member in groups
-        }
         moving_widths.append(
             MovingWidth(
                 fields,
-                tuple(unit_counts),
+                tuple(dict.fromkeys(group.unit_count for group in groups)),
                 groups[0].ratios[-1] if groups[0].ratios else 0.0,
                 ratios=groups[0].ratios,
                 counts_heads=bool(set(fields) & view.field_map.count_fields()),
@@ -124,7 +112,13 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
     )
     refusal = trajectory.refusal()
     problem = None if refusal is None else f"the class refuses the widths. {refusal}"
-    return Preflight(trajectory, kinds), problem
+    units: dict[int, list[int]] = {}
+    for moving in moving_widths:
+        by_count = dict(zip(moving.unit_counts, trajectory.units(moving), strict=True))
+        for group in by_fields[moving.fields]:
+            count = group.unit_count
+            units[id(group.graph_group)] = [count.units, *by_count[count]]
+    return Preflight(trajectory, units), problem
 
 
 def _ranked_together(ranked: _Groups) -> str | None:

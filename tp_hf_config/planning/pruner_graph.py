@@ -22,7 +22,6 @@ from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import PruneSettings
-from .trajectory import multiples_of
 
 
 def graph_for(
@@ -109,8 +108,8 @@ def _chosen(
 def _graph_of(view: ModelView, chosen: Chosen) -> ConfigGraph:
     groups = [group for width in chosen.widths for group in width.groups]
     heads = {width.fields for width in chosen.heads}
-    multiples, recipe = multiples_of(view, chosen.widths), view.field_map.recipe
-    return ConfigGraph(view.model, groups, view.prefix, multiples, heads, recipe.make_inputs)
+    make_inputs = view.field_map.recipe.make_inputs
+    return ConfigGraph(view.model, groups, view.prefix, heads, make_inputs)
 
 
 def _layers_outside(model: nn.Module, pretrained: nn.Module) -> list[nn.Module]:

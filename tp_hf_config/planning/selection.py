@@ -17,6 +17,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import tensor
 from .settings import Gqa
+from .trajectory import in_multiples
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     if wanted.fields is None:
         rest, left_out = _sharing_nothing(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
-    return Chosen(widths, tuple(heads), _in_words(view, heads), left_out)
+    adapted = {width: in_multiples(view, width) for width in widths}
+    of_heads = tuple(adapted[width] for width in heads)
+    return Chosen(tuple(adapted.values()), of_heads, _in_words(view, heads), left_out)
 
 
 def _asked_alone(view: ModelView, wanted: Wanted) -> tuple[FieldPath, ...]:

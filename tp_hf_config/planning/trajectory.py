@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, product
@@ -386,30 +386,9 @@ class Trajectory:
         return rounded or range(count.units, count.units + 1)
 
 
-def multiples_of(view: ModelView, widths: Iterable[Width]) -> dict[tuple[FieldPath, ...], int]:
-    """Return what each width must be a multiple of for class, kernels and channel groups."""
-    counts = view.field_map.count_fields()
-    multiples: dict[tuple[FieldPath, ...], int] = {}  # in units of its fields
-    for width in widths:
-        multiple = _multiple_in(view, width)
-        if len(width.fields) == 1 and not set(width.fields) & counts:
-            own = multiple_of(view.field_map, width.fields[0])
-            multiple = lcm(
-                multiple, own // gcd(own, view.field_map.values[width.fields[0]] // width.units)
-            )
-        multiples[width.fields] = multiple
-    return multiples
-
-
-def unit_counts_of(width: Width, multiple: int) -> tuple[UnitCount, ...]:
-    """Return the unit counts of a width's groups; ``multiple`` is in units of its fields."""
-    counts = (group.count.in_multiples_of(multiple) for group in width.groups)
-    return tuple(dict.fromkeys(counts))
-
-
-def _multiple_in(view: ModelView, width: Width) -> int:
-    """Return what a width must be a multiple of for its kernels and channel groups."""
-    multiple = 1
+def in_multiples(view: ModelView, width: Width) -> Width:
+    """Return a width in the multiples that class, kernels and channel groups demand."""
+    multiple = 1  # in units of its fields
     for group in width.groups:
         own = group.count.channel_groups  # all groups of a width lose the same number
         for dim in group.dims:
@@ -417,4 +396,10 @@ def _multiple_in(view: ModelView, width: Width) -> int:
                 # stacked experts' grouped matrix product takes only rows of whole 16 bytes
                 own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
         multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
-    return multiple
+    field = width.fields[0]
+    if len(width.fields) == 1 and field not in view.field_map.count_fields():
+        own = multiple_of(view.field_map, field)
+        multiple = lcm(multiple, own // gcd(own, view.field_map.values[field] // width.units))
+    counts = (group.count.in_multiples_of(multiple) for group in width.groups)
+    groups = zip(width.groups, counts, strict=True)
+    return replace(width, groups=tuple(replace(group, count=count) for group, count in groups))
