@@ -71,28 +71,19 @@ def _write(target: Any, key: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain module attribute whose value differs in the new build."""
+    """A plain attribute, non-persistent buffer or other tensor that differs in the new build."""
 
     module: str  # name in the model
     key: str
     value: Any
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A non-persistent buffer, or other tensor attribute, that differs in the new build."""
-
-    module: str  # name in the model
-    key: str
-    value: torch.Tensor
-    old_dtype: torch.dtype | None  # in the old reference build; None: not there
+    old_dtype: torch.dtype | None = None  # of a tensor in the old reference build
 
 
 @dataclass(frozen=True)
 class Difference:
     fields: Sequence[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
     attributes: Sequence[Attribute]
-    buffers: Sequence[Buffer]
+    buffers: Sequence[Attribute]
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
@@ -100,7 +91,7 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
     present = {name for name, _ in live.named_modules()}
     fields: list[tuple[str, FieldPath, Any]] = []
     attributes: list[Attribute] = []
-    buffers: list[Buffer] = []
+    buffers: list[Attribute] = []
     before = dict(old.named_modules())
     compared: set[int] = set()
     for name, module in new.named_modules():
@@ -129,7 +120,7 @@ def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute
             yield Attribute(name, key, value)
 
 
-def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Buffer]:
+def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Attribute]:
     """Yield the non-persistent buffers and tensor attributes of a module that differ."""
     loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
     for key, built in {**_unsaved(new), **loose}.items():
@@ -145,7 +136,7 @@ def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iter
             or previous.dtype != value.dtype
             or not torch.equal(previous, value)
         ):
-            yield Buffer(name, key, value, None if previous is None else previous.dtype)
+            yield Attribute(name, key, value, None if previous is None else previous.dtype)
 
 
 def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -175,9 +166,10 @@ def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[st
 
 
 def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
+    """Write a difference; return the names of attributes, and of buffers."""
     write_fields(changes, live, difference.fields)
-    attributes = write_attributes(changes, live, difference.attributes)
-    return attributes, write_buffers(changes, live, difference.buffers)
+    attributes = _write_attributes(changes, live, difference.attributes)
+    return attributes, _write_buffers(changes, live, difference.buffers)
 
 
 def write_fields(
@@ -211,7 +203,7 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
     return target
 
 
-def write_attributes(
+def _write_attributes(
     changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
 ) -> list[str]:
     """Write plain attributes; return the names of those that changed, without torch's layers."""
@@ -226,8 +218,7 @@ def write_attributes(
     return written
 
 
-def write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Buffer]) -> list[str]:
-    """Write buffers to the devices of the live ones; return their names."""
+def _write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Attribute]) -> list[str]:
     written: list[str] = []
     for item in buffers:
         module = live.get_submodule(item.module)

@@ -249,7 +249,12 @@ class Attachment:
                 )
             else:
                 self._unfinished = None
-                self._sync_quietly(done)
+                try:
+                    self._sync(True, done)
+                except Exception as other:  # ``error`` is the exception that has to surface
+                    warnings.warn(
+                        f"HFConfigSyncHook failed after an interrupted step: {other}", stacklevel=2
+                    )
             raise
 
     def _sync(
@@ -327,15 +332,6 @@ class Attachment:
         self._told = False
         if not self._synced:  # else the step counts, as a part of it was cut
             self._pruner.current_step, self._pruner._scope_initial_channels = self._before
-
-    def _sync_quietly(self, done: _Done) -> None:
-        """Sync while another exception is being raised; a failure here only warns."""
-        try:
-            self._sync(True, done)
-        except Exception as error:
-            warnings.warn(
-                f"HFConfigSyncHook failed after an interrupted step: {error}", stacklevel=2
-            )
 
 
 @dataclass(frozen=True)
