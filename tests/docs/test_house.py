@@ -107,12 +107,12 @@ LINES = {
     "forward": (2_313, 2_200),
     "fieldmap": (4_163, 3_400),
     "twin": (3_899, 3_400),
-    "graph": (2_960, 2_200),
-    "planning": (2_816, 2_200),
-    "hook": (3_643, 2_300),
-    "calibration": (2_982, 2_300),
+    "graph": (2_952, 2_200),
+    "planning": (2_444, 2_200),
+    "hook": (3_408, 2_300),
+    "calibration": (2_950, 2_300),
     "checkpoint": (2_810, 2_000),
-    "pipeline": (3_873, 2_300),
+    "pipeline": (3_868, 2_300),
     "cli": (687, 700),
     "": (925, 400),
 }
@@ -130,4 +130,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 154  # the budget is 115
+    assert len(FILES) <= 150  # the budget is 115
