@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -36,7 +36,8 @@ TEXT_RIDGE = 1e-1
 _REMEMBERED = 4  # inputs; weights that read the same values (q, k, v) run right after each other
 # where in memory a weight's inputs lay, whether they still do, and the weight's leader
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
-_Place = tuple[str, int, bool]  # a weight, the dimension that reads, whether it stacks experts
+_Need = Literal["gram", "products", ""]
+_Place = tuple[str, int, bool, _Need]
 
 
 class Measuring:
@@ -306,36 +307,45 @@ class MeasuredModel:
         return short(self, str(self))
 
 
+@dataclass(frozen=True)
+class Input:
+    parameter: str  # its first name
+    dim: int
+    parts: int  # matrices that it stacks (experts); 1: no stack
+    # What a refit needs: "gram"; "products" behind a norm (of the kept channels); "": nothing,
+    # because another weight reads the same or this one is a table of embeddings too.
+    sums: _Need
+
+
 def gram_bytes(field_map: FieldMap, full: nn.Module) -> int | None:
     """Return what ``calibrate(model).memory`` will be; ``None``: the tiny model does not run.
 
-    It is less if a matrix does not fit into memory or an expert gets no token. ``full`` may be on
-    any device.
+    It is less if a matrix does not fit into memory or an expert gets no token.
     """
-    key = None
-    if field_map.digest is not None:
-        key = entry_key(field_map.digest, "inputs with Gram matrices", field_map.data)
-    places: list[_Place] | None = None if key is None else load(key)
-    if places is None:
-        places = _with_gram(field_map)
-        if key is not None and places is not None:
-            store(key, places)
-    if places is None:
+    inputs = inputs_of(field_map, full)
+    if inputs is None:
         return None
-    by_name: dict[str, list[_Place]] = {}
-    for place in places:
-        by_name.setdefault(place[0], []).append(place)
     return sum(
-        4
-        * (parameter.shape[stack_dim(parameter, dim)] if stacked else 1)
-        * parameter.shape[dim] ** 2
-        for name, parameter in full.named_parameters()
-        for _, dim, stacked in by_name.get(field_map.depth.canonical(name), ())
+        4 * each.parts * int(full.get_parameter(each.parameter).shape[each.dim]) ** 2
+        for each in inputs
+        if each.sums == "gram"
     )
 
 
-def _with_gram(field_map: FieldMap) -> list[_Place] | None:
-    """Return the weights whose inputs get a Gram matrix, from a pass of the tiny model."""
+def inputs_of(field_map: FieldMap, full: nn.Module) -> list[Input] | None:
+    """Return what every weight of ``full`` (on any device) reads, from a pass of the tiny model."""
+    key = None
+    if field_map.digest is not None:
+        key = entry_key(field_map.digest, "what weights read", field_map.data)
+    places: list[_Place] | None = None if key is None else load(key)
+    if places is None:
+        places = _places(field_map)
+        if key is not None and places is not None:
+            store(key, places)
+    return None if places is None else [*_at_full_size(field_map, full, places)]
+
+
+def _places(field_map: FieldMap) -> list[_Place] | None:
     tiny = experiments_of(field_map).tiny
     if isinstance(tiny, Refusal):
         return None
@@ -344,12 +354,27 @@ def _with_gram(field_map: FieldMap) -> list[_Place] | None:
     except CalibrationError:
         return None
     first = field_map.depth.first
-    # a weight that reads what another one reads shares its matrix
-    leaders = (own for own, leader in readings.leaders.items() if own == leader)
     return sorted(
         {
-            (first(each.parameter), each.dim, each.part is not None)
-            for each in leaders
-            if each.parameter not in readings.tables and readings.needs_gram(each)
+            (first(c.parameter), c.dim, c.part is not None, _sums_of(c, readings))
+            for c in readings.leaders
         }
     )
+
+
+def _sums_of(consumer: Consumer, readings: Readings) -> _Need:
+    if readings.leaders[consumer] != consumer or consumer.parameter in readings.tables:
+        return ""
+    return "gram" if readings.needs_gram(consumer) else "products"
+
+
+def _at_full_size(
+    field_map: FieldMap, full: nn.Module, places: Iterable[_Place]
+) -> Iterator[Input]:
+    by_name: dict[str, list[_Place]] = {}
+    for place in places:
+        by_name.setdefault(place[0], []).append(place)
+    for name, parameter in full.named_parameters():
+        for _, dim, stacked, sums in by_name.get(field_map.depth.canonical(name), ()):
+            parts = parameter.shape[stack_dim(parameter, dim)] if stacked else 1
+            yield Input(name, dim, parts, sums)

@@ -27,6 +27,7 @@ from .plan import (
     PlannedWidth,
     Size,
     size_of,
+    working_time,
 )
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
@@ -207,11 +208,14 @@ def _plan(
         if fewer:
             missed = f"{fewer:,} fewer, because only whole units are removed"
     values = trajectory.steps()[-1]
-    _, after, _ = _build_and_measure(field_map, values)
+    full_after, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
     not_chosen = "not chosen" if settings.prune else "pruned only if it is named"
     tokens = "input_ids" in inspect.signature(view.model.forward).parameters
+    time = None
+    if full_after is not None and tokens:
+        time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
@@ -230,6 +234,7 @@ def _plan(
         adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
         target=target,
         why_not_exactly=missed,
+        time=time,
         tokens=tokens,
         notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
         _fields=dict(field_map.values),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.measured import gram_bytes
+from ..calibration.batches import TOKENS, WINDOW
+from ..calibration.measured import gram_bytes, inputs_of
 from ..errors import ConfigSyncError, UnsupportedModelError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import view_of
@@ -87,6 +88,8 @@ class Plan(Report):
         why_not_exactly: why fewer are left; ``None`` if they are not.
         tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).
         notes: further notes for the user.
+        time: how long calibrating and a step with refits take in memory; ``None`` if the class
+            refuses the widths, does not run at tiny ones, or takes no tokens.
     """
 
     model: str
@@ -101,6 +104,7 @@ class Plan(Report):
     why_not_exactly: str | None = None
     tokens: bool = True
     notes: tuple[str, ...] = ()
+    time: WorkingTime | None = None
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
@@ -213,6 +217,8 @@ def _footnotes(plan: Plan) -> list[str]:
     for (name, reason), number in layers.items():
         where = f" (of {number} layers)" if number > 1 else ""
         lines.append(f"kept: {name}{where}: {reason}")
+    if plan.time is not None:
+        lines.append(f"estimated time in memory on two CPU cores: {plan.time}")
     return lines + [f"note: {note}" for note in plan.notes]
 
 
@@ -304,3 +310,53 @@ class ParameterCount:
         if expression is None or not expression.fields & changes.keys():
             return size
         return int(expression.evaluate(changes))
+
+
+RATE = 140e9  # float32 operations a second on two CPU cores (`benchmarks/working_time.py`)
+_HELD_OUT = 8 * WINDOW  # tokens
+_PASSES = 4  # over held-out data: unpruned, cut, refitted, pruned
+_UPPER = 5 / 8  # share of a Gram matrix that is computed: the upper triangle, in blocks
+_DOUBLE = 2  # float32 operations in the time of one in float64
+
+
+@dataclass(frozen=True)
+class WorkingTime:
+    """Estimated seconds in memory on two CPU cores; experts take longer."""
+
+    calibrate: float  # on the default number of tokens
+    step: float
+
+    def __str__(self) -> str:
+        return f"{_said(self.calibrate)} to calibrate, {_said(self.step)} for a step with refits"
+
+
+def working_time(
+    field_map: FieldMap, full: nn.Module, after: nn.Module, steps: int, flops: int | None
+) -> WorkingTime | None:
+    """Return how long it takes; ``None``: the FLOPs or what weights read are unknown."""
+    inputs = inputs_of(field_map, full)
+    if inputs is None or flops is None:
+        return None
+    grams, products = 0.0, 0
+    step: float = _PASSES * _HELD_OUT * flops
+    for each in (each for each in inputs if each.sums):
+        size, end = (m.get_parameter(each.parameter).shape[each.dim] for m in (full, after))
+        kept = size - (size - end) // steps
+        if each.sums == "gram":
+            grams += 2 * _UPPER * size**2
+        if kept == size:
+            continue
+        if each.sums == "products":
+            products += 2 * kept * (kept + size)
+        targets = size if each.sums == "products" else size - kept
+        step += _DOUBLE * each.parts * (kept**3 / 3 + 2 * kept**2 * targets)
+    if products:
+        step += TOKENS * (flops + products)
+    return WorkingTime(TOKENS * (flops + grams) / RATE, step / RATE)
+
+
+def _said(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.2g} {unit}"
+    return f"about {max(1.0, seconds):.2g} s"
