@@ -447,6 +447,13 @@ class Refitting:
         if unseen:
             self.result.notes.append(f"not refitted, because it was not measured: {listed(unseen)}")
 
+    def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
+        """Estimate the change by cutting other groups, with refits; nothing is pruned."""
+        other = StepRefits(self._step.calibration, groups)
+        self._outputs.begin()
+        run_as_cut(other, set(other.refits), self._outputs.compare, "held-out data, another cut")
+        return self._outputs.mean()
+
     def finished(self, synced: bool) -> Refits:
         """Return the effect of the refits."""
         if synced and self.result.cut is not None:  # synced: a config describes the model

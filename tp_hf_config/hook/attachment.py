@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 import weakref
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..calibration.calibrate import Calibration
-from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refitting, in_words
+from ..calibration.held_out import Refitting
 from ..errors import CalibrationWarning, ConfigSyncError, in_one_line, listed, warn
 from ..fieldmap.solve.explain import AGAIN
 from ..graph.config_group import ConfigGroup
@@ -24,6 +23,7 @@ from ..model.config_json import config_json
 from ..model.fill import LiveCut
 from ..model.layer_class import stock_class
 from ..model.shapes import Shapes, shapes
+from .advice import advice_before
 from .follow import Follower, Proof
 from .ranks import Agreement, ShardedModel
 from .report import GroupCut, SyncReport, layers_of
@@ -217,20 +217,9 @@ class Attachment:
         refitting = Refitting(calibration, groups)
         self._agreement.on_refits(self._pruner, refitting.result)
         self._refitting = refitting
-        expected = refitting.result.expected
-        if expected is not None and expected > TOO_MUCH:
-            sizes = {name: weight.numel() for name, weight in self._model.named_parameters()}
-            before, after = sum(sizes.values()), sum(math.prod(remaining[name]) for name in sizes)
-            warn(
-                f"this step removes {before - after:,} of {before:,} parameters. On held-out data "
-                f"the output distribution is expected to change by a KL divergence of "
-                f"{expected:.3g}: {in_words(expected)}. A change below {NOTICEABLE} is hardly "
-                'noticeable. Inner widths cost least for each parameter (prune="inner"). '
-                f"allocate(model, calibration, target_params={after}) prunes most in the layers "
-                "where it changes the output least (in the shell: --allocate --target-params "
-                f"{after / before:.2f})",
-                CalibrationWarning,
-            )
+        told = advice_before(self.follower.view, calibration, refitting, groups, remaining)
+        if told is not None:
+            warn(told, CalibrationWarning)
         return refitting.edits
 
     def _cut(self, in_step: bool) -> SyncReport:

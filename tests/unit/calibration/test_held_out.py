@@ -161,23 +161,33 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
         f"this step removes {before - after:,} of {before:,} parameters. On held-out data the "
         f"output distribution is expected to change by a KL divergence of {result.refit:.3g}: do "
         "not expect good answers without training (over 0.5). A change below 0.1 is hardly "
-        'noticeable. Inner widths cost least for each parameter (prune="inner"). '
-        f"allocate(model, calibration, target_params={after}) prunes most in"
+        "noticeable. If as many parameters are removed from the inner widths only, the expected KL "
+        "divergence is "
     )
+    other = float(
+        text.partition("inner widths only, the expected KL divergence is ")[2].split(":")[0]
+    )
+    ratio = (before - after) / (2 * 3 * 64 * 96)
+    assert (
+        f'prune=("intermediate_size",), pruning_ratio={ratio:.2f}. The outputs of layers change by '
+        in text
+    )
+    assert f"allocate(model, calibration, target_params={after}) prunes most in" in text
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
     calibration = calibrate(fresh, calibrated.batches(fresh))
-    hook = HFConfigSyncHook(prune="inner", refit=calibration)
-    ratio = (before - after) / (2 * 3 * 64 * 96)  # as many parameters
+    hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
+    importance = calibration.importance()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CalibrationWarning)  # it costs little, so nothing is said
         calibrated.pruner_of(
             fresh,
             hook,
             pruning_ratio=int(ratio * 96) / 96,
-            importance=calibration.importance(),
+            importance=importance,
         ).step()
-    assert hook.reports[0].refits.refit < result.refit
+    assert hook.reports[0].refits.refit == pytest.approx(other, rel=0.02)
+    assert other < result.refit
 
 
 @pytest.mark.parametrize(
