@@ -41,7 +41,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
 from ..model.shortage import raise_shortage
 from ..model.surroundings import quiet_transformers, same_random_state
-from ..reports import Report
+from ..reports import MOST_LINES, Report
 from .apply import Changes, all_or_nothing, difference, write
 from .follow import with_mirrored_fields
 
@@ -362,6 +362,7 @@ class DroppedLayers(Report):
     influence: tuple[float, ...] = ()
     proof: str = ""
     notes: Sequence[str] = ()
+    most_lines = MOST_LINES
 
     def title(self) -> str:
         """Return which layers were removed."""
