@@ -161,8 +161,7 @@ class Plan(Report):
 
     def details(self) -> Iterator[str]:
         """Yield the memory to calibrate, and why the other widths are kept."""
-        *_, memory = _sizes(self)
-        yield memory
+        yield list(_sizes(self))[-1]
         yield from (f"kept: {name}: {why}" for name, why in _by_layers(self.kept.items()))
 
     def __repr__(self) -> str:
@@ -276,9 +275,8 @@ def adjusted_line(adjusted: Adjusted) -> str:
     requested = ", ".join(f"{field_name(f)} {value:.4g}" for f, value in adjusted.requested.items())
     accepted = ", ".join(f"{field_name(f)} {value}" for f, value in adjusted.accepted.items())
     reason = f" ({adjusted.reason.rstrip('.')})" if adjusted.reason else ""
-    return (
-        f"step {adjusted.step}: the ratios ask for {requested}{reason}; nearest valid: {accepted}"
-    )
+    asked = f"the ratios ask for {requested}{reason}"
+    return f"step {adjusted.step}: {asked}; nearest valid: {accepted}"
 
 
 def by_name(values: Mapping[FieldPath, int]) -> dict[str, int]:
@@ -449,9 +447,12 @@ _DOUBLE = 2  # float32 operations in the time of one in float64
 
 @dataclass(frozen=True)
 class WorkingTime:
-    """Estimated seconds in memory on two CPU cores; experts take longer."""
+    """Estimated seconds in memory on two CPU cores; experts take longer.
 
-    calibrate: float  # on the default number of tokens
+    ``calibrate`` is on the default number of tokens; ``step`` is one step with refits.
+    """
+
+    calibrate: float
     step: float
 
     def __str__(self) -> str:
