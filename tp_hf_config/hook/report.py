@@ -66,8 +66,10 @@ class SyncReport(Report):
 
     def lines(self) -> Iterator[str]:
         """Yield the number of parameters, the effect of refits, narrower inputs, and notes."""
+        if self.error is not None:
+            return
         before, after = self.parameters
-        if before and self.error is None:
+        if before:
             yield f"  parameters: {before:,} -> {after:,} ({after / before:.1%})"
         if self.refits is not None:
             yield f"  {self.refits}"
@@ -187,12 +189,8 @@ class GroupCut:
     layers: tuple[LayerCut, ...]
 
     def counted(self) -> PrunedGroup:
-        return PrunedGroup(
-            tuple(
-                PrunedLayer(layer.name, layer.out, len(layer.removed), layer.before)
-                for layer in self.layers
-            )
-        )
+        counts = ((cut.name, cut.out, len(cut.removed), cut.before) for cut in self.layers)
+        return PrunedGroup(tuple(PrunedLayer(*count) for count in counts))
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
