@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import layer_zoo
 import pytest
 import small
 import torch
@@ -18,6 +19,9 @@ from tp_hf_config.pipeline.job import Layerwise, Pruned
 from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.reports import MOST_LINES, Report
 
+ENTRIES = pytest.mark.skipif(
+    not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"
+)
 MORE = "more lines: text(full=True), or --json in the shell"
 PRUNED = Pruned(
     "LayerwiseLlamaForCausalLM",
@@ -53,13 +57,12 @@ def lines_of(report: Report) -> list[str]:
     [
         ({"pruning_ratio": 0.2}, ["intermediate_size"]),
         ({"pruning_ratio": 0.5, "iterative_steps": 4}, ["intermediate_size"]),
-        ({"pruning_ratio": 0.5, "per_layer": True}, ["intermediate_size (of 30 layers)"]),
         (
             {"pruning_ratio": 0.2, "gqa": "group", "head_pruning_ratio": 0.34},
             ["num_key_value_heads + num_attention_heads", "intermediate_size"],
         ),
     ],
-    ids=["uniform", "in steps", "layers may differ", "heads"],
+    ids=["uniform", "in steps", "heads"],
 )
 def test_of_a_plan(settings: dict[str, Any], widths: list[str]) -> None:
     planned = plan(SMOLLM2, prune="inner", **settings)
@@ -74,17 +77,27 @@ def test_of_a_plan(settings: dict[str, Any], widths: list[str]) -> None:
     assert max(map(len, lines)) <= 119
 
 
-def test_layers_that_are_pruned_by_different_ratios_have_a_row_each() -> None:
-    ratios = {"intermediate_size": 0.5, "per_layer_config.00.intermediate_size": 0.25}
-    planned = plan(SMOLLM2, per_layer=True, ratios=ratios)
+@ENTRIES
+def test_layers_that_are_pruned_alike_share_a_row() -> None:
+    model = small.llama(num_hidden_layers=6)
+    alike = plan(model, per_layer=True, ratios={"intermediate_size": 0.5})
+    assert len(lines_of(alike)) == MOST_LINES
+    assert [row[:3] for row in alike.rows()[1:]] == [
+        ("intermediate_size (of 6 layers)", "64", "32")
+    ]
+    ratios = {"intermediate_size": 0.5, "per_layer_config.0.intermediate_size": 0.25}
+    planned = plan(model, per_layer=True, ratios=ratios)
+    assert len(lines_of(planned)) == MOST_LINES
     assert [row[:3] for row in planned.rows()[1:]] == [
-        ("per_layer_config.00.intermediate_size", "1,536", "1,152"),
-        ("intermediate_size (of 29 layers)", "1,536", "768"),
+        ("per_layer_config.0.intermediate_size", "64", "48"),
+        ("intermediate_size (of 5 layers)", "64", "32"),
     ]
 
 
 @pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
-@pytest.mark.parametrize("per_layer", [False, True], ids=["uniform", "layers differ"])
+@pytest.mark.parametrize(
+    "per_layer", [False, pytest.param(True, marks=ENTRIES)], ids=["uniform", "layers differ"]
+)
 def test_of_a_step_with_refits(per_layer: bool) -> None:
     model = small.llama(num_hidden_layers=4)
     before = model.num_parameters()
