@@ -38,8 +38,8 @@ class DepthRefit:
 
     parameter: str
     change: Tensor  # to add to the parameter
-    # of what the dropped layers add to the hidden states, on held-out data; 1 without a refit
-    error: float
+    # R² on held-out data: the share of what the dropped layers add to the states that it explains
+    explained: float
 
 
 @dataclass
@@ -65,13 +65,13 @@ class _Sums:
             self.gram, self.cross = ranks.summed(self.gram), ranks.summed(self.cross)
             (self.square,) = ranks.sums([self.square])
 
-    def error(self, change: Tensor) -> float:
-        """Return the relative error with a change ``(channels, hidden)`` of the weight."""
+    def explained(self, change: Tensor) -> float:
+        """Return the R² of a change ``(channels, hidden)`` of the weight."""
         assert self.gram is not None
         assert self.cross is not None
         change, gram, cross = (value.double() for value in (change, self.gram, self.cross))
         rest = self.square - 2 * (change * cross).sum() + (change * (gram @ change)).sum()
-        return float((rest.clamp_min(0) / max(self.square, 1e-300)).sqrt())
+        return 1 - float(rest) / max(self.square, 1e-300)
 
 
 @dataclass
@@ -179,15 +179,15 @@ def _refit(model: nn.Module, run: _Run, train: _Sums, held_out: _Sums) -> DepthR
     if train.gram is None or train.cross is None:
         return None
     change = solve(train.gram.double(), train.cross.double(), _RIDGE)
-    error = 1.0 if change is None else train.error(change)
-    if change is not None and held_out.gram is not None:
-        error = held_out.error(change)
-    if change is None or not error < 1:
+    if change is None:
+        return None
+    explained = (train if held_out.gram is None else held_out).explained(change)
+    if not explained > 0:
         return None
     weight = model.get_parameter(run.writer.parameter)
     change = change / run.scale  # (channels, hidden)
     change = change if run.writer.dim == 0 else change.T
-    return DepthRefit(run.writer.parameter, change.float().to(weight.device), error)
+    return DepthRefit(run.writer.parameter, change.float().to(weight.device), explained)
 
 
 def _writer(

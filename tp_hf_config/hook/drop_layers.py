@@ -116,8 +116,8 @@ def drop_layers(
         for field, value in changed
         if KEY not in field  # whose layers the report names
     }
-    errors = {each.parameter: each.error for each in refits}
-    return replace(report, fields=fields, influence=influence, refits=errors)
+    explained = {each.parameter: each.explained for each in refits}
+    return replace(report, fields=fields, influence=influence, refits=explained)
 
 
 def _check_arguments(
@@ -358,8 +358,8 @@ class DroppedLayers(Report):
         parameters: number of parameters before and after.
         influence: how much each layer changed the hidden states: 1 - cosine of its input and
             output, mean over tokens. Empty if not measured.
-        refits: refitted weight -> how much of what the dropped layers behind it add to the hidden
-            states is missing, on held-out data; without the refit it is 1.
+        refits: refitted weight -> how much it makes up for of what the dropped layers behind it
+            added to the hidden states: R² on held-out data, 1 is all.
         proof: what the config was compared with.
         notes: what else the user should know.
     """
@@ -386,8 +386,8 @@ class DroppedLayers(Report):
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
         yield f"  {changes or 'no config field changes'}"
         yield f"  parameters {before:,} -> {after:,} ({after / max(1, before):.1%}); {self.proof}"
-        for name, error in self.refits.items():
-            yield (f"  {name} refitted: {error:.0%} of what the layers behind it added is missing")
+        for name, explained in self.refits.items():
+            yield f"  {name} is refitted, and makes up for {explained:.0%} of what was dropped (R²)"
         yield from (f"  note: {note}" for note in self.notes)
 
     def _in_words(self, number: int) -> str:
