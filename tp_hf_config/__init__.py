@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .pipeline.export import export
     from .pipeline.job import Exported
     from .pipeline.sharded import save_sharded
+    from .pipeline.speed import Speed, measure_speed
     from .pipeline.support import Support, supports
     from .planning.allocate import Allocation, LayerCurve, allocate
     from .planning.make_plan import plan
@@ -68,6 +69,7 @@ __all__ = [
     "PruningCallback",
     "RepairReport",
     "RoundtripReport",
+    "Speed",
     "Support",
     "SyncReport",
     "TPHFConfigError",
@@ -80,6 +82,7 @@ __all__ = [
     "check_checkpoint",
     "drop_layers",
     "export",
+    "measure_speed",
     "optimizer_follows",
     "plan",
     "prunable",
@@ -111,6 +114,7 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "pipeline.export": ("export",),
     "pipeline.job": ("Exported",),
     "pipeline.sharded": ("save_sharded",),
+    "pipeline.speed": ("Speed", "measure_speed"),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),
 }

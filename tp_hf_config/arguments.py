@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -221,14 +222,11 @@ def _path(value: Any) -> Any:
     return value if str(value) else _Wrong(value, _PATH, ValueError)
 
 
-def _text(value: Any) -> Any:
-    return value if isinstance(value, str) else _Wrong(value, _TEXT)
-
-
 _TEXT, _PATH = "a text", "the path of a folder or a file"
 _MODEL = "a Hugging Face model (or a module that contains one)"
 _BATCHES = "batches (a list, a DataLoader) or texts"
 _SMALLEST = math.ulp(0.0)
+_NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*"
 # the checks, by the last part of an annotation's name
 _KINDS: dict[str, _Kind] = {
     "bool": _bool,
@@ -237,7 +235,7 @@ _KINDS: dict[str, _Kind] = {
     "float": _number("a number", None),
     "Share": _number("a share between 0 and 1", 0, 1),
     "Positive": _number("a number above 0", _SMALLEST),
-    "str": _text,
+    "str": _instance(_TEXT, "str"),
     "PathLike": _path,
     "Module": _instance(_MODEL, "Module"),
     "PreTrainedConfig": _instance("a config", "PreTrainedConfig", "PretrainedConfig"),
@@ -269,10 +267,10 @@ def _advice(wrong: _Wrong) -> str:
     """Return what to type instead, to append to a message; or ``""``."""
     value, expected = _scalar(wrong.found), wrong.expected
     if expected.startswith(_MODEL):
-        held = [name for name, part in _parts_of(value) if _is_a(type(part), "Module")]
         if isinstance(value, type):
             return f". Load one: {value.__name__}.from_pretrained(folder)"
-        if held:
+        parts = getattr(value, "__dict__", {}).items()
+        if held := [name for name, part in parts if _is_a(type(part), "Module")]:
             return f". Pass what it holds: its .{held[0]}"
         if isinstance(value, (str, PathLike)):
             return ". Load it first, with from_pretrained of its class (AutoModelForCausalLM, ...)"
@@ -283,22 +281,10 @@ def _advice(wrong: _Wrong) -> str:
     elif expected.startswith("a list") and isinstance(value, Integral):
         return f". Write [{value}]"
     elif expected.startswith(("a number", "a whole number", "a share")):
-        if isinstance(value, str) and _reads_as_number(value):
+        if isinstance(value, str) and re.fullmatch(_NUMBER, value):
             return f". Write {value}, without quotes"
         if "share" in expected and isinstance(value, (int, float)) and 1 < value <= 100:
             return f" ({value:g} % is {value / 100:g})"
         if isinstance(value, float) and value.is_integer() and wrong.error is TypeError:
             return f". Write {value:.0f}"
     return ""
-
-
-def _parts_of(value: Any) -> list[tuple[str, Any]]:
-    return [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).items())
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .schema import dated
 
 Rows = Sequence[Sequence[object]]
-_LEFT = ' style="text-align: left"'  # notebooks align cells to the right
+MOST_LINES = 8  # of the reports that people read after every call
 _SHOWN = 200  # longest ``repr``, in characters
 # fields with a value before and after
 _PAIRS = ("parameters", "perplexity", "perplexity_second_text")
@@ -24,6 +24,8 @@ class Report:
     ``to_dict`` returns its public fields, for ``json.dumps``.
     """
 
+    most_lines: ClassVar[int | None] = None  # that ``print`` shows
+
     def title(self) -> str:
         """Return the first line."""
         raise NotImplementedError
@@ -33,11 +35,23 @@ class Report:
         return ()
 
     def lines(self) -> Iterable[str]:
-        """Return the lines below the table."""
+        """Return the lines below the table, the most important first."""
         return ()
 
-    def __str__(self) -> str:
-        return "\n".join([self.title(), *aligned(self.rows()), *self.lines()])
+    def details(self) -> Iterable[str]:
+        """Return the lines that are left out first."""
+        return ()
+
+    def text(self, full: bool = False) -> str:
+        """Return the lines that ``print`` shows; ``full=True``: all lines."""
+        parts = [self.title(), *aligned(self.rows()), *self.lines(), *self.details()]
+        lines = "\n".join(parts).split("\n")
+        if self.most_lines and len(lines) > self.most_lines and not full:
+            more = len(lines) - self.most_lines + 1
+            lines[-more:] = [f"... {more} more lines: text(full=True), or --json in the shell"]
+        return "\n".join(lines)
+
+    __str__ = text
 
     def __repr__(self) -> str:
         return short(self, self.title())
@@ -45,7 +59,7 @@ class Report:
     def _repr_html_(self) -> str:
         below = (
             f"<pre>{escape(line)}</pre>" if "\n" in line else f"<p>{escape(line.strip())}</p>"
-            for line in self.lines()
+            for line in (*self.lines(), *self.details())
         )
         return f"<p><b>{escape(self.title())}</b></p>{html_table(self.rows())}{''.join(below)}"
 
@@ -76,7 +90,7 @@ def html_table(rows: Rows) -> str:
     if len(rows) < 2:
         return ""
     head, *body = (
-        "".join(f"<{tag}{_LEFT}>{escape(str(cell))}</{tag}>" for cell in row)
+        "".join(f'<{tag} style="text-align: left">{escape(str(cell))}</{tag}>' for cell in row)
         for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
     )
     below = "".join(f"<tr>{row}</tr>" for row in body)

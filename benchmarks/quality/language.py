@@ -62,7 +62,11 @@ class Language:
             for mean in MEANS
             for way in WAYS
         ]
-        jobs.append(Job("layers", "two gone", "dropped", self._dropped))
+        jobs += [
+            Job("layers", f"{word} gone", way, partial(self._dropped, count, way == "refitted"))
+            for word, count in {"two": 2, "four": 4}.items()
+            for way in ("dropped", "refitted")
+        ]
         jobs.append(Job("time", "smollm2", "", self._time))
         jobs += [
             Job("optipfair", "ffn20", "weights", partial(self._optipfair, False)),
@@ -231,10 +235,12 @@ class Language:
             "refitted": self.perplexities(model),
         }
 
-    def _dropped(self) -> Row:
-        """Two layers gone, those that change least."""
+    def _dropped(self, count: int, refits: bool) -> Row:
+        """So many layers gone, those that change least; the weights in front of them refitted."""
         model = copy.deepcopy(self.loaded[0])
-        dropped = drop_layers(model, count=2, calibration=self.calibration.on_copy(model))
+        calibration = self.calibration.on_copy(model)
+        refit = calibration if refits else None
+        dropped = drop_layers(model, count=count, calibration=calibration, refit=refit)
         return {
             "layers": list(dropped.dropped),
             "parameters": model.num_parameters(),

@@ -212,7 +212,8 @@ def _layers(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
     for row in rows:
         what = f"mean width {row['subject']}, {row['variant']}"
         if "layers" in row:
-            what = f"layers {', '.join(map(str, row['layers']))} dropped, not refitted"
+            way = "refitted" if row["variant"] == "refitted" else "not refitted"
+            what = f"layers {', '.join(map(str, row['layers']))} dropped, {way}"
         lines.append((what, f"{row['parameters'] / 1e6:.2f} M", *_plain(row, "refitted")))
     title = "A width for each layer, dropped layers: SmolLM2-135M, feed-forward widths, refitted"
     yield Sheet(title, ("what", "parameters", "reference", "code and licences"), lines)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256  # tokens
 _LEAST = 8  # tokens
+_FOR_PERPLEXITIES = 32  # the last passages of the shipped text, never calibrated on
 TOKENS = 12_288  # default for texts, and for batches without a length
 ROWS = 512  # default for batches without a length that hold images or sounds
 HELD_OUT = 8  # every eighth batch is held out
@@ -80,8 +81,7 @@ def second_text() -> str:
 def _passages() -> tuple[list[str], list[str]]:
     text = (files(__package__) / "shipped_text.txt").read_text(encoding="utf-8")
     passages = [passage.strip("\n") for passage in text.split("\n----\n")]
-    first = len(passages) * 7 // 10  # the rest is for perplexities
-    return passages[:first], passages[first:]
+    return passages[:-_FOR_PERPLEXITIES], passages[-_FOR_PERPLEXITIES:]
 
 
 def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:

@@ -44,7 +44,7 @@ def refit_from_gram(gram: Tensor, kept: Tensor, ridge: float) -> Refit | None:
     rows = gram[kept.to(gram.device)]
     own, cross = (rows[:, some.to(gram.device)].double() for some in (kept, gone))
     del rows
-    share = _solve(own, cross, ridge)
+    share = solve(own, cross, ridge)
     return None if share is None else Refit(kept, gone, share.to(gram.dtype), size)
 
 
@@ -57,11 +57,11 @@ def refit_from_products(own: Tensor, cross: Tensor, kept: Tensor, ridge: float) 
     size = cross.shape[1]
     lost = cross.double().clone()
     lost[:, kept.to(lost.device)] -= own.double()
-    share = _solve(own.double(), lost, ridge)
+    share = solve(own.double(), lost, ridge)
     return None if share is None else Refit(kept, torch.arange(size), share.to(own.dtype), size)
 
 
-def _solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
+def solve(own: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
     """Return ``(own + ridge)⁻¹ cross`` in float64; ``None`` if there is nothing to solve."""
     mean = own.diagonal().mean() if len(own) else own.new_zeros(())
     if not mean > 0 or not torch.isfinite(mean):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import Count, check_arguments
+from ..calibration.depth_refit import depth_refits, refitted
 from ..calibration.importance import layer_influence
 from ..calibration.passes import undisturbed
 from ..errors import ConfigSyncError, UnsupportedModelError, in_one_line, listed
@@ -41,7 +42,7 @@ from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
 from ..model.shortage import raise_shortage
 from ..model.surroundings import quiet_transformers, same_random_state
-from ..reports import Report
+from ..reports import MOST_LINES, Report
 from .apply import Changes, all_or_nothing, difference, write
 from .follow import with_mirrored_fields
 
@@ -58,6 +59,7 @@ def drop_layers(
     *,
     count: Count | None = None,
     calibration: Calibration | None = None,
+    refit: Calibration | None = None,
     which: str | None = None,
 ) -> DroppedLayers:
     """Remove whole layers from a model, in place, and update its config.
@@ -65,7 +67,7 @@ def drop_layers(
     The class is asked which fields change: the number of layers, lists with one entry per layer,
     layer numbers and rules about them. The remaining layers keep their Parameters and are
     renumbered. Afterwards, the model computes what it computed with each dropped layer replaced by
-    the identity. Call this before making a pruner.
+    the identity, and with the refitted weights. Call this before making a pruner.
 
     Args:
         model: the model, or a module that contains it.
@@ -73,6 +75,8 @@ def drop_layers(
         count: number of layers to drop: those that change the hidden states least on the data of
             ``calibration`` (block influence: ShortGPT, arXiv 2403.03853).
         calibration: result of :func:`calibrate` for this model; needed for ``count``.
+        refit: such a result, to refit the weight in front of the dropped layers, so that it makes
+            up for them (ReplaceMe, arXiv 2505.02819). Without it, the remaining weights stay.
         which: name of the layer list, or a part of it (``"encoder"``), if there are several.
 
     Returns:
@@ -88,8 +92,9 @@ def drop_layers(
     _check_arguments(layers, count, calibration)
     live: Any = find_pretrained(model)[1]
     check_followable(live)
-    if calibration is not None:
-        calibration.check_measures(live)
+    for given in (calibration, refit):
+        if given is not None:
+            given.check_measures(live)
     before = config_json(live.config, use_diff=False)
     with layers_listed(live, per_layer=False):  # the entries of single layers, where layers differ
         dropping = _Dropping(live, which)
@@ -102,14 +107,17 @@ def drop_layers(
                 calibration.model, dropping.modules, calibration.train, calibration.ranks
             )
             chosen, notes = dropping.least(count, influence)
-        report = dropping.drop(chosen, notes)
+        refits, unrefitted = depth_refits(refit, dropping.modules, chosen) if refit else ([], [])
+        with refitted(live, refits):
+            report = dropping.drop(chosen, (*notes, *unrefitted))
     changed = changed_values(before, config_json(live.config, use_diff=False))
     fields = {
         field_name(field): (value_at(before, field), value)
         for field, value in changed
         if KEY not in field  # whose layers the report names
     }
-    return replace(report, fields=fields, influence=influence)
+    explained = {each.parameter: each.explained for each in refits}
+    return replace(report, fields=fields, influence=influence, refits=explained)
 
 
 def _check_arguments(
@@ -350,6 +358,8 @@ class DroppedLayers(Report):
         parameters: number of parameters before and after.
         influence: how much each layer changed the hidden states: 1 - cosine of its input and
             output, mean over tokens. Empty if not measured.
+        refits: refitted weight -> how much it makes up for of what the dropped layers behind it
+            added to the hidden states: R² on held-out data, 1 is all.
         proof: what the config was compared with.
         notes: what else the user should know.
     """
@@ -360,8 +370,10 @@ class DroppedLayers(Report):
     fields: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
     influence: tuple[float, ...] = ()
+    refits: Mapping[str, float] = field(default_factory=dict)
     proof: str = ""
     notes: Sequence[str] = ()
+    most_lines = MOST_LINES
 
     def title(self) -> str:
         """Return which layers were removed."""
@@ -375,6 +387,8 @@ class DroppedLayers(Report):
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
         yield f"  {changes or 'no config field changes'}"
         yield f"  parameters {before:,} -> {after:,} ({after / max(1, before):.1%}); {self.proof}"
+        for name, explained in self.refits.items():
+            yield f"  {name} is refitted, and makes up for {explained:.0%} of what was dropped (R²)"
         yield from (f"  note: {note}" for note in self.notes)
 
     def _in_words(self, number: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import as_range
 from ..model.layer_entries import name_in_all_layers
-from ..reports import Report, short
+from ..reports import MOST_LINES, Report, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ class SyncReport(Report):
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     refits: Refits | None = None
+    most_lines = MOST_LINES
 
     def title(self) -> str:
         """Return what was pruned, and the config fields that changed."""
@@ -64,24 +65,24 @@ class SyncReport(Report):
         return f"{head}; {changes or 'no config field changes'}"
 
     def lines(self) -> Iterator[str]:
-        """Yield what else was updated, and the notes."""
+        """Yield the number of parameters, the effect of refits, narrower inputs, and notes."""
         if self.error is not None:
             return
-        refreshed = ", ".join(
-            _count(len(items), word)
-            for items, word in (
-                (self.attributes, "attribute"),
-                (self.buffers, "buffer"),
-                (self.ties, "tie"),
-            )
-            if items
-        )
-        yield f"  {refreshed or 'nothing else'} updated; {self.proof}; {self.seconds:.2f} s"
-        for name, channels in self.inputs.items():
-            yield f"  {name}: this input now has {len(channels)} channels; report.inputs lists them"
+        before, after = self.parameters
+        if before:
+            yield f"  parameters: {before:,} -> {after:,} ({after / before:.1%})"
         if self.refits is not None:
             yield f"  {self.refits}"
+        for name, channels in self.inputs.items():
+            yield f"  {name}: this input now has {len(channels)} channels; report.inputs lists them"
         yield from (f"  note: {note}" for note in self.notes)
+
+    def details(self) -> Iterator[str]:
+        """Yield what else was updated, and how the config was proved."""
+        updated = {"attribute": self.attributes, "buffer": self.buffers, "tie": self.ties}
+        counts = ", ".join(_count(len(items), word) for word, items in updated.items() if items)
+        if self.error is None:
+            yield f"  {counts or 'nothing else'} updated; {self.proof}; {self.seconds:.2f} s"
 
     def plot(self, path: str | PathLike[str]) -> Figure:
         """Plot the widths of fields and layers before and after.
@@ -188,12 +189,8 @@ class GroupCut:
     layers: tuple[LayerCut, ...]
 
     def counted(self) -> PrunedGroup:
-        return PrunedGroup(
-            tuple(
-                PrunedLayer(layer.name, layer.out, len(layer.removed), layer.before)
-                for layer in self.layers
-            )
-        )
+        counts = ((cut.name, cut.out, len(cut.removed), cut.before) for cut in self.layers)
+        return PrunedGroup(tuple(PrunedLayer(*count) for count in counts))
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:

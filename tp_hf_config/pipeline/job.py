@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import PipelineError, as_range
-from ..reports import Report, old_and_new
+from ..reports import MOST_LINES, Report, old_and_new
 from .source import Source
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ class Job:
     source: Source
     out: Path
     widths: Mapping[str, Any]  # arguments of plan(); none: only layers are dropped
-    # None: wanda if there is a text, else magnitude
-    importance: Importance | None = None
+    importance: Importance | None = None  # None: wanda if there is a text, else magnitude
     # None: the shipped text for a causal language model
     calibration: Path | Literal["own"] | None = None
     recover: int = 0  # updates of distillation from the unpruned model, spread over the steps
@@ -128,6 +127,7 @@ class Pruned(Report):
     dropped_layers: DroppedLayers | None = None
     allocation: Allocation | None = None  # None if there was a plan
     layers_differ: Layerwise | None = None  # None if they do not
+    most_lines = MOST_LINES
 
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
@@ -144,8 +144,8 @@ class Pruned(Report):
     def title(self) -> str:
         from ..hook.report import in_words  # imports torch, which checks do not need
 
-        changes = (f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
-        return f"{self.model}: {', '.join(changes)}"
+        changes = ", ".join(f"{n} {a} -> {b}" for n, (a, b) in in_words(self.fields).items())
+        return f"{self.model}: {changes}"
 
     def lines(self) -> Iterator[str]:
         before, after = self.parameters
@@ -155,10 +155,8 @@ class Pruned(Report):
         for text, (old, new) in self.perplexities.items():
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
         yield f"proof: {self.proof}"
-        if self.copied.files:
-            yield f"copied: {', '.join(self.copied.files)}"
-        if self.copied.not_copied:
-            yield f"not copied: {', '.join(self.copied.not_copied)}"
+        if left := self.copied.not_copied:
+            yield f"not copied: {', '.join(left)}"
         yield from (f"note: {note}" for note in self.notes)
         if self.layers_differ is not None:
             yield (
@@ -167,6 +165,8 @@ class Pruned(Report):
                 "its own widths; tp-hf-config export writes formats that need no code"
             )
         yield f"written: {self.out} ({self.seconds:.0f} s)"
+        if self.copied.files:
+            yield f"copied: {', '.join(self.copied.files)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for ``json.dumps``, with the fields that changed."""

@@ -237,7 +237,7 @@ def _cut(
     """Drop layers, decide widths if there is no plan, and prune the model in place."""
     # a target is a share of the model before layers are dropped
     parameters = model.num_parameters()
-    dropped = _dropped_layers(job, model, material, progress)
+    dropped = _dropped_layers(job, model, choice, material, progress)
     widths: Plan | Allocation | None = planned
     if job.widths and planned is None:
         calibration = None if material is None else material.calibration
@@ -258,14 +258,22 @@ def _cut(
 
 
 def _dropped_layers(
-    job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
+    job: Job,
+    model: PreTrainedModel,
+    choice: Choice,
+    material: Material | None,
+    progress: Progress,
 ) -> DroppedLayers | None:
     count = job.drop_layers
     if not count or material is None:
         return None
     try:
         dropped = drop_layers(
-            model, count=count, calibration=material.calibration, which=job.drop_from
+            model,
+            count=count,
+            calibration=material.calibration,
+            refit=material.calibration if choice.refit else None,
+            which=job.drop_from,
         )
     except ValueError as error:
         raise PipelineError(f"--drop-layers {count}: {error}") from error

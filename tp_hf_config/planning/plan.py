@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
-from ..reports import Report, Rows, fields_as_json, short
+from ..reports import MOST_LINES, Report, Rows, fields_as_json, short
 from .settings import PruneSettings
 from .trajectory import PlannedRefusal
 
@@ -105,6 +105,7 @@ class Plan(Report):
     tokens: bool = True
     notes: tuple[str, ...] = ()
     time: WorkingTime | None = None
+    most_lines = MOST_LINES
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
@@ -147,12 +148,22 @@ class Plan(Report):
         return self.model
 
     def rows(self) -> Rows:
-        """Return a row for each width."""
-        return [_HEAD, *map(_row, self.widths)]
+        """Return a row for each width; layers that are pruned alike share one."""
+        cells = ((width.name, _cells(width)) for width in self.widths)
+        return [_HEAD, *((name, *row) for name, row in _by_layers(cells))]
 
     def lines(self) -> list[str]:
-        """Return the sizes before and after, and notes."""
-        return [*_sizes(self), *_footnotes(self)]
+        """Return a refusal, the sizes before and after, what was adjusted, notes and the time."""
+        parameters, size, flops, _ = _sizes(self)
+        refused = [] if self.refusal is None else [str(self.refusal)]
+        notes = (f"note: {note}" for note in self.notes)
+        time = [] if self.time is None else [f"estimated time on two CPU cores: {self.time}"]
+        return [*refused, *_target(self), parameters, *self.adjusted, *notes, size, flops, *time]
+
+    def details(self) -> Iterator[str]:
+        """Yield the memory to calibrate, and why the other widths are kept."""
+        yield list(_sizes(self))[-1]
+        yield from (f"kept: {name}: {why}" for name, why in _by_layers(self.kept.items()))
 
     def __repr__(self) -> str:
         after = "refused" if self.after is None else f"{self.after.parameters:,} parameters"
@@ -160,16 +171,15 @@ class Plan(Report):
         return short(self, f"{self.model}: {widths}, {self.before.parameters:,} -> {after}")
 
 
+T = TypeVar("T")
 _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
 
 
 def described(values: Sequence[int]) -> str:
     """Describe values briefly: ``every 64th from 64 to 8192``, ``3, 6, 9``."""
     if isinstance(values, range) and len(values) > 4:
-        step = values.step
-        if step == 1:
-            return f"{values[0]:,} to {values[-1]:,}"
-        return f"every {_ordinal(step)} from {values[0]:,} to {values[-1]:,}"
+        every = "" if values.step == 1 else f"every {_ordinal(values.step)} from "
+        return f"{every}{values[0]:,} to {values[-1]:,}"
     return ", ".join(f"{value:,}" for value in values)
 
 
@@ -178,10 +188,18 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
 
 
-def _row(width: PlannedWidth) -> tuple[str, ...]:
+def _by_layers(widths: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield names of widths and what is said of them, once for layers of which it is the same."""
+    alike: dict[tuple[str, T], list[str]] = {}
+    for name, said in widths:
+        alike.setdefault((name_in_all_layers(name), said), []).append(name)
+    for (shared, said), names in alike.items():
+        yield (names[0] if len(names) == 1 else f"{shared} (of {len(names)} layers)"), said
+
+
+def _cells(width: PlannedWidth) -> tuple[str, ...]:
     ways = [" -> ".join(f"{step[name]:,}" for step in width.steps) for name in width.before]
     return (
-        width.name,
         " + ".join(f"{value:,}" for value in width.before.values()),
         " + ".join(ways),
         f"{width.reached:.3f} of {width.asked:g}",
@@ -204,33 +222,19 @@ def _sizes(plan: Plan) -> Iterator[str]:
         yield f"{name}: {now} -> {then}{share}"
 
 
-def _footnotes(plan: Plan) -> list[str]:
-    lines = [] if plan.refusal is None else [str(plan.refusal)]
-    if plan.target is not None and plan.after is not None:
-        lines.append(
-            f"target of {plan.target:,} parameters: {plan.after.parameters:,} at "
-            + ", ".join(_ratios(plan))
-            + ("" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}")
-        )
-    lines += plan.adjusted
-    layers = Counter((name_in_all_layers(name), reason) for name, reason in plan.kept.items())
-    for (name, reason), number in layers.items():
-        where = f" (of {number} layers)" if number > 1 else ""
-        lines.append(f"kept: {name}{where}: {reason}")
-    if plan.time is not None:
-        lines.append(f"estimated time in memory on two CPU cores: {plan.time}")
-    return lines + [f"note: {note}" for note in plan.notes]
-
-
-def _ratios(plan: Plan) -> Iterator[str]:
-    """Yield the ratios that reach the target, the common one of all widths first."""
-    settings = plan.settings
-    asked = {w.asked for w in plan.widths if not w.before.keys() & settings.ratios.keys()}
-    if settings.pruning_ratio in asked:
-        yield f"one ratio of {settings.pruning_ratio:g}"
-    if settings.head_pruning_ratio in asked - {settings.pruning_ratio}:
-        yield f"a head ratio of {settings.head_pruning_ratio:g}"
-    yield from (f"{name} {ratio:g}" for name, ratio in settings.ratios.items())
+def _target(plan: Plan) -> Iterator[str]:
+    """Yield the target and the ratios that reach it, the common one of all widths first."""
+    if plan.target is None or plan.after is None:
+        return
+    given = plan.settings
+    asked = {w.asked for w in plan.widths if not w.before.keys() & given.ratios.keys()}
+    ratios = [f"one ratio of {given.pruning_ratio:g}"] * (given.pruning_ratio in asked)
+    if given.head_pruning_ratio in asked - {given.pruning_ratio}:
+        ratios.append(f"a head ratio of {given.head_pruning_ratio:g}")
+    ratios += [f"{name} {ratio:g}" for name, ratio in given.ratios.items()]
+    why = "" if plan.why_not_exactly is None else f"; {plan.why_not_exactly}"
+    number = f"{plan.after.parameters:,} at {', '.join(ratios)}"
+    yield f"target of {plan.target:,} parameters: {number}{why}"
 
 
 _TOKENS = ("input_ids", "decoder_input_ids")
@@ -321,9 +325,12 @@ _DOUBLE = 2  # float32 operations in the time of one in float64
 
 @dataclass(frozen=True)
 class WorkingTime:
-    """Estimated seconds in memory on two CPU cores; experts take longer."""
+    """Estimated seconds in memory on two CPU cores; experts take longer.
 
-    calibrate: float  # on the default number of tokens
+    ``calibrate`` is on the default number of tokens; ``step`` is one step with refits.
+    """
+
+    calibrate: float
     step: float
 
     def __str__(self) -> str:

@@ -44,7 +44,7 @@ def test_all_layers_of_a_deep_model_count() -> None:
     assert result.before.gram_bytes == 32 * 4 * (4096**2 + 14336**2)
     assert result.after is not None
     assert result.after.gram_bytes == 32 * 4 * (4096**2 + 10752**2)
-    assert "bytes to calibrate: 28,454,158,336 -> 16,944,988,160 (59.6%)" in str(result)
+    assert "bytes to calibrate: 28,454,158,336 -> 16,944,988,160 (59.6%)" in result.text(full=True)
 
 
 def test_a_second_process_needs_no_tiny_model(

@@ -33,6 +33,7 @@ from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune
 from tp_hf_config.pipeline import text as text_module
 from tp_hf_config.planning.trajectory import Trajectory
+from tp_hf_config.reports import MOST_LINES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "every_width")
 QUARTER = ("--pruning-ratio", "0.25")
@@ -530,6 +531,7 @@ class TestDroppedLayers:
             "LlamaForCausalLM: num_hidden_layers 4 -> 3, intermediate_size 96 -> 72"
         )
         assert lines[1].startswith("model.layers: 1 of 4 layers dropped (")
+        assert len(lines) <= MOST_LINES
         assert hf.LlamaForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
     def test_layers_and_recovery(

@@ -17,6 +17,8 @@ import torch_pruning as tp
 import transformers as hf
 from shell import shell
 
+from tp_hf_config.reports import MOST_LINES
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"),
@@ -79,11 +81,13 @@ class TestRanked:
             "layers"
         )
         loading = f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)'
-        assert lines[-2] == (
+        assert lines[-3] == (
             f"layers differ: {loading} runs {FILE}, written by tp-hf-config, which builds each "
             "layer with its own widths; tp-hf-config export writes formats that need no code"
         )
-        assert lines[-1].startswith(f"written: {out} (")
+        assert lines[-2].startswith(f"written: {out} (")
+        assert lines[-1] == "copied: tokenizer.json, tokenizer_config.json"
+        assert len(lines) <= MOST_LINES
         card = (out / "README.md").read_text()
         for line in (
             f"| intermediate_size | 96 | {min(widths)}..{max(widths)} in 4 layers |",

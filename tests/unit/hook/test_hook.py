@@ -303,8 +303,10 @@ def test_groups_that_are_listed_and_not_pruned():
         [],
         [],
     )
+    parameters = f"{model.num_parameters():,}"
     assert str(report).startswith(
         "sync 1: 0 groups pruned (config graph); no config field changes\n"
+        f"  parameters: {parameters} -> {parameters} (100.0%)\n"
         "  nothing else updated; proved: "
     )
     small.assert_same(before, small.state_of(model))
@@ -680,17 +682,18 @@ def test_report_is_short_enough_for_a_loop():
     assert lines[0] == (
         "sync 1: 9 groups pruned (config graph); hidden_size 32 -> 24, intermediate_size 64 -> 48"
     )
-    assert lines[1].startswith("  24 attributes updated; proved: ")
-    assert lines[1].endswith(" s")
-    assert len(lines) == 2
+    assert lines[1].startswith("  parameters: ")
+    assert lines[2].startswith("  24 attributes updated; proved: ")
+    assert lines[2].endswith(" s")
+    assert len(lines) == 3
     assert all(len(line) < 140 for line in lines)
 
 
 def test_report_notes_and_singular_words():
     report = SyncReport(3, fields={"n_inner": (None, 48)}, buffers=["b"], notes=["look here"])
     assert str(report) == (
-        "sync 3: 0 groups pruned; n_inner None -> 48\n  1 buffer updated; ; 0.00 s\n"
-        "  note: look here"
+        "sync 3: 0 groups pruned; n_inner None -> 48\n  note: look here\n"
+        "  1 buffer updated; ; 0.00 s"
     )
     assert SyncReport(1).to_dict()["error"] is None
 
