@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -11,50 +10,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
 from .folder import CONFIG
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 _ON_WINDOWS = os.name == "nt"
-_REPAIRED = "is being repaired by another process. Wait for it, then check again."
-
-
-@contextmanager
-def locked(folder: Path, busy: str = _REPAIRED, needed: bool = True) -> Iterator[None]:
-    """Lock a folder, so that no other process writes to it in the meantime.
-
-    The lock is on the folder itself and ends with the process, so no lock file remains. Windows
-    cannot lock folders: there it is a file beside the folder that the system removes with its
-    handle. ``busy``: what the holder of the lock does, for the message. ``needed=False``: go on if
-    the file system has no locks.
-    """
-    handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            if handle is None:
-                folder = folder.resolve()
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_TEMPORARY", 0)
-                handle = os.open(folder.with_name(f".{folder.name}.lock"), flags)
-            else:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EEXIST):
-                raise CheckpointError(f"{folder} {busy}") from None
-            if needed:
-                raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -91,7 +52,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def replace_config(folder: Path, text: bytes) -> Path:
-    """Replace config.json in a locked folder, undone on errors; return the path of its backup."""
+    """Replace config.json of a folder, undone on errors; return the path of its backup."""
     target = folder / CONFIG
     old, count = target.read_bytes(), 0
     while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
@@ -175,47 +136,3 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for waited in waiting:
             signal.raise_signal(waited)
-
-
-@contextmanager
-def copied_folder(source: Path, out: Path, text: bytes) -> Iterator[tuple[Path, list[str]]]:
-    """Copy a folder with another config; the copy gets its name if the block succeeds.
-
-    Yields the temporary path, and the names of links to folders and special files, which are left
-    out.
-    """
-    with new_folder(out, partial(check_does_not_exist, out)) as work:
-        left_out = _copy(source, work)
-        write_whole(work / CONFIG, lambda part: part.write_bytes(text))
-        yield work, left_out
-
-
-def _copy(source: Path, work: Path) -> list[str]:
-    """Copy a folder except its config.json; return the names of what was left out."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    left_out = []
-    for where, folders, files in os.walk(source, onerror=fail):
-        (work / Path(where).relative_to(source)).mkdir(exist_ok=True)
-        for path in (Path(where, name) for name in sorted((*folders, *files))):
-            if path.is_file():
-                if path != source / CONFIG:
-                    shutil.copy2(path, work / path.relative_to(source))
-            elif path.is_symlink() or not path.is_dir():
-                left_out.append(str(path.relative_to(source)))
-    return left_out
-
-
-def check_target(source: Path, out: Path) -> None:
-    """Raise CheckpointError if ``out`` exists or is inside ``source``."""
-    check_does_not_exist(out)
-    if source.resolve() in out.resolve().parents:
-        raise CheckpointError(f"{out} is inside {source}, which is copied. Give a folder outside.")
-
-
-def check_does_not_exist(out: Path) -> None:
-    """Raise CheckpointError if ``out`` exists, so that nothing is overwritten."""
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} already exists. Choose a folder that does not exist yet.")
