@@ -11,12 +11,11 @@ from typing import Any
 from ..arguments import check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
-from ..model.surroundings import quiet_transformers
 from .building import Classes, classes_of, quantisation, too_large
 from .folder import ADAPTER, Config, Weights, check_exists, read_config, read_weights
 from .loading import MAJOR, Assessment, assess, differing_tie
 from .reports import Cause, CheckReport, and_more, short
-from .solving import Solution, Task, learn, retied, solve, undecided_heads
+from .solving import Solution, Task, retied, solve
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,6 @@ def place(folder: str | os.PathLike[str]) -> Path:
 
 
 def checked(read: Folder) -> CheckReport:
-    """Return the report on a folder, with the head counts that no shape shows."""
-    report = check_tensors(read)
-    if not report.sound or isinstance(read.classes, Refusal):
-        return report
-    with quiet_transformers():
-        field_map = learn(read.classes, read.config.data or {})
-    heads = {} if isinstance(field_map, Refusal) else undecided_heads(field_map)
-    said = ", ".join(f"{name}={value}" for name, value in heads.items())
-    note = f"taken from config.json, because no shape shows the values: {said}"
-    return replace(report, undecided=tuple(heads), notes=(*report.notes, *[note] * bool(heads)))
-
-
-def check_tensors(read: Folder) -> CheckReport:
-    """Like :func:`checked`, without the search for such head counts."""
     report = _report(read)
     if read.unsure is None and isinstance(read.classes, Classes):
         return _judged(report, read, read.classes)

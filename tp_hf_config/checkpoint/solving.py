@@ -12,12 +12,11 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import TPHFConfigError
-from ..fieldmap.expressions import Expression, Power, Quantity
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
-from ..fieldmap.solve.fit import Conflict, Problem, open_together
-from ..fieldmap.solve.recover import Recovery, hidden_counts, recover
+from ..fieldmap.solve.fit import Conflict
+from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, with_values
 from ..model.shapes import Mismatch
@@ -74,11 +73,9 @@ def solve(task: Task) -> Solution | Unsolved:
         return Unsolved(
             _misplaced_reason(assessment, classes), tuple(_misplaced(assessment, classes))
         )
-    field_map = learn(classes, data)
     if assessment.fits and not task.given:
-        hidden = () if isinstance(field_map, Refusal) else hidden_counts(field_map)
-        new = as_json(classes, data) or data
-        return _solution(task, start, new, flipped, (), hidden)
+        return _solution(task, start, as_json(classes, data) or data, flipped, (), ())
+    field_map = learn(classes, data)
     if isinstance(field_map, Refusal):
         return _no_width(field_map.reason, assessment)
     return _widths(task, start, field_map, flipped, assessment)
@@ -153,17 +150,6 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
         return map_of(model, how=by_layers)
     except (TPHFConfigError, ValueError) as error:
         return Refusal(str(error))
-
-
-def undecided_heads(field_map: FieldMap) -> dict[str, int]:
-    """Field name -> value, for head counts and other fields that no shape shows alone."""
-    quantities: dict[Quantity, Expression | Power] = {**field_map.powers, **field_map.expressions}
-    shown = {key: made for key, made in quantities.items() if isinstance(key[1], int)}
-    sizes = {key: made.base for key, made in shown.items()}
-    # heads times head_dim is one size: 4 heads of 16, or 2 of 32
-    together = open_together(Problem(shown, field_map.sizes, sizes))
-    fields = {*hidden_counts(field_map), *together}
-    return {field_name(f): field_map.sizes[f] for f in sorted(fields, key=field_name)}
 
 
 # Widths

@@ -30,7 +30,7 @@ from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, entries, own_reference
-from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
+from .check import SolvableFolder, checked, place, read_folder, solvable_folder
 from .loading import main_dtype
 from .reports import Difference, RoundtripReport, and_more, number, short
 
@@ -138,7 +138,7 @@ def verify_checkpoint(
     path = place(folder)
     paths = [path] if against is None else [path, place(against)]
     for each in paths:
-        report = check_tensors(read_folder(each, trust_remote_code))
+        report = checked(read_folder(each, trust_remote_code))
         if report.sound is False:
             name = report.model or "unknown class"
             causes = tuple(cause.text for cause in report.causes)

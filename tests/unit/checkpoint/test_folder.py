@@ -416,7 +416,7 @@ def test_code_of_the_folder_is_only_run_when_it_is_trusted(
     assert not mark.exists()
     report = check_checkpoint(folder, trust_remote_code=True)
     assert (report.sound, report.model) == (True, "OwnModel")
-    assert folders.notes(report) == ("the folder's own code was run",)
+    assert report.notes == ("the folder's own code was run",)
     assert mark.exists()
 
 
@@ -425,7 +425,7 @@ def test_code_beside_a_class_of_transformers_is_not_run(folder: Path, tmp_path: 
     folders.edit(folder, auto_map={"AutoConfig": "own.OwnConfig"})
     report = check_checkpoint(folder)
     assert report.sound is True
-    assert folders.notes(report) == (
+    assert report.notes == (
         "the folder contains model code, which was not run: the class of Transformers was used",
     )
     assert not (tmp_path / "mark").exists()
