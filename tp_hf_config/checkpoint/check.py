@@ -49,8 +49,8 @@ def check_checkpoint(
     """Compare a folder's config with its weights; load no weights and write nothing.
 
     Builds the class that config.json names, without data. Transformers' own loading code matches it
-    with the tensors in the safetensors headers (or in the metadata of a ``.bin`` file). Data are
-    read only of tensors that the config ties, and only a few rows.
+    with the tensors in the safetensors headers. Data are read only of tensors that the config ties,
+    and only a few rows.
 
     Args:
         folder: a folder with config.json and weights.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -254,9 +252,10 @@ def _read(path: Path, name: str) -> Weights:
         return _unreadable(
             f"{name} is a Git LFS pointer, not the weights. Download the weights: git lfs pull"
         )
-    return (
-        _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_pickle(path, name)
-    )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, name)
+    why = f"{name} is a pickle, which has no header with shapes. Save the weights as safetensors"
+    return Weights({}, complete=False, unsure=why)
 
 
 def _read_safetensors(path: Path, name: str) -> Weights:
@@ -274,45 +273,3 @@ def _read_safetensors(path: Path, name: str) -> Weights:
         )
     except OSError as error:
         return _unreadable(f"{name} cannot be read: {error.strerror or error}")
-
-
-def _read_pickle(path: Path, name: str) -> Weights:
-    """Read a ``torch.save`` file without its data; no code in it is run."""
-    import torch
-    from transformers.utils.import_utils import check_torch_load_is_safe
-
-    try:
-        check_torch_load_is_safe()
-    except ValueError:
-        why = (
-            f"{name}: torch {torch.__version__} does not read pickles safely; torch 2.6 or newer "
-            "does. Update torch, or save the weights as safetensors."
-        )
-        return Weights({}, complete=False, unsure=why)
-    try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                start = file.read(2)
-            if start in (b"", b"PK"):
-                return _unreadable(f"{name} is truncated: it is not a complete torch.save file")
-            why = (
-                f"{name} is not in torch.save's zip format and was not unpickled, because that "
-                "could run code. Save the weights as safetensors."
-            )
-            return Weights({}, complete=False, unsure=why)
-        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        return _unreadable(
-            f"{name} contains other objects than tensors and was not unpickled, because that could "
-            "run code"
-        )
-    except (Exception, RecursionError) as error:  # a broken file may lead to any exception
-        return _unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
-    if not isinstance(loaded, dict):
-        return _unreadable(f"{name} holds a {type(loaded).__name__}; expected a dict of tensors")
-    tensors = {
-        key: Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), name)
-        for key, value in loaded.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
-    return Weights(tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,49 +135,6 @@ def test_a_folder_in_the_place_of_the_weights(folder: Path):
     (folder / WEIGHTS).mkdir()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a file; expected the"):
         check_checkpoint(folder)
-
-
-class _Harm:
-    """What a pickle does that means harm."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_in_it_is_not_run(zipped: bool, folder: Path, tmp_path: Path):
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    harm = {**tensors, "harm": _Harm(str(tmp_path / "harmed"))}
-    torch.save(harm, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    report = check_checkpoint(folder)
-    if zipped:
-        assert [cause.text for cause in report.causes] == [
-            "pytorch_model.bin contains other objects than tensors and was not unpickled, because "
-            "that could run code"
-        ]
-    else:
-        assert report.sound is None
-        assert report.why_not == (
-            "pytorch_model.bin is not in torch.save's zip format and was not unpickled, because "
-            "that could run code. Save the weights as safetensors."
-        )
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_a_pickle_that_is_cut_off(folder: Path):
-    (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(folder, "pytorch_model.bin is truncated: it is not a complete torch.save file")
-
-
-def test_a_pickle_of_something_else(folder: Path):
-    (folder / WEIGHTS).unlink()
-    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin holds a list; expected a dict of tensors")
 
 
 # Shards and their index
