@@ -60,10 +60,8 @@ class EntryOfKind:
 
 # keys that lead to a field: ("text_config", "hidden_size")
 FieldPath = tuple[str | int | EntryOfKind, ...]
-# fields about where a model comes from; saving writes them
-ORIGIN = ("transformers_version", "_name_or_path", "architectures")
 # fields that affect neither shapes nor a forward pass in float64
-OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
+OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 
 _NAME, _ARGUMENTS = "architecture", "model_args"
 # every timm architecture calls it with its sizes (timm/models/_builder.py)
