@@ -6,22 +6,20 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CalibrationError, listed
 from ..forward.output_tensors import tensors_in
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace, plain_cut
-from ..model.sharded import whole_tensor
 from ..reports import fields_as_json
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, watched_pass
-from .readings import Sums
 from .refit import Copies, StepRefits
 from .sources import Sources
 
@@ -155,70 +153,24 @@ def run_as_cut(
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
 ) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data; return each refit's errors there, over all ranks.
-
-    They are computed from products of the input errors, which weights with the same inputs share. A
-    convolution with a kernel is run again instead.
-    """
+    """Run the whole model on held-out data; return each refit's errors there, over all ranks."""
     errors = {consumer: Errors() for consumer in step.refits}
-    sizes = {first: 8 * len(step.refits[first].targets) ** 2 for first in step.alike.values()}
-    for number, some in enumerate(step.of_one_pass(sizes)):
-        _add_errors(step, errors, set(some), _nothing if number else after_batch)
-    own = [value for each in errors.values() for value in astuple(each)]
-    sums = iter(step.calibration.ranks.sums(own))
-    return {consumer: Errors(*islice(sums, 3)) for consumer in errors}
-
-
-def _add_errors(
-    step: StepRefits,
-    errors: Mapping[Consumer, Errors],
-    firsts: Collection[Consumer],
-    after_batch: Callable[[int, Any], None],
-) -> None:
-    """Add the errors of the weights that read the same as ``firsts``, in one pass."""
-    model = step.calibration.model
-    sources, copies, sums = step.sources(_leaders(step)), Copies(), Sums()
-    with_kernel = {c for c in step.refits if _has_kernel(model, c)}
-    read: set[Consumer] = set()
+    sources, copies = step.sources(_leaders(step)), Copies()
 
     def visit(op: LinearOp) -> Any:
-        whole, first = op.run(), step.alike.get(op.consumer)
-        if first not in firsts:
-            return whole
-        refit, found = step.refits[op.consumer], errors[op.consumer]
-        is_kernel = op.consumer in with_kernel
-        rows = step.after_cut(op, sources, copies) if is_kernel or op.consumer == first else None
-        if rows is not None and is_kernel:
+        whole, refit = op.run(), step.refits.get(op.consumer)
+        rows = None if refit is None else step.after_cut(op, sources, copies)
+        if refit is not None and rows is not None:
+            found = errors[op.consumer]
             found.cut += _squares(op.run(op.shaped(_cut(op, rows, step))) - whole)
             found.refit += _squares(op.run(op.shaped(refit.estimate(rows))) - whole)
-        if rows is not None and op.consumer == first:
-            read.add(first)
-            lost = refit.errors(rows, op.channels_last())
-            sums.add(first, [each.T @ each for each in lost])
-        if rows is not None or first in read:
             found.output += _squares(whole)
         return whole
 
-    what = "held-out data, unpruned"
-    _held_out_pass(step.calibration, visit, sources, after_batch, what)
-    judged = [c for c in step.refits if step.alike[c] in firsts and c not in with_kernel]
-    for name, consumers in groupby(judged, lambda consumer: consumer.parameter):
-        parameter = whole_tensor(model, name)  # all ranks gather it
-        for consumer in consumers:
-            products = sums.of(step.alike[consumer])
-            if products is not None:
-                values, at = consumer.matrix_of(parameter)
-                weight = values.movedim(at, -1).flatten(0, -2)
-                targets = step.refits[consumer].targets
-                weight = weight.index_select(-1, targets.to(weight.device)).to(products[0])
-                cut, refit = (float(((weight @ each) * weight).sum()) for each in products)
-                errors[consumer].cut, errors[consumer].refit = cut, refit
-
-
-def _has_kernel(model: nn.Module, consumer: Consumer) -> bool:
-    """True if a weight reads several positions at once, so no product gives its error."""
-    layer = model.get_submodule(consumer.parameter.rpartition(".")[0])
-    return isinstance(layer, nn.modules.conv._ConvNd) and math.prod(layer.kernel_size) > 1
+    _held_out_pass(step.calibration, visit, sources, after_batch, "held-out data, unpruned")
+    own = [value for each in errors.values() for value in astuple(each)]
+    sums = iter(step.calibration.ranks.sums(own))
+    return {consumer: Errors(*islice(sums, 3)) for consumer in errors}
 
 
 def run_held_out(
@@ -261,10 +213,6 @@ def _squares(values: Tensor) -> float:
         ).double()
         ** 2
     )
-
-
-def _nothing(number: int, result: Any) -> None:
-    pass
 
 
 @dataclass
