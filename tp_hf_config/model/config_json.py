@@ -161,13 +161,15 @@ def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[s
     """Return a copy with some fields set; missing parents are created."""
     result = copy.deepcopy(data)
     for path, value in values.items():
-        node: Any = result
+        nodes: list[Any] = [result]
         for key in path[:-1]:
-            if isinstance(node, dict) and node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-        for key in _places(node, path[-1]):
-            node[key] = value
+            for node in nodes:
+                if isinstance(node, dict) and node.get(key) is None:
+                    node[key] = {}
+            nodes = [node[place] for node in nodes for place in _places(node, key)]
+        for node in nodes:
+            for place in _places(node, path[-1]):
+                node[place] = value
     return result
 
 
