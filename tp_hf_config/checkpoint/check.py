@@ -88,9 +88,8 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
         config, weights = read_config(path), read_weights(path)
     except (OSError, ValueError) as error:  # no permission; an impossible file name
         raise CheckpointError(f"{short(path)} cannot be read: {short(error)}") from error
-    if config.data is None or config.unsure is not None:
-        refusal = Refusal(config.unsure or "config.json cannot be read")
-        return Folder(path, config, weights, refusal)
+    if config.data is None:
+        return Folder(path, config, weights, Refusal("config.json cannot be read"))
     if quantisation(config.data) is not None:
         why = "the weights are quantised (quantization_config), and packed shapes show no widths"
         return Folder(path, config, weights, Refusal(why))

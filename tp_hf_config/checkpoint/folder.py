@@ -20,12 +20,9 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_ENTRIES = "per_layer_config"
 _MOST_CONFIG_BYTES = 32 * 2**20
 _MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
-_MOST_VALUES = 500_000  # of a config.json; no model has more, and all are copied many times
-_DEEPEST = 64  # nested objects and lists; functions here recurse over them
 _POINTER = b"version https://git-lfs"
 
 
@@ -52,8 +49,7 @@ class Config:
     """What config.json says."""
 
     data: dict[str, Any] | None  # its JSON; None if it cannot be read
-    fault: str | None = None  # why it cannot be loaded
-    unsure: str | None = None  # why it cannot be judged
+    fault: str | None = None  # why it cannot be read
 
 
 def check_exists(folder: Path) -> None:
@@ -82,15 +78,7 @@ def read_config(folder: Path) -> Config:
         return Config(None, fault=data)
     if not isinstance(data, dict):
         return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
-    values = _values(data)
-    if values is None:
-        why = (
-            f"{CONFIG} has more than {_MOST_VALUES:,} values or {_DEEPEST} levels of nesting, more "
-            "than any model needs, and was not checked"
-        )
-        return Config(data, None, why)
-    faults = (_entries_fault(part) for part in values if isinstance(part, dict))
-    return Config(data, fault=next((fault for fault in faults if fault is not None), None))
+    return Config(data)
 
 
 def _json(path: Path, longest: int) -> Any:
@@ -109,35 +97,6 @@ def _json(path: Path, longest: int) -> Any:
     except ValueError as error:
         return f"{name} is not JSON: {short(error)}"
     return f"{name} holds a text; expected an object" if isinstance(data, str) else data
-
-
-def _values(data: Any) -> list[Any] | None:
-    """All values of a config's JSON; ``None`` if there are too many, or too deep ones."""
-    found, level = [data], [data]
-    for _ in range(_DEEPEST):
-        inside = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [
-            value
-            for item in inside
-            if not isinstance(item, (str, int, float, type(None)))
-            for value in item
-        ]
-        found += level
-        if len(found) > _MOST_VALUES:
-            return None
-    return None if level else found
-
-
-def _entries_fault(part: dict[str, Any]) -> str | None:
-    """Return what is malformed in ``per_layer_config``, or ``None``."""
-    entries = part.get(_ENTRIES)
-    numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
-    if entries is None or (numbered and all(isinstance(entry, dict) for entry in entries.values())):
-        return None
-    return (
-        f"{_ENTRIES} is {short(json.dumps(entries))}; expected the values of each layer by its "
-        f'number: "{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
-    )
 
 
 def weights_file(folder: Path) -> str:
@@ -273,3 +232,9 @@ def _read_safetensors(path: Path, name: str) -> Weights:
         )
     except OSError as error:
         return _unreadable(f"{name} cannot be read: {error.strerror or error}")
+
+
+def write_config(folder: Path, data: dict[str, Any]) -> None:
+    """Write a config's JSON into an unfinished folder, as Transformers formats it."""
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from ..arguments import Count, check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
+from ..model.files import write_whole
 from .building import too_large
 from .check import (
     Folder,
@@ -28,7 +29,6 @@ from .loading import Assessment, assess, differing_tie
 from .reports import RepairReport, how_to_give, printable
 from .rotary import for_transformers_4
 from .solving import Task, Unsolved, solve
-from .writing import replace_config
 
 
 @check_arguments
@@ -64,7 +64,7 @@ def repair_checkpoint(
         after = checked(Folder(path, Config(json.loads(new)), read.weights, read.classes))
         return replace(report, after=after)
     try:
-        backup = replace_config(path, new)
+        backup = _replace_config(path, new)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror or error}. It was not changed. Copy the "
@@ -133,3 +133,19 @@ def _difference(old: bytes, new: bytes) -> str:
         before.splitlines(), new.decode().splitlines(), CONFIG, f"{CONFIG} (new)", lineterm="", n=1
     )
     return "\n".join(lines)
+
+
+def _replace_config(folder: Path, text: bytes) -> Path:
+    """Replace config.json of a folder, undone on errors; return the path of its backup."""
+    target = folder / CONFIG
+    old, count = target.read_bytes(), 0
+    while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
+        count += 1
+    try:
+        write_whole(backup, lambda part: part.write_bytes(old))
+        write_whole(target, lambda part: part.write_bytes(text))
+    except BaseException:
+        if target.read_bytes() == old:
+            backup.unlink(missing_ok=True)
+        raise
+    return backup

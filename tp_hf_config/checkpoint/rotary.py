@@ -7,7 +7,6 @@ if they are missing. They are written only if the config loads the same with the
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,10 +15,9 @@ from typing import Any
 
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .building import Classes, config_from
-from .folder import CONFIG
+from .folder import CONFIG, write_config
 from .loading import MAJOR
 from .reports import number
-from .writing import write_config
 
 _ROPE = "rope_parameters"
 _OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
@@ -48,7 +46,7 @@ def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
             continue
         for name, value in _separate_fields(node).items():
             at, present = (*path, name), node.get(name)
-            changed = _with_field(result.data, at, value)
+            changed = with_values(result.data, {at: value})
             if present is not None:
                 if present != value:
                     reasons.append(
@@ -116,17 +114,6 @@ def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" in fields and scaling.keys() - _TYPE_NAMES:
         fields["rope_scaling"] = scaling
     return fields
-
-
-def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
-    """Return a copy with one more field, right after ``rope_parameters``."""
-    result = copy.deepcopy(data)
-    node = value_at(result, path[:-1])
-    items = [item for item in node.items() if item[0] != path[-1]]
-    place = [name for name, _ in items].index(_ROPE) + 1
-    node.clear()
-    node.update([*items[:place], (path[-1], value), *items[place:]])
-    return result
 
 
 def _load_the_same(

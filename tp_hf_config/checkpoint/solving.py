@@ -70,9 +70,12 @@ def solve(task: Task) -> Solution | Unsolved:
         return Unsolved(assessment.reason)
     flipped, data, assessment = retied(task, start, assessment)
     if assessment.misplaced:
-        return Unsolved(
-            _misplaced_reason(assessment, classes), tuple(_misplaced(assessment, classes))
-        )
+        causes = tuple(_misplaced(assessment, classes))
+        reason = ". ".join(cause.text for cause in causes)
+        if not assessment.failed:
+            given = how_to_give("num_hidden_layers")
+            reason += f". If layers were removed, give the number that remains: {given}"
+        return Unsolved(reason, causes)
     if assessment.fits and not task.given:
         return _solution(task, start, as_json(classes, data) or data, flipped, (), ())
     field_map = learn(classes, data)
@@ -126,19 +129,6 @@ def _better_tied(task: Task, before: Assessment, after: Assessment) -> bool:
     first, second = task.differing_tie
     was_tied = second in before.tied.get(first, frozenset())
     return was_tied and not after.misplaced and second not in after.tied.get(first, frozenset())
-
-
-def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
-    model = classes.model.__name__
-    if assessment.failed:
-        name, why = next(iter(assessment.failed.items()))
-        return f"{name or 'the checkpoint'} cannot be assembled from the stored tensors: {why}"
-    layers = (
-        f"If layers were removed, give the number that remains: {how_to_give('num_hidden_layers')}"
-    )
-    if assessment.lost:
-        return f"{assessment.lost[0]} is in the weights, but not in {model}. {layers}"
-    return f"{assessment.missing[0]} is in {model}, but not in the weights. {layers}"
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:

@@ -1,8 +1,7 @@
-"""Write files and folders atomically: they get their name once they are on the disk."""
+"""Write folders atomically: they get their name once they are on the disk."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -13,64 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from .folder import CONFIG
-
-_ON_WINDOWS = os.name == "nt"
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it; this replaces links, not targets."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        write(part)
-        flush(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def flush(path: Path) -> None:
-    """Flush a file or a folder to the disk; Windows can flush only writable files."""
-    try:
-        handle = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
-    except PermissionError:
-        if _ON_WINDOWS:
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder, and so a rename in it; some file systems cannot."""
-    with suppress(OSError):
-        flush(folder)
-
-
-def replace_config(folder: Path, text: bytes) -> Path:
-    """Replace config.json of a folder, undone on errors; return the path of its backup."""
-    target = folder / CONFIG
-    old, count = target.read_bytes(), 0
-    while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
-        count += 1
-    try:
-        write_whole(backup, lambda part: part.write_bytes(old))
-        write_whole(target, lambda part: part.write_bytes(text))
-    except BaseException:
-        if target.read_bytes() == old:
-            backup.unlink(missing_ok=True)
-        raise
-    return backup
-
-
-def write_config(folder: Path, data: dict[str, Any]) -> None:
-    """Write a config's JSON into an unfinished folder, as Transformers formats it."""
-    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+from ..model.files import flush
 
 
 @contextmanager

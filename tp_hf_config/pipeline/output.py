@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folder import CONFIG
-from ..checkpoint.writing import hidden_beside, new_folder, write_config
+from ..checkpoint.folder import CONFIG, write_config
+from ..checkpoint.writing import hidden_beside, new_folder
 from ..errors import PipelineError, in_one_line
 
 if TYPE_CHECKING:

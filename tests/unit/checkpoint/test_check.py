@@ -314,8 +314,8 @@ def test_a_config_that_the_class_refuses(tmp_path: Path):
     [
         (
             {"architectures": None},
-            'config.json names no class. Add it: "architectures": ["LlamaForCausalLM"] (the class '
-            "that the weights were saved from)",
+            "config.json names no class. Add the one that the weights were saved from: "
+            '"architectures": ["LlamaForCausalLM"]',
         ),
         ({"architectures": ["AutoModel"]}, "has no class AutoModel, which config.json names"),
         ({"architectures": ["os"]}, "has no class os, which config.json names"),

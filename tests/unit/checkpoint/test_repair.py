@@ -22,7 +22,7 @@ from tp_hf_config import (
     repair_checkpoint,
     verify_checkpoint,
 )
-from tp_hf_config.checkpoint import writing
+from tp_hf_config.checkpoint import repair
 
 BROKEN: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("llama", {"intermediate_size": 80}, {}),
@@ -264,10 +264,10 @@ def test_a_given_field_that_no_shape_shows_takes_effect_under_its_alias(tmp_path
 
 def test_a_number_of_layers_is_not_guessed(tmp_path: Path):
     error = refused(folders.edit(folders.saved("llama", tmp_path), num_hidden_layers=3))
+    assert "tensors are missing from the weights; LlamaForCausalLM would initialise" in str(error)
     assert str(error).endswith(
-        "is in LlamaForCausalLM, but not in the weights. If layers were removed, give the number "
-        "that remains: given={'num_hidden_layers': ...} or --given num_hidden_layers=N. Nothing "
-        "was written."
+        "If layers were removed, give the number that remains: given={'num_hidden_layers': ...} or "
+        "--given num_hidden_layers=N. Nothing was written."
     )
 
 
@@ -416,9 +416,9 @@ def test_a_full_disk_or_an_interrupt_at_any_moment(
     failed = 0
     for nth in range({"open": 4, "fsync": 4, "replace": 2}[name]):
         with monkeypatch.context() as patch:
-            patch.setattr(writing.os, name, _failing(getattr(os, name), nth, error, late))
+            patch.setattr(os, name, _failing(getattr(os, name), nth, error, late))
             try:
-                writing.replace_config(folder, text)
+                repair._replace_config(folder, text)
             except (OSError, KeyboardInterrupt):
                 failed += 1
                 assert folders.files(folder) in (old, new)
@@ -436,7 +436,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError) as error:
         repair_checkpoint(folder)
     assert str(error.value) == (

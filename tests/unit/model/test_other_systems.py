@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from tp_hf_config.calibration.passes import memory_limit
-from tp_hf_config.checkpoint import verify, writing
+from tp_hf_config.checkpoint import verify
+from tp_hf_config.model import files
 from tp_hf_config.model.surroundings import free_memory
 
 GIB = 2**30
@@ -127,11 +128,11 @@ def test_windows_flushes_only_what_is_open_for_writing(
         return open_(path, flags, *mode)
 
     open_ = os.open
-    monkeypatch.setattr(writing, "_ON_WINDOWS", True)
+    monkeypatch.setattr(files, "_ON_WINDOWS", True)
     monkeypatch.setattr(os, "open", opened)
     (tmp_path / "a").write_bytes(b"1")
-    writing.flush(tmp_path / "a")
-    writing.flush(tmp_path)
+    files.flush(tmp_path / "a")
+    files.flush(tmp_path)
 
 
 def test_how_a_process_ended_is_said_without_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:
