@@ -8,8 +8,7 @@ least squares for what the plain cut ``W Sᵀ`` misses. The ridge r pulls it tow
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,6 @@ from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
 from ..model.paging import in_file
 from ..model.tensors import tensor
-from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import memory_limit, shown, watched_pass
@@ -188,7 +186,7 @@ class _Products:
         self._sums = Sums()
         watched_pass(
             calibration.model,
-            _without_logits(calibration.model, calibration.train, step.readings.tables),
+            calibration.train,
             self._visit,
             self._sources,
             what="refits behind norms",
@@ -216,20 +214,6 @@ class _Products:
             return None
         own, cross = sums
         return refit_from_products(own, cross, kept, self._step.calibration.ridge)
-
-
-def _without_logits(
-    model: nn.Module, batches: Sequence[Batch], tables: Collection[str]
-) -> Sequence[Batch]:
-    """Let a model compute only the last token's logits, unless its head is refitted on all."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if head is None or names.get(id(getattr(head, "weight", None))) not in tables:
-        return batches
-    taken = inspect.signature(model.forward).parameters
-    if "logits_to_keep" not in taken or any("labels" in batch for batch in batches):
-        return batches
-    return [{"logits_to_keep": 1, **batch} for batch in batches]
 
 
 def _kept_channels(
