@@ -20,7 +20,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    with suppress(OSError):  # some file systems cannot flush a folder, and so the rename
+        flush(path.parent)
 
 
 def flush(path: Path) -> None:
@@ -35,9 +36,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder, and so a rename in it; some file systems cannot."""
-    with suppress(OSError):
-        flush(folder)
