@@ -301,7 +301,7 @@ class Refitting:
         self._step = StepRefits(calibration, groups)
         self._outputs = Difference(calibration.ranks)
         self.result = Refits()
-        using = self._worth_it() if calibration.holds_out() else self._told_enough()
+        using = self._worth_it()
         self._note_unfitted()
         self.edits: dict[str, list[RefitInPlace]] = {}
         for consumer, refit in self._step.refits.items():
@@ -311,19 +311,24 @@ class Refitting:
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
-        """Return the consumers whose refits are no worse on held-out data than the plain cut."""
+        """Return the consumers whose refits are no worse on held-out data than the plain cut.
+
+        Without held-out data: those that were measured on enough tokens.
+        """
         step, result, outputs = self._step, self.result, self._outputs
         if not step.refits:
             return set()
-        errors = layer_errors(step, outputs.note)
+        holds_out = step.calibration.holds_out()
+        errors = layer_errors(step, outputs.note) if holds_out else {}
         using: set[Consumer] = set()
         unjudged = 0
         for consumer in step.refits:
             sums = errors.get(consumer, Errors())
             scale = sums.output or 1.0
             used = sums.refit <= sums.cut
-            if not sums.output:  # an expert without held-out tokens
-                used = self._is_enough(consumer)
+            if not sums.output:  # no held-out data, or an expert that none of it reaches
+                statistics = step.readings.of(consumer)
+                used = statistics is not None and statistics.is_enough
                 unjudged += not used
             result.layers.append(
                 Refitted(
@@ -331,9 +336,14 @@ class Refitting:
                 )
             )
             using |= {consumer} if used else set()
-        self._note_unjudged(
-            unjudged, "no held-out token reaches them, so their refits cannot be compared"
-        )
+        if unjudged:
+            why = "no held-out token reaches them" if holds_out else "no data is held out"
+            result.notes.append(
+                f"{unjudged} weights are not refitted: {why}, so their refits cannot be compared, "
+                "and they were measured on fewer than 8 tokens a channel. Pass more batches"
+            )
+        if not holds_out:
+            return using
         changes: list[float] = []
         for some, how in ((set[Consumer](), "cut"), (using, "refitted")):
             outputs.begin()
@@ -354,29 +364,6 @@ class Refitting:
         for layer in result.layers:
             layer.used = False
         return set()
-
-    def _told_enough(self) -> set[Consumer]:
-        step, result = self._step, self.result
-        using: set[Consumer] = set()
-        for consumer in step.refits:
-            used = self._is_enough(consumer)
-            using |= {consumer} if used else set()
-            result.layers.append(Refitted(consumer.parameter, consumer.part, used=used))
-        self._note_unjudged(
-            len(step.refits) - len(using), "no data is held out, so their refits cannot be compared"
-        )
-        return using
-
-    def _is_enough(self, consumer: Consumer) -> bool:
-        statistics = self._step.readings.of(consumer)
-        return statistics is not None and statistics.is_enough
-
-    def _note_unjudged(self, count: int, why: str) -> None:
-        if count:
-            self.result.notes.append(
-                f"{count} weights are not refitted: {why}, and they were measured on fewer than 8 "
-                "tokens a channel. Pass more batches"
-            )
 
     def _note_unfitted(self) -> None:
         step = self._step
