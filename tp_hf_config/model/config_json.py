@@ -6,8 +6,9 @@ import copy
 import functools
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,14 +49,14 @@ class EntryOfKind:
 
     def __str__(self) -> str:
         """Return the layer numbers in the full model: ``0-3+5``."""
-        numbers = self.places[max(self.places)]
-        ranges: list[list[int]] = []
-        for number in numbers:
-            if ranges and number == ranges[-1][-1] + 1:
-                ranges[-1].append(number)
-            else:
-                ranges.append([number])
-        return "+".join("-".join(map(str, dict.fromkeys((r[0], r[-1])))) for r in ranges)
+        return "+".join(ranges(self.places[max(self.places)]))
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Return ascending numbers as ranges: ``["0-3", "5"]``."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
 # keys that lead to a field: ("text_config", "hidden_size")
