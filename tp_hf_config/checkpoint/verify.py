@@ -28,7 +28,7 @@ from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, own_reference
-from .check import SolvableFolder, checked, place, read_folder, solvable_folder
+from .check import SolvableFolder, place, solvable_folder
 from .loading import main_dtype
 from .reports import Difference, RoundtripReport, and_more, short
 
@@ -121,23 +121,11 @@ def verify_checkpoint(
         numbers and (with ``against``) equals the other folder's bit for bit.
 
     Raises:
-        CheckpointError: a folder or its weights do not exist, or no inputs can be made (its class
-            is not known, or refuses the config).
+        CheckpointError: a folder or its weights do not exist or are damaged, or no inputs can be
+            made (its class is not known, or refuses the config).
     """
     path = place(folder)
     paths = [path] if against is None else [path, place(against)]
-    for each in paths:
-        report = checked(read_folder(each, trust_remote_code))
-        if report.sound is False:
-            name = report.model or "unknown class"
-            causes = tuple(cause.text for cause in report.causes)
-            return RoundtripReport(
-                str(each),
-                name,
-                False,
-                loading=causes,
-                error="the folder is not sound, and was not run",
-            )
     folders = [solvable_folder(each, trust_remote_code) for each in paths]
     name, inputs = _example(folders[0])
     run, *others = _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True)
