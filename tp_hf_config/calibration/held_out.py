@@ -147,7 +147,7 @@ def run_as_cut(
             latest = alike, values, _cut(op, rows, step) if refit is None else refit.estimate(rows)
         return op.run(op.shaped(latest[2]))
 
-    _held_out_pass(step.calibration, visit, sources, after_batch, what)
+    run_held_out(step.calibration, after_batch, what, visit, sources)
 
 
 def layer_errors(
@@ -167,24 +167,18 @@ def layer_errors(
             found.output += _squares(whole)
         return whole
 
-    _held_out_pass(step.calibration, visit, sources, after_batch, "held-out data, unpruned")
+    run_held_out(step.calibration, after_batch, "held-out data, unpruned", visit, sources)
     own = [value for each in errors.values() for value in astuple(each)]
     sums = iter(step.calibration.ranks.sums(own))
     return {consumer: Errors(*islice(sums, 3)) for consumer in errors}
 
 
 def run_held_out(
-    calibration: MeasuredModel, after_batch: Callable[[int, Any], None], what: str = ""
-) -> None:
-    _held_out_pass(calibration, lambda op: op.run(), None, after_batch, what)
-
-
-def _held_out_pass(
     calibration: MeasuredModel,
-    visit: Callable[[LinearOp], Any],
-    sources: Sources | None,
     after_batch: Callable[[int, Any], None],
-    what: str,
+    what: str = "",
+    visit: Callable[[LinearOp], Any] | None = None,
+    sources: Sources | None = None,
 ) -> None:
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
     watched_pass(model, batches, visit, sources, after_batch, what, ranks)
