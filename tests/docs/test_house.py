@@ -103,7 +103,7 @@ def test_modules_are_short() -> None:
 
 
 LINES = {
-    "model": (2_917, 1_800),
+    "model": (2_914, 1_800),
     "forward": (2_313, 2_200),
     "fieldmap": (4_163, 3_400),
     "twin": (3_899, 3_400),

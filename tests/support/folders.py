@@ -119,13 +119,6 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def notes(report: Any) -> tuple[str, ...]:
-    """What a report notes, but for heads that no shape shows."""
-    return tuple(
-        note for note in report.notes if not note.startswith("taken from config.json, because")
-    )
-
-
 def header_of(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     found: dict[str, Any] = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])

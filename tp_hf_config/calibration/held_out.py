@@ -6,22 +6,20 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CalibrationError, listed
 from ..forward.output_tensors import tensors_in
 from ..graph.config_group import ConfigGroup
 from ..graph.edits import RefitInPlace, plain_cut
-from ..model.sharded import whole_tensor
 from ..reports import fields_as_json
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, watched_pass
-from .readings import Sums
 from .refit import Copies, StepRefits
 from .sources import Sources
 
@@ -149,90 +147,38 @@ def run_as_cut(
             latest = alike, values, _cut(op, rows, step) if refit is None else refit.estimate(rows)
         return op.run(op.shaped(latest[2]))
 
-    _held_out_pass(step.calibration, visit, sources, after_batch, what)
+    run_held_out(step.calibration, after_batch, what, visit, sources)
 
 
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
 ) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data; return each refit's errors there, over all ranks.
-
-    They are computed from products of the input errors, which weights with the same inputs share. A
-    convolution with a kernel is run again instead.
-    """
+    """Run the whole model on held-out data; return each refit's errors there, over all ranks."""
     errors = {consumer: Errors() for consumer in step.refits}
-    sizes = {first: 8 * len(step.refits[first].targets) ** 2 for first in step.alike.values()}
-    for number, some in enumerate(step.of_one_pass(sizes)):
-        _add_errors(step, errors, set(some), _nothing if number else after_batch)
+    sources, copies = step.sources(_leaders(step)), Copies()
+
+    def visit(op: LinearOp) -> Any:
+        whole, refit = op.run(), step.refits.get(op.consumer)
+        rows = None if refit is None else step.after_cut(op, sources, copies)
+        if refit is not None and rows is not None:
+            found = errors[op.consumer]
+            found.cut += _squares(op.run(op.shaped(_cut(op, rows, step))) - whole)
+            found.refit += _squares(op.run(op.shaped(refit.estimate(rows))) - whole)
+            found.output += _squares(whole)
+        return whole
+
+    run_held_out(step.calibration, after_batch, "held-out data, unpruned", visit, sources)
     own = [value for each in errors.values() for value in astuple(each)]
     sums = iter(step.calibration.ranks.sums(own))
     return {consumer: Errors(*islice(sums, 3)) for consumer in errors}
 
 
-def _add_errors(
-    step: StepRefits,
-    errors: Mapping[Consumer, Errors],
-    firsts: Collection[Consumer],
-    after_batch: Callable[[int, Any], None],
-) -> None:
-    """Add the errors of the weights that read the same as ``firsts``, in one pass."""
-    model = step.calibration.model
-    sources, copies, sums = step.sources(_leaders(step)), Copies(), Sums()
-    with_kernel = {c for c in step.refits if _has_kernel(model, c)}
-    read: set[Consumer] = set()
-
-    def visit(op: LinearOp) -> Any:
-        whole, first = op.run(), step.alike.get(op.consumer)
-        if first not in firsts:
-            return whole
-        refit, found = step.refits[op.consumer], errors[op.consumer]
-        is_kernel = op.consumer in with_kernel
-        rows = step.after_cut(op, sources, copies) if is_kernel or op.consumer == first else None
-        if rows is not None and is_kernel:
-            found.cut += _squares(op.run(op.shaped(_cut(op, rows, step))) - whole)
-            found.refit += _squares(op.run(op.shaped(refit.estimate(rows))) - whole)
-        if rows is not None and op.consumer == first:
-            read.add(first)
-            lost = refit.errors(rows, op.channels_last())
-            sums.add(first, [each.T @ each for each in lost])
-        if rows is not None or first in read:
-            found.output += _squares(whole)
-        return whole
-
-    what = "held-out data, unpruned"
-    _held_out_pass(step.calibration, visit, sources, after_batch, what)
-    judged = [c for c in step.refits if step.alike[c] in firsts and c not in with_kernel]
-    for name, consumers in groupby(judged, lambda consumer: consumer.parameter):
-        parameter = whole_tensor(model, name)  # all ranks gather it
-        for consumer in consumers:
-            products = sums.of(step.alike[consumer])
-            if products is not None:
-                values, at = consumer.matrix_of(parameter)
-                weight = values.movedim(at, -1).flatten(0, -2)
-                targets = step.refits[consumer].targets
-                weight = weight.index_select(-1, targets.to(weight.device)).to(products[0])
-                cut, refit = (float(((weight @ each) * weight).sum()) for each in products)
-                errors[consumer].cut, errors[consumer].refit = cut, refit
-
-
-def _has_kernel(model: nn.Module, consumer: Consumer) -> bool:
-    """True if a weight reads several positions at once, so no product gives its error."""
-    layer = model.get_submodule(consumer.parameter.rpartition(".")[0])
-    return isinstance(layer, nn.modules.conv._ConvNd) and math.prod(layer.kernel_size) > 1
-
-
 def run_held_out(
-    calibration: MeasuredModel, after_batch: Callable[[int, Any], None], what: str = ""
-) -> None:
-    _held_out_pass(calibration, lambda op: op.run(), None, after_batch, what)
-
-
-def _held_out_pass(
     calibration: MeasuredModel,
-    visit: Callable[[LinearOp], Any],
-    sources: Sources | None,
     after_batch: Callable[[int, Any], None],
-    what: str,
+    what: str = "",
+    visit: Callable[[LinearOp], Any] | None = None,
+    sources: Sources | None = None,
 ) -> None:
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
     watched_pass(model, batches, visit, sources, after_batch, what, ranks)
@@ -261,10 +207,6 @@ def _squares(values: Tensor) -> float:
         ).double()
         ** 2
     )
-
-
-def _nothing(number: int, result: Any) -> None:
-    pass
 
 
 @dataclass
@@ -353,7 +295,7 @@ class Refitting:
         self._step = StepRefits(calibration, groups)
         self._outputs = Difference(calibration.ranks)
         self.result = Refits()
-        using = self._worth_it() if calibration.holds_out() else self._told_enough()
+        using = self._worth_it()
         self._note_unfitted()
         self.edits: dict[str, list[RefitInPlace]] = {}
         for consumer, refit in self._step.refits.items():
@@ -363,19 +305,24 @@ class Refitting:
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
-        """Return the consumers whose refits are no worse on held-out data than the plain cut."""
+        """Return the consumers whose refits are no worse on held-out data than the plain cut.
+
+        Without held-out data: those that were measured on enough tokens.
+        """
         step, result, outputs = self._step, self.result, self._outputs
         if not step.refits:
             return set()
-        errors = layer_errors(step, outputs.note)
+        holds_out = step.calibration.holds_out()
+        errors = layer_errors(step, outputs.note) if holds_out else {}
         using: set[Consumer] = set()
         unjudged = 0
         for consumer in step.refits:
             sums = errors.get(consumer, Errors())
             scale = sums.output or 1.0
             used = sums.refit <= sums.cut
-            if not sums.output:  # an expert without held-out tokens
-                used = self._is_enough(consumer)
+            if not sums.output:  # no held-out data, or an expert that none of it reaches
+                statistics = step.readings.of(consumer)
+                used = statistics is not None and statistics.is_enough
                 unjudged += not used
             result.layers.append(
                 Refitted(
@@ -383,9 +330,14 @@ class Refitting:
                 )
             )
             using |= {consumer} if used else set()
-        self._note_unjudged(
-            unjudged, "no held-out token reaches them, so their refits cannot be compared"
-        )
+        if unjudged:
+            why = "no held-out token reaches them" if holds_out else "no data is held out"
+            result.notes.append(
+                f"{unjudged} weights are not refitted: {why}, so their refits cannot be compared, "
+                "and they were measured on fewer than 8 tokens a channel. Pass more batches"
+            )
+        if not holds_out:
+            return using
         changes: list[float] = []
         for some, how in ((set[Consumer](), "cut"), (using, "refitted")):
             outputs.begin()
@@ -406,29 +358,6 @@ class Refitting:
         for layer in result.layers:
             layer.used = False
         return set()
-
-    def _told_enough(self) -> set[Consumer]:
-        step, result = self._step, self.result
-        using: set[Consumer] = set()
-        for consumer in step.refits:
-            used = self._is_enough(consumer)
-            using |= {consumer} if used else set()
-            result.layers.append(Refitted(consumer.parameter, consumer.part, used=used))
-        self._note_unjudged(
-            len(step.refits) - len(using), "no data is held out, so their refits cannot be compared"
-        )
-        return using
-
-    def _is_enough(self, consumer: Consumer) -> bool:
-        statistics = self._step.readings.of(consumer)
-        return statistics is not None and statistics.is_enough
-
-    def _note_unjudged(self, count: int, why: str) -> None:
-        if count:
-            self.result.notes.append(
-                f"{count} weights are not refitted: {why}, and they were measured on fewer than 8 "
-                "tokens a channel. Pass more batches"
-            )
 
     def _note_unfitted(self) -> None:
         step = self._step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.pruner import function
 
-from ..errors import CalibrationError, CalibrationWarning
+from ..errors import CalibrationError, CalibrationWarning, warn
 from ..forward.layer_passes import hidden_in, hidden_out
 from ..graph.sides import ParameterView
 from .batches import Batch, writes_text
@@ -130,22 +129,19 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
                     yield _Reader(consumer, statistics, weight, channels, roots)
 
     def _warn_unread(self, group: Any) -> None:
-        layer = group[0].dep.target.name
-        warnings.warn(
-            f"{layer}: no measured weight reads the output of this group's layers, so the group is "
-            "ranked by magnitude",
+        warn(
+            f"{group[0].dep.target.name}: no measured weight reads the output of this group's "
+            "layers, so the group is ranked by magnitude",
             CalibrationWarning,
-            stacklevel=3,
         )
 
 
 def _warn_of_memory(reader: Consumer) -> None:
-    warnings.warn(
+    warn(
         f"{reader.parameter} and other weights read the channels of one group, and their Gram "
         'matrices do not fit into max_memory together, so "obs" ranks this group like "wanda". '
         "Pass a larger max_memory= to calibrate()",
         CalibrationWarning,
-        stacklevel=5,
     )
 
 

@@ -139,7 +139,7 @@ class WatchedOps(TorchFunctionMode):
     def _note_table(self, table: Any) -> None:
         if isinstance(table, Tensor):
             for name, parameter in self._parameters_at(table):
-                if _overlap(table, parameter):
+                if _view_of(table, parameter) is not None:
                     self._tables.add(name)
 
     def _consumer(self, weight: Any, axis: int) -> Consumer | None:
@@ -167,18 +167,6 @@ def _input_tables(model: nn.Module) -> Iterator[Tensor]:
 
 def _storage(values: Tensor) -> int:
     return values.untyped_storage().data_ptr()
-
-
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """True if two tensors of one storage overlap, each from its first to its last element."""
-    (begin, end), (other_begin, other_end) = map(_span, (first, second))
-    return begin <= other_end and other_begin <= end
-
-
-def _span(values: Tensor) -> tuple[int, int]:
-    begin = int(values.storage_offset())
-    steps = zip(values.stride(), values.shape, strict=True)
-    return begin, begin + sum(int(stride) * (size - 1) for stride, size in steps)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -113,31 +113,6 @@ class Readings:
     def needs_gram(self, leader: Consumer) -> bool:
         """True if a refit needs the Gram matrix; behind a norm, other products are needed."""
         return leader not in self.chains and leader.parameter not in self.tables
-
-
-class Sums:
-    def __init__(self) -> None:
-        self._matrices: dict[Consumer, list[Tensor]] = {}
-
-    def add(self, consumer: Consumer, products: Sequence[Tensor]) -> None:
-        before = self._matrices.get(consumer)
-        pairs = zip(products, before or products, strict=True)
-        self._matrices[consumer] = [a if before is None else b + a for a, b in pairs]
-
-    def of(self, consumer: Consumer) -> list[Tensor] | None:
-        return self._matrices.get(consumer)
-
-    def over_ranks(
-        self, ranks: Ranks, shapes: Mapping[Consumer, Iterable[tuple[int, int]]]
-    ) -> None:
-        """Add up all ranks' sums, in the order of ``shapes``: consumer -> its matrices' shapes."""
-        seen = ranks.gathered({of: sums[0].dtype for of, sums in self._matrices.items()})
-        for consumer, sizes in shapes.items():
-            dtypes = [dtypes[consumer] for dtypes in seen if consumer in dtypes]
-            if dtypes:
-                zeros = (torch.zeros(size, dtype=dtypes[0], device=ranks.device) for size in sizes)
-                own = self._matrices.get(consumer) or [*zeros]
-                self._matrices[consumer] = [*map(ranks.summed, own)]
 
 
 def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> Readings:

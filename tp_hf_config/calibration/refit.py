@@ -8,8 +8,7 @@ least squares for what the plain cut ``W Sᵀ`` misses. The ridge r pulls it tow
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +21,10 @@ from ..graph.edits import Refit
 from ..graph.sides import ParameterView, Side
 from ..model.paging import in_file
 from ..model.tensors import tensor
-from .batches import Batch
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import memory_limit, shown, watched_pass
-from .readings import Readings, Sums
+from .passes import Ranks, memory_limit, shown, watched_pass
+from .readings import Readings
 from .sources import Sources
 
 _TRIES = 12  # the ridge grows tenfold until the solve succeeds
@@ -105,7 +103,7 @@ class StepRefits:
                 some.setdefault(leader, []).append(consumer)
         self._solve_plain(plain)
         sizes = {of: self._bytes_behind_norm(some[0]) for of, some in behind_norms.items()}
-        for leaders in self.of_one_pass(sizes):
+        for leaders in self._of_one_pass(sizes):
             products = _Products(self, leaders)
             for leader in shown(leaders, "solving refits", "inputs"):
                 self._add(behind_norms[leader], partial(products.refit, leader))
@@ -122,7 +120,7 @@ class StepRefits:
                 self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
-    def of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
+    def _of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
         """Yield as many consumers at a time as memory has room for.
 
         ``sizes``: bytes of their sums.
@@ -185,21 +183,29 @@ class _Products:
         self._copies: Copies = {}
         self._sources = step.sources(self._leaders)
         calibration = step.calibration
-        self._sums = Sums()
+        self._sums: dict[Consumer, list[Tensor]] = {}
         watched_pass(
             calibration.model,
-            _without_logits(calibration.model, calibration.train, step.readings.tables),
+            calibration.train,
             self._visit,
             self._sources,
             what="refits behind norms",
             ranks=calibration.ranks,
         )
         if calibration.ranks.own_data:
-            self._sums.over_ranks(calibration.ranks, {of: self._shapes(of) for of in leaders})
+            self._add_up(calibration.ranks)
 
-    def _shapes(self, leader: Consumer) -> list[tuple[int, int]]:
-        kept = len(self._step.kept[leader])
-        return [(kept, kept), (kept, len(self._step.readings.statistics[leader].total))]
+    def _add_up(self, ranks: Ranks) -> None:
+        """Add up all ranks' sums, in the order of the leaders."""
+        seen = ranks.gathered({leader: sums[0].dtype for leader, sums in self._sums.items()})
+        for leader in self._leaders:
+            dtypes = [dtypes[leader] for dtypes in seen if leader in dtypes]
+            if dtypes:
+                kept = len(self._step.kept[leader])
+                size = len(self._step.readings.statistics[leader].total)
+                zeros = torch.zeros(kept, kept + size, dtype=dtypes[0], device=ranks.device)
+                own = self._sums.get(leader) or torch.split(zeros, [kept, size], 1)
+                self._sums[leader] = [*map(ranks.summed, own)]
 
     def _visit(self, op: LinearOp) -> Any:
         if op.consumer in self._leaders:
@@ -207,29 +213,19 @@ class _Products:
             if rows is not None:
                 exact = torch.promote_types(rows.dtype, torch.float32)
                 rows, full = rows.to(exact), op.channels_last().to(exact)
-                self._sums.add(op.consumer, (rows.T @ rows, rows.T @ full))
+                products = [rows.T @ rows, rows.T @ full]
+                before = self._sums.get(op.consumer)
+                if before is not None:
+                    products = [b + a for a, b in zip(products, before, strict=True)]
+                self._sums[op.consumer] = products
         return op.run()
 
     def refit(self, leader: Consumer, kept: Tensor) -> Refit | None:
-        sums = self._sums.of(leader)
+        sums = self._sums.get(leader)
         if sums is None or len(sums[0]) != len(kept):  # None: other layers ran before it
             return None
         own, cross = sums
         return refit_from_products(own, cross, kept, self._step.calibration.ridge)
-
-
-def _without_logits(
-    model: nn.Module, batches: Sequence[Batch], tables: Collection[str]
-) -> Sequence[Batch]:
-    """Let a model compute only the last token's logits, unless its head is refitted on all."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if head is None or names.get(id(getattr(head, "weight", None))) not in tables:
-        return batches
-    taken = inspect.signature(model.forward).parameters
-    if "logits_to_keep" not in taken or any("labels" in batch for batch in batches):
-        return batches
-    return [{"logits_to_keep": 1, **batch} for batch in batches]
 
 
 def _kept_channels(

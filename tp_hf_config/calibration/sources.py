@@ -29,18 +29,10 @@ SELECTION = "[...]"
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer, or of a function that selects rows (``select``)."""
+    """One call of a layer, or of a function that selects rows (``select``).
 
-    name: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Tensor
-    select: Select | None = None
-
-
-@dataclass(frozen=True)
-class _PastCall:
-    """A call without its result, which is not kept alive; valid while something else holds it."""
+    Its result is not kept alive; ``layout`` is valid while something else holds it (``in_use``).
+    """
 
     name: str
     args: tuple[Any, ...]
@@ -49,10 +41,10 @@ class _PastCall:
     in_use: Callable[[], bool]
     select: Select | None = None
 
-    def with_output(self, values: Tensor) -> _Call:
+    def output(self, values: Tensor) -> Tensor:
+        """Return the result, from any tensor on its storage."""
         dtype, *layout = self.layout
-        output = values.new_empty(0, dtype=dtype).set_(values.untyped_storage(), *layout)
-        return _Call(self.name, self.args, self.kwargs, output, self.select)
+        return values.new_empty(0, dtype=dtype).set_(values.untyped_storage(), *layout)
 
 
 def use_of(values: Tensor) -> Callable[[], bool]:
@@ -67,7 +59,7 @@ class Sources:
     def __init__(self, model: nn.Module, names: set[str] | None = None):
         self.model = behind(model)
         self.names = names
-        self._calls: dict[int, _PastCall] = {}  # by the result's place
+        self._calls: dict[int, _Call] = {}  # by the result's place
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -101,10 +93,10 @@ class Sources:
         """
         calls = self._calls_before(values)
         size = values.shape[axis]
-        for number, call in enumerate(calls):
+        for number, (call, output) in enumerate(calls):
             try:
-                if call.select is None and _mixes(self._layer(call), call, size):
-                    return tuple(c.name for c in reversed(calls[: number + 1]))
+                if call.select is None and _mixes(self._layer(call), call, output, size):
+                    return tuple(c.name for c, _ in reversed(calls[: number + 1]))
             except Exception as error:  # the layer does not run with fewer channels: no norm
                 raise_shortage(error)
                 return ()
@@ -118,10 +110,10 @@ class Sources:
         ``None``: other layers than those of ``chain`` ran. Missing copies are added to ``copies``.
         """
         calls = self._calls_before(values)[: len(chain)]
-        if tuple(call.name for call in reversed(calls)) != chain:
+        if tuple(call.name for call, _ in reversed(calls)) != chain:
             return None
         result: Tensor | None = None
-        for call in reversed(calls):
+        for call, _ in reversed(calls):
             if call.select is not None:
                 assert result is not None  # the first call is of a norm
                 result = result.reshape(*call.args[0].shape[:-1], len(kept))
@@ -134,7 +126,7 @@ class Sources:
                 args = (result, *args[1:])
             result = copies[call.name](*args, **kwargs)
         assert result is not None
-        return result.movedim(_axis(calls[0].output, size), -1).flatten(0, -2)
+        return result.movedim(_axis(calls[0][1], size), -1).flatten(0, -2)
 
     def note_selection(
         self, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -145,21 +137,23 @@ class Sources:
             return
         before = self._calls_before(values)[:1]
         if before and output.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-            in_order = values.is_contiguous() and before[0].output.is_contiguous()
-            same = before[0].output.shape[-1:] == values.shape[-1:]
+            source = before[0][1]
+            in_order = values.is_contiguous() and source.is_contiguous()
+            same = source.shape[-1:] == values.shape[-1:]
             if in_order and same and _selects_rows(select, args, kwargs):
-                self._remember(_Call(SELECTION, (*args,), kwargs, output, select))
+                self._remember(SELECTION, (*args,), kwargs, output, select)
 
     def _layer(self, call: _Call) -> nn.Module:
         return self.model.get_submodule(call.name)
 
-    def _calls_before(self, values: Tensor) -> list[_Call]:
-        calls: list[_Call] = []
+    def _calls_before(self, values: Tensor) -> list[tuple[_Call, Tensor]]:
+        """Return the latest calls, the last one first, each with its result."""
+        calls: list[tuple[_Call, Tensor]] = []
         while len(calls) < _LONGEST:
             call = self._calls.get(values.untyped_storage().data_ptr())
             if call is None or not call.in_use() or call.layout[2].numel() != values.numel():
                 break
-            calls.append(call.with_output(values))
+            calls.append((call, call.output(values)))
             values = call.args[0]
         return calls
 
@@ -169,19 +163,23 @@ class Sources:
                 return
             pointer = output.untyped_storage().data_ptr()
             if args[0].shape == output.shape and args[0].untyped_storage().data_ptr() != pointer:
-                self._remember(_Call(name, args, kwargs, output))
+                self._remember(name, args, kwargs, output)
 
         return note
 
-    def _remember(self, call: _Call) -> None:
-        output = call.output
+    def _remember(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+        select: Select | None = None,
+    ) -> None:
         pointer = output.untyped_storage().data_ptr()
         self.forget_unused()  # frees the arguments of calls whose results nothing holds
         self._calls.pop(pointer, None)
         layout = output.dtype, output.storage_offset(), output.shape, output.stride()
-        self._calls[pointer] = _PastCall(
-            call.name, call.args, call.kwargs, layout, use_of(output), call.select
-        )
+        self._calls[pointer] = _Call(name, args, kwargs, layout, use_of(output), select)
 
 
 def _selects_rows(select: Select, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -236,10 +234,10 @@ def _axis(values: Tensor, size: int) -> int:
     return -1 if values.shape[-1] == size or values.ndim < 3 else 1  # 1: images
 
 
-def _mixes(layer: nn.Module, call: _Call, size: int) -> bool:
+def _mixes(layer: nn.Module, call: _Call, output: Tensor, size: int) -> bool:
     """True if a layer's output for some channels depends on the others."""
     kept = torch.arange(max(1, size * 2 // 5))  # not half: both halves may hold the same units
     args, kwargs = _cut_arguments(call, size, kept)
     result = cut_copy(layer, size, kept)(*args, **kwargs)
-    expected = call.output.index_select(_axis(call.output, size), kept.to(call.output.device))
+    expected = output.index_select(_axis(output, size), kept.to(output.device))
     return not torch.allclose(result, expected, rtol=1e-3, atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
-from ..model.config_json import FieldPath, config_json, field_name, value_at
+from ..model.config_json import FieldPath, config_json, field_name, value_at, without_names
 from .folder import Stored
 from .reports import number, short
 
@@ -70,32 +70,19 @@ def _transformers_class(data: Mapping[str, Any]) -> type[PreTrainedModel] | Refu
     inner = (part.get("architectures") for part in data.values() if isinstance(part, dict))
     # Transformers 4 nests it
     named = data.get("architectures") or next(filter(None, inner), None)
-    kind = data.get("model_type")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str):
         return Refusal(
-            "config.json names no class. Add it: "
-            f'"architectures": [{_suggestion(kind)}] (the class that the weights were saved from)'
+            "config.json names no class. Add the one that the weights were saved from: "
+            '"architectures": ["LlamaForCausalLM"]'
         )
     candidate = getattr(transformers, name, None) if name.isidentifier() else None
     if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
         return candidate
     return Refusal(
         f"transformers {transformers.__version__} has no class {short(name)}, which config.json "
-        f"names in architectures. Install a version that has it, or name another: "
-        f"[{_suggestion(kind)}]"
+        "names in architectures. Install a version that has it, or name another"
     )
-
-
-def _suggestion(kind: Any) -> str:
-    """A class for a model type, in quotes."""
-    from transformers.models.auto import modeling_auto
-
-    for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
-        names: Any = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
-        if isinstance(kind, str) and kind in names:
-            return f'"{names[kind]}"'
-    return '"LlamaForCausalLM"'
 
 
 def _config_class(
@@ -198,7 +185,7 @@ def build(classes: Classes, data: Mapping[str, Any]) -> PreTrainedModel | Refusa
 
 def config_from(classes: Classes, data: Mapping[str, Any]) -> PreTrainedConfig:
     """The config that ``from_pretrained`` would read; exceptions of the class propagate."""
-    values = copy.deepcopy(_without_kernels(data))
+    values = copy.deepcopy(without_names(data, _KERNELS))
     decode = getattr(classes.config, "_decode_special_floats", None)  # infinities in JSON
     return classes.config.from_dict(values if decode is None else decode(values))
 
@@ -211,12 +198,6 @@ def as_json(
         return config_json(config_from(classes, data), use_diff)
     except Exception:  # a class may refuse with any exception
         return None
-
-
-def _without_kernels(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _without_kernels(value) for key, value in data.items() if key not in _KERNELS}
-    return data
 
 
 def _refused(reason: str) -> Refusal:

@@ -11,12 +11,11 @@ from typing import Any
 from ..arguments import check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
-from ..model.surroundings import quiet_transformers
 from .building import Classes, classes_of, quantisation, too_large
 from .folder import ADAPTER, Config, Weights, check_exists, read_config, read_weights
 from .loading import MAJOR, Assessment, assess, differing_tie
 from .reports import Cause, CheckReport, and_more, short
-from .solving import Solution, Task, learn, retied, solve, undecided_heads
+from .solving import Solution, Task, retied, solve
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ def check_checkpoint(
     """Compare a folder's config with its weights; load no weights and write nothing.
 
     Builds the class that config.json names, without data. Transformers' own loading code matches it
-    with the tensors in the safetensors headers (or in the metadata of a ``.bin`` file). Data are
-    read only of tensors that the config ties, and only a few rows.
+    with the tensors in the safetensors headers. Data are read only of tensors that the config ties,
+    and only a few rows.
 
     Args:
         folder: a folder with config.json and weights.
@@ -77,20 +76,6 @@ def place(folder: str | os.PathLike[str]) -> Path:
 
 
 def checked(read: Folder) -> CheckReport:
-    """Return the report on a folder, with the head counts that no shape shows."""
-    report = check_tensors(read)
-    if not report.sound or isinstance(read.classes, Refusal):
-        return report
-    with quiet_transformers():
-        field_map = learn(read.classes, read.config.data or {})
-    heads = {} if isinstance(field_map, Refusal) else undecided_heads(field_map)
-    said = ", ".join(f"{name}={value}" for name, value in heads.items())
-    note = f"taken from config.json, because no shape shows the values: {said}"
-    return replace(report, undecided=tuple(heads), notes=(*report.notes, *[note] * bool(heads)))
-
-
-def check_tensors(read: Folder) -> CheckReport:
-    """Like :func:`checked`, without the search for such head counts."""
     report = _report(read)
     if read.unsure is None and isinstance(read.classes, Classes):
         return _judged(report, read, read.classes)
@@ -103,9 +88,8 @@ def read_folder(path: Path, trust_remote_code: bool) -> Folder:
         config, weights = read_config(path), read_weights(path)
     except (OSError, ValueError) as error:  # no permission; an impossible file name
         raise CheckpointError(f"{short(path)} cannot be read: {short(error)}") from error
-    if config.data is None or config.unsure is not None:
-        refusal = Refusal(config.unsure or "config.json cannot be read")
-        return Folder(path, config, weights, refusal)
+    if config.data is None:
+        return Folder(path, config, weights, Refusal("config.json cannot be read"))
     if quantisation(config.data) is not None:
         why = "the weights are quantised (quantization_config), and packed shapes show no widths"
         return Folder(path, config, weights, Refusal(why))

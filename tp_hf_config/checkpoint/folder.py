@@ -1,10 +1,15 @@
-"""Read a folder's config.json and the headers of its weights, trusting neither."""
+"""Read a folder's config.json and the headers of its weights, trusting neither; write folders."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..model.files import flush
 from .reports import and_more, short
 
 CONFIG = "config.json"
@@ -22,12 +28,9 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_ENTRIES = "per_layer_config"
 _MOST_CONFIG_BYTES = 32 * 2**20
 _MOST_INDEX_BYTES = 256 * 2**20
 _LONGEST_NAME = 200
-_MOST_VALUES = 500_000  # of a config.json; no model has more, and all are copied many times
-_DEEPEST = 64  # nested objects and lists; functions here recurse over them
 _POINTER = b"version https://git-lfs"
 
 
@@ -54,8 +57,7 @@ class Config:
     """What config.json says."""
 
     data: dict[str, Any] | None  # its JSON; None if it cannot be read
-    fault: str | None = None  # why it cannot be loaded
-    unsure: str | None = None  # why it cannot be judged
+    fault: str | None = None  # why it cannot be read
 
 
 def check_exists(folder: Path) -> None:
@@ -84,15 +86,7 @@ def read_config(folder: Path) -> Config:
         return Config(None, fault=data)
     if not isinstance(data, dict):
         return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
-    values = _values(data)
-    if values is None:
-        why = (
-            f"{CONFIG} has more than {_MOST_VALUES:,} values or {_DEEPEST} levels of nesting, more "
-            "than any model needs, and was not checked"
-        )
-        return Config(data, None, why)
-    faults = (_entries_fault(part) for part in values if isinstance(part, dict))
-    return Config(data, fault=next((fault for fault in faults if fault is not None), None))
+    return Config(data)
 
 
 def _json(path: Path, longest: int) -> Any:
@@ -111,35 +105,6 @@ def _json(path: Path, longest: int) -> Any:
     except ValueError as error:
         return f"{name} is not JSON: {short(error)}"
     return f"{name} holds a text; expected an object" if isinstance(data, str) else data
-
-
-def _values(data: Any) -> list[Any] | None:
-    """All values of a config's JSON; ``None`` if there are too many, or too deep ones."""
-    found, level = [data], [data]
-    for _ in range(_DEEPEST):
-        inside = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [
-            value
-            for item in inside
-            if not isinstance(item, (str, int, float, type(None)))
-            for value in item
-        ]
-        found += level
-        if len(found) > _MOST_VALUES:
-            return None
-    return None if level else found
-
-
-def _entries_fault(part: dict[str, Any]) -> str | None:
-    """Return what is malformed in ``per_layer_config``, or ``None``."""
-    entries = part.get(_ENTRIES)
-    numbered = isinstance(entries, dict) and all(number.isdecimal() for number in entries)
-    if entries is None or (numbered and all(isinstance(entry, dict) for entry in entries.values())):
-        return None
-    return (
-        f"{_ENTRIES} is {short(json.dumps(entries))}; expected the values of each layer by its "
-        f'number: "{_ENTRIES}": {{"3": {{"intermediate_size": 64}}}}'
-    )
 
 
 def weights_file(folder: Path) -> str:
@@ -254,9 +219,10 @@ def _read(path: Path, name: str) -> Weights:
         return _unreadable(
             f"{name} is a Git LFS pointer, not the weights. Download the weights: git lfs pull"
         )
-    return (
-        _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_pickle(path, name)
-    )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, name)
+    why = f"{name} is a pickle, which has no header with shapes. Save the weights as safetensors"
+    return Weights({}, complete=False, unsure=why)
 
 
 def _read_safetensors(path: Path, name: str) -> Weights:
@@ -276,43 +242,72 @@ def _read_safetensors(path: Path, name: str) -> Weights:
         return _unreadable(f"{name} cannot be read: {error.strerror or error}")
 
 
-def _read_pickle(path: Path, name: str) -> Weights:
-    """Read a ``torch.save`` file without its data; no code in it is run."""
-    import torch
-    from transformers.utils.import_utils import check_torch_load_is_safe
+def write_config(folder: Path, data: dict[str, Any]) -> None:
+    """Write a config's JSON into an unfinished folder, as Transformers formats it."""
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
+
+@contextmanager
+def new_folder(target: Path, check: Callable[[], object]) -> Iterator[Path]:
+    """Yield a hidden folder beside ``target``, renamed to it at the end, or removed on errors.
+
+    An existing ``target`` is replaced. ``check`` raises if it may not be written; it is called
+    again at the end, because another process may have written to ``target``.
+    """
+    check()
+    work = hidden_beside(target)
     try:
-        check_torch_load_is_safe()
-    except ValueError:
-        why = (
-            f"{name}: torch {torch.__version__} does not read pickles safely; torch 2.6 or newer "
-            "does. Update torch, or save the weights as safetensors."
-        )
-        return Weights({}, complete=False, unsure=why)
+        work.mkdir(parents=True)
+        yield work
+        for path in [*work.rglob("*"), work]:  # to the disk, before the folder gets its final name
+            # some file systems cannot flush a folder
+            with suppress(OSError) if path.is_dir() else nullcontext():
+                flush(path)
+        check()
+        _rename_into_place(work, target, hidden_beside(target, ".old"))
+    finally:
+        with uninterrupted():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def hidden_beside(target: Path, ending: str = ".unfinished") -> Path:
+    """A hidden path beside a folder, with a name that no other run uses."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{ending}")
+
+
+def _rename_into_place(work: Path, target: Path, aside: Path) -> None:
+    """Rename ``work`` to ``target``; a folder of that name is kept in ``aside`` meanwhile."""
+    with uninterrupted():
+        try:
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(work, target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        waiting.append(number)
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, wait) for number in numbers}
     try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                start = file.read(2)
-            if start in (b"", b"PK"):
-                return _unreadable(f"{name} is truncated: it is not a complete torch.save file")
-            why = (
-                f"{name} is not in torch.save's zip format and was not unpickled, because that "
-                "could run code. Save the weights as safetensors."
-            )
-            return Weights({}, complete=False, unsure=why)
-        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        return _unreadable(
-            f"{name} contains other objects than tensors and was not unpickled, because that could "
-            "run code"
-        )
-    except (Exception, RecursionError) as error:  # a broken file may lead to any exception
-        return _unreadable(f"{name} cannot be read: {short(str(error) or type(error).__name__)}")
-    if not isinstance(loaded, dict):
-        return _unreadable(f"{name} holds a {type(loaded).__name__}; expected a dict of tensors")
-    tensors = {
-        key: Stored(str(value.dtype).removeprefix("torch."), tuple(value.shape), name)
-        for key, value in loaded.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
-    return Weights(tensors)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for waited in waiting:
+            signal.raise_signal(waited)

@@ -155,12 +155,16 @@ def _loaded_by_4(model: Any, state: dict[str, torch.Tensor]) -> _Outcome:
 
 def _whole_numbers(model: nn.Module, tensors: Mapping[str, Stored]) -> dict[str, str]:
     """Weights stored as integers -> why Transformers 4 fails on them."""
-    whole = ("I", "U", "BOOL", "int", "uint", "bool")
-    floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    prefix: Any = model.base_model_prefix
+    dtypes = {
+        key: tensors[key].dtype
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and (key := _stored(name, tensors, prefix)) is not None
+    }
     return {
-        name: f"its dtype is {tensor.dtype}, not a floating-point dtype"
-        for name, tensor in tensors.items()
-        if name in floating and tensor.dtype.startswith(whole)
+        name: f"its dtype is {dtype}, not a floating-point dtype"
+        for name, dtype in dtypes.items()
+        if dtype.startswith(("I", "U", "BOOL"))
     }
 
 
@@ -204,8 +208,6 @@ def _stored(name: str, tensors: Mapping[str, Stored], prefix: str) -> str | None
 
 def _differ(folder: Path, pair: Mapping[str, Stored]) -> bool:
     """True if two safetensors tensors differ in their shape or in some rows."""
-    if not all(stored.file.endswith(".safetensors") for stored in pair.values()):
-        return False
     first, *others = ((stored.dtype, stored.shape) for stored in pair.values())
     if any(other != first for other in others):
         return True

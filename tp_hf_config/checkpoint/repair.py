@@ -13,6 +13,7 @@ from ..arguments import Count, check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
+from ..model.files import write_whole
 from .building import too_large
 from .check import (
     Folder,
@@ -25,17 +26,15 @@ from .check import (
 )
 from .folder import CONFIG, Config
 from .loading import Assessment, assess, differing_tie
-from .reports import RepairReport, how_to_give, printable, short
+from .reports import RepairReport, how_to_give, printable
 from .rotary import for_transformers_4
 from .solving import Task, Unsolved, solve
-from .writing import check_target, copied_folder, locked, replace_config
 
 
 @check_arguments
 def repair_checkpoint(
     folder: str | os.PathLike[str],
     *,
-    out: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     given: Mapping[str, Count] | None = None,
     trust_remote_code: bool = False,
@@ -47,7 +46,6 @@ def repair_checkpoint(
 
     Args:
         folder: a folder with config.json and weights.
-        out: a new folder for the result, with the weights copied; ``folder`` does not change.
         dry_run: only report what would be written.
         given: known values of fields that no shape shows: ``{"head_dim": 64}``.
         trust_remote_code: run the folder's own code if its class needs it.
@@ -58,27 +56,26 @@ def repair_checkpoint(
 
     Raises:
         CheckpointError: no config fits, or several do (``error.candidates``); the weights are
-            damaged; ``out`` exists or is inside ``folder``; or the folder cannot be written or is
-            being repaired by another process. The folder is unchanged.
+            damaged; or the folder cannot be written. The folder is unchanged.
     """
     path = place(folder)
-    target = None if out is None else place(out)
-    if target is not None and not dry_run:
-        check_target(path, target)
-    if dry_run:
-        return _unwritten(*_planned(path, given, trust_remote_code))
+    read, report, new = _planned(path, given, trust_remote_code)
+    if dry_run or not report.difference:
+        after = checked(Folder(path, Config(json.loads(new)), read.weights, read.classes))
+        return replace(report, after=after)
     try:
-        if target is not None:
-            return _into_new(path, target, given, trust_remote_code)
-        solvable_folder(path, trust_remote_code)
-        with locked(path):
-            return _in_place(path, given, trust_remote_code)
+        backup = _replace_config(path, new)
     except OSError as error:
-        where = target or path
         raise CheckpointError(
-            f"{where} cannot be written: {error.strerror or error}. {path} was not changed. Write "
-            "to another folder: out=."
+            f"{path} cannot be written: {error.strerror or error}. It was not changed. Copy the "
+            "folder, and repair the copy."
         ) from error
+    after = check_checkpoint(path, trust_remote_code=trust_remote_code)
+    if not after.sound:
+        raise CheckpointError(
+            f"{path} was changed during the repair:\n{after}\nThe old config is in {backup}."
+        )
+    return replace(report, written=True, backup=backup.name, after=after)
 
 
 def _planned(
@@ -138,40 +135,17 @@ def _difference(old: bytes, new: bytes) -> str:
     return "\n".join(lines)
 
 
-def _unwritten(read: SolvableFolder, report: RepairReport, new: bytes) -> RepairReport:
-    """Complete a report with the check of the folder as it would be."""
-    after = checked(Folder(read.path, Config(json.loads(new)), read.weights, read.classes))
-    return replace(report, after=after)
-
-
-def _in_place(path: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
-    """Repair a locked folder in place, and check it again."""
-    read, report, new = _planned(path, given, trust)
-    if not report.difference:
-        return _unwritten(read, report, new)
-    backup = replace_config(path, new)
-    after = check_checkpoint(path, trust_remote_code=trust)
-    if not after.sound:
-        raise CheckpointError(
-            f"{path} was changed during the repair:\n{after}\nThe old config is in {backup}."
-        )
-    return replace(report, written=True, backup=backup.name, after=after)
-
-
-def _into_new(path: Path, out: Path, given: Mapping[str, int] | None, trust: bool) -> RepairReport:
-    """Write the repaired folder as a new one; it is checked before it gets its name."""
-    _, report, new = _planned(path, given, trust)
-    with copied_folder(path, out, new) as (work, left_out):
-        after = check_checkpoint(work, trust_remote_code=trust)
-        if not after.sound:
-            raise CheckpointError(
-                f"{path} was changed during the repair:\n{after}\nNothing was written."
-            )
-    notes = report.notes
-    if left_out:
-        notes = (
-            *notes,
-            f"not copied, because not regular files: {', '.join(map(short, left_out[:8]))}",
-        )
-    after = replace(after, folder=str(out))
-    return replace(report, folder=str(out), written=True, notes=notes, after=after)
+def _replace_config(folder: Path, text: bytes) -> Path:
+    """Replace config.json of a folder, undone on errors; return the path of its backup."""
+    target = folder / CONFIG
+    old, count = target.read_bytes(), 0
+    while os.path.lexists(backup := folder / f"{CONFIG}.bak{f'.{count}' if count else ''}"):
+        count += 1
+    try:
+        write_whole(backup, lambda part: part.write_bytes(old))
+        write_whole(target, lambda part: part.write_bytes(text))
+    except BaseException:
+        if target.read_bytes() == old:
+            backup.unlink(missing_ok=True)
+        raise
+    return backup

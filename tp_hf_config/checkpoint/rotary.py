@@ -7,7 +7,6 @@ if they are missing. They are written only if the config loads the same with the
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,10 +15,9 @@ from typing import Any
 
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from .building import Classes, config_from
-from .folder import CONFIG
+from .folder import CONFIG, write_config
 from .loading import MAJOR
 from .reports import number
-from .writing import write_config
 
 _ROPE = "rope_parameters"
 _OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
@@ -38,32 +36,28 @@ class Rotary:
 def for_transformers_4(classes: Classes, data: dict[str, Any]) -> Rotary:
     """Add the fields for Transformers 4, each only if the config still loads the same."""
     result, reasons = Rotary(data), []
-    for path, node in _rope_parts(data):
-        if _by_layer_type(node[_ROPE]):
-            if "rope_theta" not in node:
+    for at, value, present in _fields_of_4(data):
+        name, changed = field_name(at), with_values(result.data, {at: value})
+        if present is not None:
+            if value not in (None, present):
                 reasons.append(
-                    f"{field_name((*path, _ROPE))} differs between layer types, which rope_theta "
-                    "cannot express: software based on Transformers 4 uses its own defaults"
+                    f"{name} is {number(present)}, but {_ROPE} has {number(value)}. "
+                    "Transformers 4 reads the first, Transformers 5 the second: correct one of "
+                    "them by hand"
                 )
-            continue
-        for name, value in _separate_fields(node).items():
-            at, present = (*path, name), node.get(name)
-            changed = _with_field(result.data, at, value)
-            if present is not None:
-                if present != value:
-                    reasons.append(
-                        f"{field_name(at)} is {number(present)}, but {_ROPE} has {number(value)}. "
-                        "Transformers 4 reads the first, Transformers 5 the second: correct one of "
-                        "them by hand"
-                    )
-            elif _load_the_same(classes, result.data, changed, {*result.added, at}):
-                result = Rotary(changed, {**result.added, at: value})
-            else:
-                reasons.append(
-                    f"{field_name(at)} {number(value)} is only in {_ROPE}, which software based on "
-                    f"Transformers 4 does not read. It is not written beside {_ROPE}, because "
-                    f"{classes.config.__name__} would then load another config"
-                )
+        elif value is None:
+            reasons.append(
+                f"{field_name((*at[:-1], _ROPE))} differs between layer types, which rope_theta "
+                "cannot express: software based on Transformers 4 uses its own defaults"
+            )
+        elif _load_the_same(classes, result.data, changed, {*result.added, at}):
+            result = Rotary(changed, {**result.added, at: value})
+        else:
+            reasons.append(
+                f"{name} {number(value)} is only in {_ROPE}, which software based on "
+                f"Transformers 4 does not read. It is not written beside {_ROPE}, because "
+                f"{classes.config.__name__} would then load another config"
+            )
     return Rotary(result.data, result.added, tuple(reasons))
 
 
@@ -77,26 +71,24 @@ def write_for_transformers_4(folder: Path, classes: Classes) -> tuple[str, ...]:
 
 def unread_by_transformers_4(data: Mapping[str, Any]) -> list[str]:
     """Fields that only ``rope_parameters`` holds, so that Transformers 4 misses them."""
-    return [
-        field_name((*path, name))
-        for path, node in _rope_parts(data)
-        for name in ({"rope_theta": 0} if _by_layer_type(node[_ROPE]) else _separate_fields(node))
-        if node.get(name) is None
-    ]
+    return [field_name(at) for at, _, present in _fields_of_4(data) if present is None]
 
 
-def _rope_parts(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, dict[str, Any]]]:
-    """Yield each part of a config that has ``rope_parameters``, with its path."""
-    if isinstance(data, dict):
-        if isinstance(data.get(_ROPE), dict):
-            yield path, data
-        for key, value in data.items():
-            if key != _ROPE:
-                yield from _rope_parts(value, (*path, key))
+def _fields_of_4(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any, Any]]:
+    """Yield each field that Transformers 4 reads, its value in ``rope_parameters``, and its own.
 
-
-def _by_layer_type(rope: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, dict) for value in rope.values())
+    The first value is ``None`` if it differs between layer types.
+    """
+    if not isinstance(data, Mapping):
+        return
+    rope = data.get(_ROPE)
+    if isinstance(rope, dict):
+        differs = any(isinstance(value, dict) for value in rope.values())
+        fields = {"rope_theta": None} if differs else _separate_fields(data)
+        yield from (((*path, name), value, data.get(name)) for name, value in fields.items())
+    for key, value in data.items():
+        if key != _ROPE:
+            yield from _fields_of_4(value, (*path, key))
 
 
 def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,17 +108,6 @@ def _separate_fields(node: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" in fields and scaling.keys() - _TYPE_NAMES:
         fields["rope_scaling"] = scaling
     return fields
-
-
-def _with_field(data: dict[str, Any], path: FieldPath, value: Any) -> dict[str, Any]:
-    """Return a copy with one more field, right after ``rope_parameters``."""
-    result = copy.deepcopy(data)
-    node = value_at(result, path[:-1])
-    items = [item for item in node.items() if item[0] != path[-1]]
-    place = [name for name, _ in items].index(_ROPE) + 1
-    node.clear()
-    node.update([*items[:place], (path[-1], value), *items[place:]])
-    return result
 
 
 def _load_the_same(

@@ -6,27 +6,27 @@ its nested config (the oldest configs on the Hub have no ``text_config``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from ..errors import TPHFConfigError
-from ..fieldmap.expressions import Expression, Power, Quantity
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
-from ..fieldmap.solve.fit import Conflict, Problem, open_together
-from ..fieldmap.solve.recover import Recovery, hidden_counts, recover
+from ..fieldmap.solve.fit import Conflict
+from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
-from ..model.config_json import FieldPath, field_name, plain_fields, with_values
+from ..model.config_json import FieldPath, field_name, plain_fields, ranges, with_values
 from ..model.shapes import Mismatch
 from .building import Classes, as_json, build, entries, too_large, value_in
 from .folder import Stored
 from .loading import Assessment, assess
 from .reports import Cause, and_more, how_to_give, number, short
 
-_LISTED = 6  # kinds of tensors, or values of a field, in a message
+_LISTED = 6  # kinds of tensors, values of a field, or ranges of layers in a message
+_IN_LAYER = re.compile(r"(.+?)\.(\d{1,9})\.")  # list of layers, number of the layer
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def solve(task: Task) -> Solution | Unsolved:
         return Unsolved(assessment.reason)
     flipped, data, assessment = retied(task, start, assessment)
     if assessment.misplaced:
-        return Unsolved(
-            _misplaced_reason(assessment, classes), tuple(_misplaced(assessment, classes))
-        )
-    field_map = learn(classes, data)
+        causes = tuple(_misplaced(assessment, classes))
+        reason = ". ".join(cause.text for cause in causes)
+        if not assessment.failed:
+            given = how_to_give("num_hidden_layers")
+            reason += f". If layers were removed, give the number that remains: {given}"
+        return Unsolved(reason, causes)
     if assessment.fits and not task.given:
-        hidden = () if isinstance(field_map, Refusal) else hidden_counts(field_map)
-        new = as_json(classes, data) or data
-        return _solution(task, start, new, flipped, (), hidden)
+        return _solution(task, start, as_json(classes, data) or data, flipped, (), ())
+    field_map = learn(classes, data)
     if isinstance(field_map, Refusal):
         return _no_width(field_map.reason, assessment)
     return _widths(task, start, field_map, flipped, assessment)
@@ -131,19 +132,6 @@ def _better_tied(task: Task, before: Assessment, after: Assessment) -> bool:
     return was_tied and not after.misplaced and second not in after.tied.get(first, frozenset())
 
 
-def _misplaced_reason(assessment: Assessment, classes: Classes) -> str:
-    model = classes.model.__name__
-    if assessment.failed:
-        name, why = next(iter(assessment.failed.items()))
-        return f"{name or 'the checkpoint'} cannot be assembled from the stored tensors: {why}"
-    layers = (
-        f"If layers were removed, give the number that remains: {how_to_give('num_hidden_layers')}"
-    )
-    if assessment.lost:
-        return f"{assessment.lost[0]} is in the weights, but not in {model}. {layers}"
-    return f"{assessment.missing[0]} is in {model}, but not in the weights. {layers}"
-
-
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
     """Return the field map of a class around a config, or why it cannot be learned."""
     model = build(classes, data)
@@ -153,17 +141,6 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
         return map_of(model, how=by_layers)
     except (TPHFConfigError, ValueError) as error:
         return Refusal(str(error))
-
-
-def undecided_heads(field_map: FieldMap) -> dict[str, int]:
-    """Field name -> value, for head counts and other fields that no shape shows alone."""
-    quantities: dict[Quantity, Expression | Power] = {**field_map.powers, **field_map.expressions}
-    shown = {key: made for key, made in quantities.items() if isinstance(key[1], int)}
-    sizes = {key: made.base for key, made in shown.items()}
-    # heads times head_dim is one size: 4 heads of 16, or 2 of 32
-    together = open_together(Problem(shown, field_map.sizes, sizes))
-    fields = {*hidden_counts(field_map), *together}
-    return {field_name(f): field_map.sizes[f] for f in sorted(fields, key=field_name)}
 
 
 # Widths
@@ -379,7 +356,7 @@ def _shapes(mismatched: Sequence[Mismatch]) -> Iterator[Cause]:
     """Yield a cause for each kind of mismatched tensor; equal mismatches of layers share one."""
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for mismatch in mismatched:
-        kind = (_name_pattern(mismatch.name), mismatch.shape, mismatch.expected)
+        kind = (_IN_LAYER.sub(r"\1.*.", mismatch.name, count=1), mismatch.shape, mismatch.expected)
         kinds.setdefault(kind, []).append(mismatch.name)
     for (name, shape, expected), names in list(kinds.items())[:_LISTED]:
         where = f" ({_layers(names)})" if "*" in name else ""
@@ -400,7 +377,7 @@ def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
         (assessment.lost, f"in the weights, but not in {model} with this config"),
     ):
         if names:
-            kinds = list(dict.fromkeys(_name_pattern(name) for name in names))
+            kinds = list(dict.fromkeys(_IN_LAYER.sub(r"\1.*.", name, count=1) for name in names))
             listed = ", ".join(short(kind) for kind in kinds[:3]) + and_more(kinds, 3)
             subject = f"{len(names)} tensors are" if len(names) > 1 else "one tensor is"
             yield Cause("tensors", f"{subject} {what}: {listed}", tensors=tuple(names))
@@ -411,47 +388,22 @@ def _misplaced(assessment: Assessment, classes: Classes) -> Iterator[Cause]:
         yield Cause("tensors", text, tensors=tuple(failed))
 
 
-def _list_and_layer(name: str) -> tuple[str, int] | None:
-    """The list of layers that a tensor is in, and its layer number, or ``None``."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdecimal() and len(part) < 10 and index:
-            return ".".join(parts[:index]), int(part)
-    return None
-
-
-def _name_pattern(name: str) -> str:
-    """Replace a tensor's layer number by ``*``."""
-    place = _list_and_layer(name)
-    if place is None:
-        return name
-    return name.replace(f"{place[0]}.{place[1]}.", f"{place[0]}.*.", 1)
-
-
 def _layers(names: Iterable[str]) -> str:
     """Where tensors are (``layers 0-29``), or their names if none is in a layer."""
     numbers: dict[str, set[int]] = {}
     alone: list[str] = []
     for name in names:
-        place = _list_and_layer(name)
+        place = _IN_LAYER.match(name)
         if place is None:
             alone.append(name)
         else:
-            numbers.setdefault(place[0], set()).add(place[1])
+            numbers.setdefault(place[1], set()).add(int(place[2]))
     if not numbers:
         return ", ".join(map(short, alone[:2])) + and_more(alone, 2)
-    return " and ".join(
-        f"{'layer' if len(in_list) == 1 else 'layers'} {_ranges(sorted(in_list))}"
-        + (f" of {short(where)}" if len(numbers) > 1 else "")
-        for where, in_list in numbers.items()
-    )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as text, at most five ranges: ``0-3, 7``."""
-    runs = [
-        [value for _, value in run]
-        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ]
-    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:5]]
-    return ", ".join(shown) + (", ..." if len(runs) > 5 else "")
+    texts: list[str] = []
+    for where, in_list in numbers.items():
+        runs = ranges(sorted(in_list))
+        shown = ", ".join(runs[:_LISTED]) + (", ..." if len(runs) > _LISTED else "")
+        of_list = f" of {short(where)}" if len(numbers) > 1 else ""
+        texts.append(f"{'layer' if len(in_list) == 1 else 'layers'} {shown}{of_list}")
+    return " and ".join(texts)

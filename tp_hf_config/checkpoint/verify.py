@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,17 +21,16 @@ from ..errors import CheckpointError
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..model.build import Refusal
-from ..model.config_json import ORIGIN, field_name
 from ..model.layer_class import GENERATED
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
 from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
-from .building import build, entries, own_reference
-from .check import SolvableFolder, check_tensors, place, read_folder, solvable_folder
+from .building import build, own_reference
+from .check import SolvableFolder, place, solvable_folder
 from .loading import main_dtype
-from .reports import Difference, RoundtripReport, and_more, number, short
+from .reports import Difference, RoundtripReport, and_more, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +70,7 @@ def verify_roundtrip(model: nn.Module, inputs: Mapping[str, Any]) -> RoundtripRe
         except Exception as error:  # saving may refuse with any exception
             name, why = type(pretrained).__name__, f"it cannot be saved: {short(error)}"
             return RoundtripReport(name, name, False, error=why, against="the live model")
-        with fresh_run(pretrained, folder, inputs) as compared_with:
-            return compared_with(live_outputs(pretrained, inputs))
+        return fresh_run(pretrained, folder, inputs, live_outputs(pretrained, inputs))
 
 
 def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -82,15 +79,13 @@ def live_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch
         return child.outputs_of(model, dict(inputs))
 
 
-@contextmanager
 def fresh_run(
-    model: PreTrainedModel, folder: Path, inputs: Mapping[str, Any]
-) -> Iterator[Callable[[Mapping[str, torch.Tensor]], RoundtripReport]]:
-    """Load and run a saved folder in a fresh process, while the caller runs the live model.
-
-    Yields a function of the outputs of the live model (:func:`live_outputs`), which waits and
-    returns a report.
-    """
+    model: PreTrainedModel,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, torch.Tensor],
+) -> RoundtripReport:
+    """Load and run a saved folder in a fresh process; compare with :func:`live_outputs`."""
     class_name, options = _class_name(type(model)), _options(model)
     if class_name[0].startswith(_OF_FOLDERS):
         job = _job_of(solvable_folder(folder, trust_remote_code=True))
@@ -98,19 +93,13 @@ def fresh_run(
     else:
         job = _job(folder, class_name, options)
     job["paged"] = is_paged()
-    name = type(model).__name__
-
-    def compared_with(outputs: Mapping[str, torch.Tensor]) -> RoundtripReport:
-        live = {key: value.cpu() for key, value in outputs.items()}
-        (run,) = finished()
-        if run["error"] is not None:
-            return RoundtripReport(name, name, False, error=run["error"], against="the live model")
-        report = _compared(name, name, live, run["outputs"], "the live model")
-        problems = tuple(_problems(run["loading"]))
-        return replace(report, loading=problems, same=report.same and not problems)
-
-    with _fresh_process([job], dict(inputs), str(model.device)) as finished:
-        yield compared_with
+    name, live = type(model).__name__, {key: value.cpu() for key, value in outputs.items()}
+    (run,) = _fresh_process([job], dict(inputs), str(model.device))
+    if run["error"] is not None:
+        return RoundtripReport(name, name, False, error=run["error"], against="the live model")
+    report = _compared(name, name, live, run["outputs"], "the live model")
+    problems = tuple(_problems(run["loading"]))
+    return replace(report, loading=problems, same=report.same and not problems)
 
 
 @check_arguments
@@ -132,27 +121,14 @@ def verify_checkpoint(
         numbers and (with ``against``) equals the other folder's bit for bit.
 
     Raises:
-        CheckpointError: a folder or its weights do not exist, or no inputs can be made (its class
-            is not known, or refuses the config).
+        CheckpointError: a folder or its weights do not exist or are damaged, or no inputs can be
+            made (its class is not known, or refuses the config).
     """
     path = place(folder)
     paths = [path] if against is None else [path, place(against)]
-    for each in paths:
-        report = check_tensors(read_folder(each, trust_remote_code))
-        if report.sound is False:
-            name = report.model or "unknown class"
-            causes = tuple(cause.text for cause in report.causes)
-            return RoundtripReport(
-                str(each),
-                name,
-                False,
-                loading=causes,
-                error="the folder is not sound, and was not run",
-            )
     folders = [solvable_folder(each, trust_remote_code) for each in paths]
     name, inputs = _example(folders[0])
-    with _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True) as finished:
-        run, *others = finished()
+    run, *others = _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True)
     problems = tuple(_problems(run["loading"], _WEIGHTS_MISSING))
     notes = tuple(_problems(run["loading"], ("unexpected_keys",)))
     if run["error"] is not None or not others:
@@ -172,25 +148,7 @@ def verify_checkpoint(
         f"{other}: {line}" for line in _problems(other_run["loading"], _WEIGHTS_MISSING)
     )
     notes += comparison.notes
-    if not comparison.same:
-        notes += tuple(_reasons_to_differ(*folders))
     return replace(comparison, loading=problems, notes=notes, same=comparison.same and not problems)
-
-
-def _reasons_to_differ(folder: SolvableFolder, other: SolvableFolder) -> Iterator[str]:
-    """Yield why two folders may differ: other classes, other config fields."""
-    names = [read.classes.model.__name__ for read in (folder, other)]
-    if names[0] != names[1]:
-        yield f"{other.path} is of another class: {names[1]}"
-    ours, theirs = (dict(entries(read.data)) for read in (folder, other))
-    differing = [
-        f"{field_name(path)} {number(ours.get(path))}, in {other.path} {number(theirs.get(path))}"
-        for path in dict.fromkeys((*ours, *theirs))
-        if ours.get(path) != theirs.get(path) and path[-1] not in ORIGIN
-    ]
-    if differing:
-        listed = "; ".join(differing[:_SHOWN]) + and_more(differing, _SHOWN)
-        yield f"config.json differs: {listed}"
 
 
 def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
@@ -244,14 +202,10 @@ def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> 
     return {"folder": str(folder.absolute()), "class": class_name, "options": options}
 
 
-@contextmanager
 def _fresh_process(
     jobs: list[dict[str, Any]], inputs: dict[str, Any], device: str, cast: bool = False
-) -> Iterator[Callable[[], list[_Run]]]:
-    """Run jobs in one fresh process, killed at the end; ``cast`` inputs to the model's dtype.
-
-    Yields a function that waits for the process, and returns one run per folder.
-    """
+) -> list[_Run]:
+    """Run jobs in one fresh process; ``cast`` inputs to the model's dtype."""
     with TemporaryDirectory(prefix="tp_hf_config-") as exchange:
         files = {key: f"{exchange}/{key}.pt" for key in ("inputs", "results")}
         torch.save(inputs, files["inputs"])
@@ -260,20 +214,16 @@ def _fresh_process(
         job_file, errors = Path(exchange) / "job.json", Path(exchange) / "errors.txt"
         job_file.write_text(json.dumps({**job, "path": sys.path}))
         process = start_child(job_file, errors)
-
-        def finished() -> list[_Run]:
-            code = process.wait()
-            if code != 0:
-                ended = _end_of(code, errors.read_text())
-                return [_Run(outputs={}, loading={}, error=ended) for _ in jobs]
-            runs: list[_Run] = torch.load(files["results"], weights_only=True)
-            return [_Run(**{**run, "error": run["error"] and short(run["error"])}) for run in runs]
-
         try:
-            yield finished
-        finally:
+            code = process.wait()
+        finally:  # also after Ctrl-C
             process.kill()
             process.wait()
+        if code != 0:
+            ended = _end_of(code, errors.read_text())
+            return [_Run(outputs={}, loading={}, error=ended) for _ in jobs]
+        runs: list[_Run] = torch.load(files["results"], weights_only=True)
+        return [_Run(**{**run, "error": run["error"] and short(run["error"])}) for run in runs]
 
 
 def _end_of(code: int, errors: str) -> str:

@@ -15,7 +15,6 @@ from typer import Argument, Context, Exit, Option, Typer, echo
 
 from .. import __version__
 from ..checkpoint.folder import check_model_folder
-from ..checkpoint.writing import check_target as check_new_folder
 from ..model.surroundings import quiet_transformers
 from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
 from ..pipeline.output import check_target
@@ -54,7 +53,6 @@ Layered = Annotated[
     str, _place("a folder with a model whose layers differ", "FOLDER", values.place)
 ]
 Out = Annotated[Path, _value("the folder to write", "DIR", values.path)]
-NewFolder = Annotated[Path | None, _value("write to a new folder instead", "DIR", values.path)]
 Against = Annotated[Path | None, _value("the same as OTHER", "OTHER", values.path)]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="replace a model in DIR, once the new one is proved")
@@ -147,7 +145,6 @@ def check(
 @command()
 def repair(
     folder: Folder,
-    out: NewFolder = None,
     dry_run: Annotated[bool, Option("--dry-run", help="only show what would be written")] = False,
     head_dim: Annotated[int | None, _number("size of a head, if no shape shows it")] = None,
     heads: Annotated[int | None, _number("query heads, if no shape shows them")] = None,
@@ -162,14 +159,11 @@ def repair(
     for field in sizes.keys() & (given or {}).keys():
         raise UsageError(f"{field} is given twice: leave it out of --given")
     _check_folders(folder)
-    with could_not_tell():
-        if out is not None and not dry_run:
-            check_new_folder(folder, out)
     from ..checkpoint.repair import repair_checkpoint
 
     sizes |= given or {}
     trust = {"trust_remote_code": trust_remote_code}
-    return repair_checkpoint(folder, out=out, dry_run=dry_run, given=sizes, **trust), DONE
+    return repair_checkpoint(folder, dry_run=dry_run, given=sizes, **trust), DONE
 
 
 @command()

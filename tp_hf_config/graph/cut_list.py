@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..arguments import check_arguments
-from ..checkpoint.writing import write_whole
 from ..errors import CheckpointError, ConfigSyncError, in_one_line
 from ..model.config_json import changed_values, field_name
+from ..model.files import write_whole
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names
 from ..reports import short

@@ -45,17 +45,6 @@ class Refit:
         full.index_add_(1, self.targets.to(rows.device), rows @ share)
         return full
 
-    def errors(self, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the targets' errors, ``(tokens, targets)``, without the refit and with it."""
-        # rows: the kept channels after the cut; whole: all channels before it
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        rows, whole = rows.to(exact), whole.to(exact)
-        if len(self.targets) == self.size:  # behind a norm, the kept ones change too
-            cut = whole - plain_cut(rows, self.kept, self.size)
-        else:
-            cut = whole.index_select(1, self.targets.to(whole.device))
-        return cut, cut - rows @ self.share.to(rows)
-
     def of(self, weight: Tensor, dim: int) -> Tensor:
         """Return the refitted weight, which reads the kept channels along ``dim`` only."""
         last = weight.movedim(dim, -1)

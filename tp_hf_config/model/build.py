@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from ..errors import UnsupportedModelError, in_one_line
-from .config_json import FieldPath, field_name
+from .config_json import field_name, plain_fields
 from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
 from .shortage import note_shortage
@@ -206,15 +206,11 @@ def module_of(
     return built
 
 
-def too_many_layers(data: Mapping[str, Any], path: FieldPath = ()) -> str | None:
+def too_many_layers(data: Mapping[str, Any]) -> str | None:
     """Why a config's JSON has more layers than any model, or ``None``."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            reason = too_many_layers(value, (*path, key))
-            if reason is not None:
-                return reason
-        elif key == "num_hidden_layers" and isinstance(value, int) and value > _MOST_LAYERS:
-            name = field_name((*path, key))
+    for path, value in plain_fields(data):
+        if path[-1] == "num_hidden_layers" and isinstance(value, int) and value > _MOST_LAYERS:
+            name = field_name(path)
             return f"{name} says {value:,}, and no model has more than {_MOST_LAYERS:,} layers"
     return None
 

@@ -6,8 +6,9 @@ import copy
 import functools
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,22 +49,20 @@ class EntryOfKind:
 
     def __str__(self) -> str:
         """Return the layer numbers in the full model: ``0-3+5``."""
-        numbers = self.places[max(self.places)]
-        ranges: list[list[int]] = []
-        for number in numbers:
-            if ranges and number == ranges[-1][-1] + 1:
-                ranges[-1].append(number)
-            else:
-                ranges.append([number])
-        return "+".join("-".join(map(str, dict.fromkeys((r[0], r[-1])))) for r in ranges)
+        return "+".join(ranges(self.places[max(self.places)]))
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Return ascending numbers as ranges: ``["0-3", "5"]``."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
 
 # keys that lead to a field: ("text_config", "hidden_size")
 FieldPath = tuple[str | int | EntryOfKind, ...]
-# fields about where a model comes from; saving writes them
-ORIGIN = ("transformers_version", "_name_or_path", "architectures")
 # fields that affect neither shapes nor a forward pass in float64
-OF_NO_EFFECT = (*ORIGIN, "dtype", "torch_dtype")
+OF_NO_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 
 _NAME, _ARGUMENTS = "architecture", "model_args"
 # every timm architecture calls it with its sizes (timm/models/_builder.py)
@@ -163,13 +162,15 @@ def with_values(data: dict[str, Any], values: Mapping[FieldPath, Any]) -> dict[s
     """Return a copy with some fields set; missing parents are created."""
     result = copy.deepcopy(data)
     for path, value in values.items():
-        node: Any = result
+        nodes: list[Any] = [result]
         for key in path[:-1]:
-            if isinstance(node, dict) and node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-        for key in _places(node, path[-1]):
-            node[key] = value
+            for node in nodes:
+                if isinstance(node, dict) and node.get(key) is None:
+                    node[key] = {}
+            nodes = [node[place] for node in nodes for place in _places(node, key)]
+        for node in nodes:
+            for place in _places(node, path[-1]):
+                node[place] = value
     return result
 
 

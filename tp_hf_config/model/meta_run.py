@@ -25,15 +25,14 @@ _PUT = (torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _NONZERO = torch.ops.aten.nonzero.default
 _META = torch.device("meta")
 _FEW = 8  # positions that are selected in a one-dimensional tensor
-_MOST_RESULTS = 100_000  # cached operations before the cache is emptied
 _WAVES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
 _LARGE = 2**21  # numbers; a larger tensor holds no sizes
 _SCATTER = torch.ops.aten.masked_scatter.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _CONVOLUTION = torch.ops.aten.convolution.default
 _PADDING = 4  # index of the argument of a convolution
-# they read values of meta tensors, or may move a tensor to another device
-_CHOOSING = (_NONZERO, _ITEM, _COPY, _SCATTER, *_PUT, *_INDEX)
+# they read values of meta tensors, may move a tensor to another device, or refuse real values
+_CHOOSING = (_NONZERO, _ITEM, _COPY, _SCATTER, _CONVOLUTION, *_PUT, *_INDEX)
 _VALUES = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__)
 
 
@@ -121,7 +120,9 @@ class RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 args = (args[0], _positions(args[1]), *args[2:])
             if func in _INDEX or False in places:
                 args, kwargs = _without_data((args, kwargs))
-        output = _cached(func, args, kwargs) if on_meta else _real(func, args, kwargs, tensors)
+            if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
+                raise RuntimeError("negative padding is not supported")  # as on a real device
+        output = func(*args, **kwargs) if on_meta else _real(func, args, kwargs, tensors)
         if isinstance(output, torch.Tensor):
             self.numbers += output.numel()
         return output
@@ -143,7 +144,8 @@ def _real(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tens
     new = _makes_new(func)
     pointwise = new and torch.Tag.pointwise in func.tags
     if pointwise and prod(tensor.numel() for tensor in tensors) > _LARGE:
-        shape = _cached(func, *_without_data((args, kwargs)))
+        meta_args, meta_kwargs = _without_data((args, kwargs))
+        shape = func(*meta_args, **meta_kwargs)
         if _is_large(shape):  # LightGlue multiplies every position by every other
             return shape
     output = func(*args, **kwargs)
@@ -167,33 +169,6 @@ def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
-# on the meta device most operations compute shapes in Python, which is slow
-_result_shapes: dict[Any, tuple[Any, ...]] = {}
-
-
-def _cached(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return an operation's result on the meta device; it runs once for equal shapes."""
-    if not _makes_new(func):
-        return func(*args, **kwargs)
-    key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
-    try:
-        cached = _result_shapes.get(key)
-    except TypeError:  # an argument that cannot be hashed
-        return func(*args, **kwargs)
-    if cached is None:
-        if func is _CONVOLUTION and min(args[_PADDING], default=0) < 0:
-            raise RuntimeError("negative padding is not supported")  # as on a real device
-        output = func(*args, **kwargs)
-        outputs = output if isinstance(output, tuple) else (output,)
-        if all(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in outputs):
-            if len(_result_shapes) >= _MOST_RESULTS:
-                _result_shapes.clear()
-            _result_shapes[key] = tuple(map(_signature, outputs))
-        return output
-    copies = [torch.empty_strided(*size, dtype=dtype, device=_META) for *size, dtype in cached]
-    return copies[0] if len(copies) == 1 else tuple(copies)
-
-
 @cache
 def _makes_new(func: Any) -> bool:
     """True if an operation returns only new tensors: no views, nothing in place."""
@@ -201,15 +176,6 @@ def _makes_new(func: Any) -> bool:
     single = all(str(result.type) == "Tensor" for result in schema.returns)
     values = (*schema.arguments, *schema.returns)
     return single and all(value.alias_info is None for value in values)
-
-
-def _signature(value: Any) -> Any:
-    """The part of an argument that decides the shapes of results, for a cache key."""
-    if isinstance(value, torch.Tensor):
-        return (value.shape, value.stride(), value.dtype)
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_signature, value))
-    return (type(value), value)
 
 
 def _too_few(values: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> bool:

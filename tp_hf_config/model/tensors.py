@@ -25,8 +25,8 @@ _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Copy some positions of some dimensions (dim -> 1-d index tensor; at least one dim)."""
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
-    shape = _shape_of(tensor, positions)
-    result = tensor.new_empty(shape)
+    shape = (len(positions[d]) if d in positions else n for d, n in enumerate(tensor.shape))
+    result = tensor.new_empty(tuple(shape))
     if not others:
         return in_file(_select_along(tensor, dim, index, result))
     last, last_index = others[-1]
@@ -51,10 +51,6 @@ def _select_along(
         torch.gather(numbers, dim, index.expand(result.shape), out=target)
         return result
     return torch.index_select(tensor, dim, index, out=result)
-
-
-def _shape_of(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> list[int]:
-    return [len(positions[d]) if d in positions else size for d, size in enumerate(tensor.shape)]
 
 
 @dataclass(frozen=True)

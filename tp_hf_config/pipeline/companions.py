@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.building import AUTO_MODELS, entries
-from ..checkpoint.folder import CONFIG, read_weights
-from ..checkpoint.writing import write_config
+from ..checkpoint.folder import CONFIG, read_weights, write_config
 from ..errors import CheckpointError, PipelineError
 from ..model.config_json import field_name
 from .source import Source, cached_model, tokenizer_of

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folder import CONFIG
-from ..checkpoint.writing import hidden_beside, new_folder, write_config
+from ..checkpoint.folder import CONFIG, hidden_beside, new_folder, write_config
 from ..errors import PipelineError, in_one_line
 
 if TYPE_CHECKING:

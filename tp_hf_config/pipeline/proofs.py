@@ -45,12 +45,11 @@ def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> 
     """
     refusals: list[Refusal] = []
     for inputs in _inputs(model, recipe):
-        with fresh_run(model, folder, inputs) as compared_with:
-            outputs = _outputs(model, inputs)
-            if isinstance(outputs, Refusal):
-                refusals.append(outputs)
-                continue
-            report = compared_with(outputs)
+        outputs = _outputs(model, inputs)
+        if isinstance(outputs, Refusal):
+            refusals.append(outputs)
+            continue
+        report = fresh_run(model, folder, inputs, outputs)
         if not report.same:
             raise _not_proved(f"{report}")
         return Proof(len(report.outputs), report.numbers)

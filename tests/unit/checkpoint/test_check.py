@@ -53,7 +53,7 @@ def test_what_a_class_saves_is_sound(name: str, tmp_path: Path):
     folder = folders.saved(name, tmp_path)
     before = folders.files(folder)
     report = check_checkpoint(folder)
-    assert (report.sound, report.causes, folders.notes(report)) == (True, (), ())
+    assert (report.sound, report.causes, report.notes) == (True, (), ())
     assert folders.files(folder) == before
 
 
@@ -61,39 +61,12 @@ def test_a_report_says_what_was_looked_at(tmp_path: Path):
     folder = folders.saved("llama", tmp_path)
     report = check_checkpoint(folder)
     assert str(report) == (
-        f"{folder}: sound\n  LlamaForCausalLM: 21 tensors, 74,432 parameters, 1 file\n"
-        "  note: taken from config.json, because no shape shows the values: head_dim=16, "
-        "num_attention_heads=4, num_key_value_heads=2"
+        f"{folder}: sound\n  LlamaForCausalLM: 21 tensors, 74,432 parameters, 1 file"
     )
     data = json.loads(json.dumps(report.to_dict()))
     assert data["schema_version"] == 1
     assert data["sound"] is True
     assert data["versions"]["transformers"] == hf.__version__
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("bert", ("num_attention_heads",)),
-        ("gpt2", ("n_head",)),
-        ("clip", ("text_config.num_attention_heads", "vision_config.num_attention_heads")),
-        ("qwen3", ()),  # a norm inside each head is as long as it
-        ("t5", ()),  # a bias for each head
-    ],
-)
-def test_heads_that_no_shape_tells_from_their_size(
-    name: str, says: tuple[str, ...], tmp_path: Path
-):
-    """And what it says is so: with the other numbers the same tensors load."""
-    folder = folders.saved(name, tmp_path)
-    report = check_checkpoint(folder)
-    assert report.undecided == says
-    assert len(report.notes) == bool(says)
-    if name in ("bert", "gpt2"):
-        for heads in (2, 8):
-            folders.edit(folder, **{report.undecided[0]: heads})
-            assert folders.loads(folder, exactly=True)
-            assert check_checkpoint(folder).sound is True
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -105,18 +78,16 @@ def test_shards_are_sound(name: str, tmp_path: Path):
     assert len(report.files) == len(list(folder.glob("*.safetensors")))
 
 
-def test_pickled_weights_are_sound(tmp_path: Path):
+def test_pickled_weights_are_not_read(tmp_path: Path):
     folder = folders.saved("bert", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     report = check_checkpoint(folder)
-    if small.TORCH < (2, 6):
-        assert report.sound is None
-        assert "does not read pickles safely; torch 2.6 or newer does" in str(report)
-        return
-    assert (report.sound, report.files) == (True, ("pytorch_model.bin",))
-    folders.edit(folder, intermediate_size=80)
-    assert causes(folder) == ["intermediate_size says 80, but the weights of layers 0-1 hold 96"]
+    assert (report.sound, report.files) == (None, ("pytorch_model.bin",))
+    assert report.why_not == (
+        "pytorch_model.bin is a pickle, which has no header with shapes. Save the weights as "
+        "safetensors"
+    )
 
 
 @pytest.mark.parametrize("into", ["base", "task"])
@@ -145,7 +116,7 @@ def test_another_head_in_the_weights_is_only_noted(tmp_path: Path):
     assert folders.loads(folder)
     report = check_checkpoint(folder)
     assert report.sound is True
-    assert folders.notes(report) == ("not used by this class: cls.seq_relationship.weight",)
+    assert report.notes == ("not used by this class: cls.seq_relationship.weight",)
 
 
 def test_linked_files_as_in_the_hub_cache_are_read(tmp_path: Path):
@@ -287,7 +258,7 @@ def test_tied_tensors_that_differ_in_the_files(tmp_path: Path):
     text = f"the config ties {names}, which hold different numbers"
     if small.TRANSFORMERS >= (5,):  # loads them untied
         assert report.sound is True
-        assert folders.notes(report) == (
+        assert report.notes == (
             f"{text}; Transformers loads them untied, and repair corrects the config",
         )
     else:
@@ -324,7 +295,7 @@ def test_an_adapter_beside_the_weights_is_noted(tmp_path: Path):
     (folder / "adapter_model.safetensors").write_bytes(b"")
     report = check_checkpoint(folder)
     assert (report.sound, report.causes) == (True, ())
-    assert folders.notes(report) == (
+    assert report.notes == (
         "the folder contains an adapter (adapter_config.json), which was not checked; "
         "from_pretrained adds it to the model if peft is installed",
     )
@@ -343,8 +314,8 @@ def test_a_config_that_the_class_refuses(tmp_path: Path):
     [
         (
             {"architectures": None},
-            'config.json names no class. Add it: "architectures": ["LlamaForCausalLM"] (the class '
-            "that the weights were saved from)",
+            "config.json names no class. Add the one that the weights were saved from: "
+            '"architectures": ["LlamaForCausalLM"]',
         ),
         ({"architectures": ["AutoModel"]}, "has no class AutoModel, which config.json names"),
         ({"architectures": ["os"]}, "has no class os, which config.json names"),

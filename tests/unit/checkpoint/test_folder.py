@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -138,49 +137,6 @@ def test_a_folder_in_the_place_of_the_weights(folder: Path):
         check_checkpoint(folder)
 
 
-class _Harm:
-    """What a pickle does that means harm."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_in_it_is_not_run(zipped: bool, folder: Path, tmp_path: Path):
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    harm = {**tensors, "harm": _Harm(str(tmp_path / "harmed"))}
-    torch.save(harm, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    report = check_checkpoint(folder)
-    if zipped:
-        assert [cause.text for cause in report.causes] == [
-            "pytorch_model.bin contains other objects than tensors and was not unpickled, because "
-            "that could run code"
-        ]
-    else:
-        assert report.sound is None
-        assert report.why_not == (
-            "pytorch_model.bin is not in torch.save's zip format and was not unpickled, because "
-            "that could run code. Save the weights as safetensors."
-        )
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_a_pickle_that_is_cut_off(folder: Path):
-    (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(folder, "pytorch_model.bin is truncated: it is not a complete torch.save file")
-
-
-def test_a_pickle_of_something_else(folder: Path):
-    (folder / WEIGHTS).unlink()
-    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin holds a list; expected a dict of tensors")
-
-
 # Shards and their index
 
 
@@ -313,15 +269,6 @@ def test_an_index_that_is_none(content: str, expected: str, sharded: Path):
         ('{"a": \xff}', "config.json is not JSON"),
         ("\xef\xbb\xbf{}", "config.json is not JSON: Unexpected UTF-8 BOM"),
         ("\xff\xfe{\0}\0", "config.json is not JSON: 'utf-8' codec can't decode byte 0xff"),
-        (
-            '{"per_layer_config": [{"a": 3}]}',
-            'per_layer_config is [{"a": 3}]; expected the values ',
-        ),
-        ('{"b": {"per_layer_config": {"0": 5}}}', 'per_layer_config is {"0": 5}; expected the va'),
-        (
-            '{"per_layer_config": {"x": {"a": 3}}}',
-            'per_layer_config is {"x": {"a": 3}}; expected',
-        ),
     ],
 )
 def test_a_config_that_is_none(content: str, expected: str, folder: Path):
@@ -360,11 +307,6 @@ def test_absurd_values(fields: dict[str, Any], expected: str, folder: Path):
         ({"hidden_size": 10**30}, "hidden_size is about 2**100, far larger than any size in the"),
         ({"intermediate_size": 2**40}, "intermediate_size is 1,099,511,627,776, far larger than"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, far larger than any"),
-        ({"own": list(range(600_000))}, "config.json has more than 500,000 values or 64 levels"),
-        (
-            {"own": json.loads("[" * 80 + "]" * 80)},
-            "config.json has more than 500,000 values or 64",
-        ),
         ({"architectures": "LlamaForCausalLM"}, "config.json names no class"),
         ({"architectures": ["x" * 10_000]}, "has no class xxx"),
         ({"model_type": ["llama"], "architectures": [5]}, "config.json names no class"),
@@ -416,7 +358,7 @@ def test_code_of_the_folder_is_only_run_when_it_is_trusted(
     assert not mark.exists()
     report = check_checkpoint(folder, trust_remote_code=True)
     assert (report.sound, report.model) == (True, "OwnModel")
-    assert folders.notes(report) == ("the folder's own code was run",)
+    assert report.notes == ("the folder's own code was run",)
     assert mark.exists()
 
 
@@ -425,7 +367,7 @@ def test_code_beside_a_class_of_transformers_is_not_run(folder: Path, tmp_path: 
     folders.edit(folder, auto_map={"AutoConfig": "own.OwnConfig"})
     report = check_checkpoint(folder)
     assert report.sound is True
-    assert folders.notes(report) == (
+    assert report.notes == (
         "the folder contains model code, which was not run: the class of Transformers was used",
     )
     assert not (tmp_path / "mark").exists()
@@ -446,7 +388,6 @@ def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monke
         with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
             repair_checkpoint(folder)
     assert folders.files(folder) == before
-    assert repair_checkpoint(folder, out=folder.parent / "new").written
 
 
 def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ from smollm2_file import gguf_file
 
 from tp_hf_config import Calibration
 from tp_hf_config.calibration import measured as measured_model
-from tp_hf_config.checkpoint import writing
+from tp_hf_config.checkpoint import folder as folder_module
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune
@@ -834,7 +834,7 @@ STEPS = {
     "copying": (prune, "copy_companions"),
     "proving": (prune, "prove_roundtrip"),
     "card": (prune, "card"),
-    "flushing": (writing, "flush"),
+    "flushing": (folder_module, "flush"),
 }
 
 
@@ -993,7 +993,7 @@ class TestNewFolder:
         arrived: list[int] = []
         before = signal.signal(number, lambda number, _: arrived.append(number))
         try:
-            with writing.uninterrupted():
+            with folder_module.uninterrupted():
                 signal.raise_signal(number)
                 assert arrived == []
             assert arrived == [number]
@@ -1003,13 +1003,13 @@ class TestNewFolder:
     def test_ctrl_c_again_while_tidying_up(
         self, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        rmtree = writing.shutil.rmtree
+        rmtree = folder_module.shutil.rmtree
 
         def with_ctrl_c(*args: Any, **kwargs: Any) -> None:
             signal.raise_signal(signal.SIGINT)
             rmtree(*args, **kwargs)
 
-        monkeypatch.setattr(writing.shutil, "rmtree", with_ctrl_c)
+        monkeypatch.setattr(folder_module.shutil, "rmtree", with_ctrl_c)
         with pytest.raises(KeyboardInterrupt), output.output_folder(out, overwrite=True):
             raise ZeroDivisionError
         assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}

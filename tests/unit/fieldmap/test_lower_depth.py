@@ -243,6 +243,8 @@ def test_a_key_of_several_entries() -> None:
     assert full == {"widths": [8, 8, 4, 4, 8, 4]}
     assert with_values({"widths": [8] * 3}, {field: 4}) == {"widths": [8, 4, 4]}
     assert with_values({"widths": [8] * 2}, {field: 4}) == {"widths": [8, 4]}
+    inside = with_values({"kinds": [{}, {}, {}]}, {("kinds", key, "width"): 4})
+    assert inside == {"kinds": [{}, {"width": 4}, {"width": 4}]}
     assert (value_at(full, field), value_at(full, ("widths", 1))) == (4, 8)
     for again in (copy.deepcopy(key), pickle.loads(pickle.dumps(key))):
         assert (again, again.places) == (key, key.places)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from tp_hf_config import CheckpointError
 from tp_hf_config.calibration.passes import memory_limit
-from tp_hf_config.checkpoint import verify, writing
+from tp_hf_config.checkpoint import verify
+from tp_hf_config.model import files
 from tp_hf_config.model.surroundings import free_memory
 
 GIB = 2**30
@@ -106,8 +106,7 @@ model.save_pretrained(sys.argv[1])
 model.config.intermediate_size = 32
 model.config.save_pretrained(sys.argv[1])
 tp_hf_config.repair_checkpoint(sys.argv[1])
-tp_hf_config.repair_checkpoint(sys.argv[1], out=sys.argv[1] + "-copied")
-print(transformers.AutoConfig.from_pretrained(sys.argv[1] + "-copied").intermediate_size)
+print(transformers.AutoConfig.from_pretrained(sys.argv[1]).intermediate_size)
 """
 
 
@@ -117,25 +116,6 @@ def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["16"]
-
-
-class TestWithoutFcntl:
-    @pytest.fixture(autouse=True)
-    def _without(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writing, "fcntl", None)
-
-    def test_a_file_beside_a_folder_locks_it(self, tmp_path: Path) -> None:
-        """Windows removes it with its handle, also when the process is killed."""
-        folder, lock = tmp_path / "model", tmp_path / ".model.lock"
-        folder.mkdir()
-        with writing.locked(folder):
-            assert lock.exists()
-            refused = pytest.raises(CheckpointError, match="is being repaired by another process")
-            with refused, writing.locked(folder):
-                pass
-        lock.unlink()
-        with writing.locked(folder):
-            pass
 
 
 def test_windows_flushes_only_what_is_open_for_writing(
@@ -148,11 +128,11 @@ def test_windows_flushes_only_what_is_open_for_writing(
         return open_(path, flags, *mode)
 
     open_ = os.open
-    monkeypatch.setattr(writing, "_ON_WINDOWS", True)
+    monkeypatch.setattr(files, "_ON_WINDOWS", True)
     monkeypatch.setattr(os, "open", opened)
     (tmp_path / "a").write_bytes(b"1")
-    writing.flush(tmp_path / "a")
-    writing.flush(tmp_path)
+    files.flush(tmp_path / "a")
+    files.flush(tmp_path)
 
 
 def test_how_a_process_ended_is_said_without_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:

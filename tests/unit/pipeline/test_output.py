@@ -14,7 +14,7 @@ import transformers
 import zoo
 from transformers import GenerationConfig
 
-from tp_hf_config.checkpoint import writing
+from tp_hf_config.checkpoint import folder as folder_module
 from tp_hf_config.checkpoint.loading import main_dtype
 from tp_hf_config.errors import PipelineError
 from tp_hf_config.pipeline import prune
@@ -71,14 +71,14 @@ class TestFileSystems:
     """What some of them cannot do."""
 
     def test_flush_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        flush = writing.flush
+        flush = folder_module.flush
 
         def refused(path: Path) -> None:
             if path.is_dir():
                 raise OSError(22, "Invalid argument")
             flush(path)
 
-        monkeypatch.setattr(writing, "flush", refused)
+        monkeypatch.setattr(folder_module, "flush", refused)
         with output_folder(tmp_path / "out", overwrite=False) as work:
             (work / "part").mkdir()
             (work / "part" / "file").write_text("text")
