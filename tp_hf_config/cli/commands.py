@@ -289,7 +289,6 @@ def export(
     to: To,
     out: Out,
     overwrite: Overwrite = False,
-    multiple_of: Annotated[int | None, _number("pad to multiples; 256 for decilm engines")] = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
@@ -302,7 +301,7 @@ def export(
 
     may = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
     with quiet_transformers():
-        return export(folder, out, to=to, multiple_of=multiple_of, **may), DONE
+        return export(folder, out, to=to, **may), DONE
 
 
 def _check_folders(*places: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..arguments import Count, check_arguments
+from ..arguments import check_arguments
 from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
@@ -32,7 +32,6 @@ def export(
     out: str | os.PathLike[str],
     *,
     to: Format,
-    multiple_of: Count | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
@@ -54,9 +53,6 @@ def export(
             ``"gguf"``: every layer as it is, in one file for llama.cpp that contains the folder's
             tokenizer; for stock classes that llama.cpp's converter knows, and for models whose
             layers differ that compute what a Llama does.
-        multiple_of: pad widths in which layers differ to multiples of this, except for heads.
-            DeciLM accepts only 256; widths are then given as ratios, for engines that read nothing
-            else. llama.cpp needs multiples of 32 or 256 to quantise.
         overwrite: replace a model folder at ``out``.
         trust_remote_code: run the Python file in the folder, which builds a model whose layers
             differ.
@@ -93,7 +89,7 @@ def export(
         )
     if to != "gguf":
         check_savable(model)
-    ready = _ready(to, model, source, multiple_of)
+    ready = _ready(to, model, source)
     if isinstance(ready, Refusal):
         raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
@@ -116,16 +112,14 @@ def export(
     return result
 
 
-def _ready(
-    to: Format, model: PreTrainedModel, source: Source | None, multiple_of: int | None
-) -> Ready | Refusal:
+def _ready(to: Format, model: PreTrainedModel, source: Source | None) -> Ready | Refusal:
     if to == "padded":
-        return padding.prepare(model, multiple_of)
+        return padding.prepare(model)
     if to == "decilm":
-        return llama.prepare_decilm(model, multiple_of)
+        return llama.prepare_decilm(model)
     from . import gguf_file  # imports gguf, an optional dependency
 
-    return gguf_file.prepare(model, source, multiple_of)
+    return gguf_file.prepare(model, source)
 
 
 def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:

@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
-def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
+def prepare(model: PreTrainedModel) -> Ready | Refusal:
     """Pad every layer to the widest for the stock class, and prove it; or say why that fails."""
-    result = padded_alike(model, multiple_of or 1)
+    result = padded_alike(model)
     if isinstance(result, Refusal):
         return result
     stock, fields, proof = result
@@ -73,11 +73,11 @@ def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
 
 
 def padded_alike(
-    model: PreTrainedModel, multiple_of: int = 1
+    model: PreTrainedModel,
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
     """Pad every layer to the widest, and prove that the stock class then computes the same."""
     widths = layer_widths(model)
-    values = _largest(widths, multiple_of)
+    values = _largest(widths)
     if isinstance(values, Refusal):
         return values
     data = with_values(uniform_json(widths.data), values)
@@ -133,7 +133,7 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
     return tuple(map(shared_field, fields))
 
 
-def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
+def _largest(widths: LayerWidths) -> dict[FieldPath, int] | Refusal:
     """Return field for all layers -> the least value that every layer can be padded to."""
     found: dict[FieldPath, int] = {}
     for field in dict.fromkeys(map(shared_field, widths.values)):
@@ -143,9 +143,8 @@ def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] 
             found[field] = joint
         elif len(values) == 1:
             found[field] = values.pop()
-        elif own := [w for w in widths.widths if _shared(w.fields) == (field,)]:
-            multiple = multiple_of if own[0].groups[0].count.run == 1 else 1
-            found[field] = -(-max(values) // multiple) * multiple
+        elif any(_shared(width.fields) == (field,) for width in widths.widths):
+            found[field] = max(values)
         else:
             layers = " or ".join(map(str, sorted(values)))
             return Refusal(
