@@ -1,4 +1,4 @@
-"""The base class of reports: text, HTML for notebooks, and JSON."""
+"""The base class of reports: text, HTML for notebooks, and JSON with the versions that made it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .schema import dated
-
+SCHEMA_VERSION = 1  # of every written report
 Rows = Sequence[Sequence[object]]
 _LEFT = ' style="text-align: left"'  # notebooks align cells to the right
 _SHOWN = 200  # longest ``repr``, in characters
@@ -117,3 +117,17 @@ def old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, A
     return {
         name: {"old": as_json(old), "new": as_json(new)} for name, (old, new) in changes.items()
     }
+
+
+def dated(data: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}
+
+
+def versions() -> dict[str, str]:
+    installed: dict[str, str] = {}
+    for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed

@@ -26,7 +26,6 @@ ROOT = {
     "errors",
     "plots",
     "reports",
-    "schema",
     "when_imported",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
 from ..model.shortage import is_out_of_memory
-from ..schema import dated
+from ..reports import dated
 from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 
 UsageError: Any = typer.BadParameter.__base__  # click's; new versions have a copy of click

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
 from ..hook.report import in_words
-from ..schema import versions
+from ..reports import versions
 from .job import Layerwise, Pruned
 from .source import Source, cached_model
 
