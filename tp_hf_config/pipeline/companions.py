@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..checkpoint.building import AUTO_MODELS, entries
+from ..checkpoint.building import AUTO_MODELS
 from ..checkpoint.folder import CONFIG, read_weights
 from ..checkpoint.writing import write_config
 from ..errors import CheckpointError, PipelineError
-from ..model.config_json import field_name
 from .source import Source, cached_model, tokenizer_of
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ _BELONG = (
     *LICENCES,
 )
 _CODE = "*.py"
-_SMALL = 2**20  # bytes; files with settings are smaller
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
@@ -125,11 +123,6 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def fetch_companions(source: Source) -> None:
-    if source.folder is None:
-        snapshot(source)
-
-
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
     try:
         files = tokenizer_of(source).save_pretrained(out)
@@ -164,35 +157,6 @@ def code_files(config: PreTrainedConfig) -> set[str]:
         for auto, reference in (getattr(config, "auto_map", None) or {}).items()
         if auto.startswith(("AutoConfig", *AUTO_MODELS))
     }
-
-
-def notes_on_uncopied(
-    source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
-) -> tuple[str, ...]:
-    """Return notes on numbers in uncopied files that equal the old value of a changed field."""
-    changes = {
-        old: (name, new)
-        for name, (old, new) in reversed(list(fields.items()))
-        if type(old) is int  # not lists
-    }
-    notes = []
-    # such as the width in a pooling layer's config; a Hub model's files are not read
-    for file in copied.not_copied if source.folder else ():
-        path = Path(source.place, file)
-        if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
-            continue
-        try:
-            numbers = list(entries(json.loads(path.read_bytes())))
-        except (OSError, ValueError, RecursionError):
-            continue
-        for key, value in numbers:
-            if type(value) is int and value in changes:
-                name, new = changes[value]
-                notes.append(
-                    f"{file} was not copied. Its {field_name(key)} is {value}, like the old "
-                    f"{name}. If you copy the file and the two mean the same, change it to {new}"
-                )
-    return tuple(notes)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

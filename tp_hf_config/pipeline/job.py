@@ -1,8 +1,10 @@
-"""A job's settings, its result and that of an export, and a progress display. No torch."""
+"""A job's settings, its result and that of an export, and what is shown meanwhile. No torch."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -29,17 +31,21 @@ ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 TEXTS = ("held-out text of the calibration file", "a second text, not used for calibration")
 
 
-class Progress:
-    """A display of a job's progress; this one shows nothing."""
+def show(what: object) -> None:
+    """Show on standard error what was done or found."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    def say(self, what: object) -> None:
-        """Show that something was done or found."""
+    with suppress(OSError):  # the work goes on
+        tqdm.write(str(what), file=sys.stderr)
+        sys.stderr.flush()
 
-    def track(
-        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
-    ) -> Iterator[T]:
-        """Yield the items, ``total`` of them, and show how many are done."""
-        yield from items
+
+def track(items: Iterable[T], total: int, what: str, unit: str = "windows") -> Iterator[T]:
+    """Yield the items, ``total`` of them, and show how many are done."""
+    from tqdm.auto import tqdm
+
+    show(f"{what}: {total} {unit}")
+    yield from tqdm(items, what, total, leave=False, unit=unit, disable=None)
 
 
 @dataclass(frozen=True)

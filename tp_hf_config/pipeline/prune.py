@@ -16,14 +16,13 @@ import torch
 import torch_pruning as tp
 
 from ..calibration.passes import shown_by
-from ..errors import CalibrationWarning, ConfigSyncError, PipelineError, UnsupportedModelError
+from ..errors import CalibrationWarning, ConfigSyncError, PipelineError
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
 from ..hook.drop_layers import DroppedLayers, drop_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
-from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import values_by_layer
@@ -33,8 +32,8 @@ from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
 from ..planning.plan import Plan, refusal_lines
 from .card import card
-from .companions import copy_companions, fetch_companions, notes_on_uncopied
-from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
+from .companions import copy_companions, snapshot
+from .job import TEXTS, Importance, Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
@@ -55,10 +54,9 @@ _RANKINGS = {
 }
 
 
-def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
+def prune_checkpoint(job: Job) -> Pruned:
     """Prune a model; write it with its tokenizer and other files once it is proved to reload."""
     started = time.perf_counter()
-    progress = progress or Progress()
     source = job.source
 
     # source: its config; can it be pruned, and the result be written?
@@ -67,7 +65,8 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     _check_device(job.device)
     config = config_of(source)
     check_source(source, config)
-    fetch_companions(source)
+    if source.folder is None:
+        snapshot(source)
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
     config.dtype = dtype or config.dtype
     model_class = class_for(source, config)
@@ -82,24 +81,24 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         paged(work if _streams(job) else None),
     ):
         if planned is not None:
-            _show(planned, job, progress)
+            _show(planned, job)
 
         # measure: the unpruned model on a text
-        progress.say(f"{'mapping' if is_paged() else 'loading'} {source.name}")
+        show(f"{'mapping' if is_paged() else 'loading'} {source.name}")
         model, notes = load(source, config, model_class, dtype=dtype, device=job.device)
         check_savable(model)
         if planned is not None and job.ranking != "local":
             _check_ranking(model, planned, job)
-        choice, material = _gathered(job, choice, model, progress)
+        material = gather(job, choice, model)
         before = _measured(model, material)
 
         # cut: layers first, then widths
-        cut = _cut(job, model, planned, choice, material, progress)
+        cut = _cut(job, model, planned, choice, material)
         after = _measured(model, material)
         del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
-        result = _write(job, model, choice, cut, before, after, notes, work, progress)
+        result = _write(job, model, choice, cut, before, after, notes, work)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -181,33 +180,16 @@ def _check_plan(planned: Plan, job: Job) -> None:
         )
 
 
-def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
-    progress.say(widths)
+def _show(widths: Plan | Allocation, job: Job) -> None:
+    show(widths)
     if job.ranking != "local":
-        progress.say(
+        show(
             f"the plan assumes one ratio for all layers; --ranking {job.ranking} decides how much "
             "of each layer is pruned"
         )
 
 
 # ---------------------------------------------------------------------------------------- measure
-
-
-def _gathered(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
-) -> tuple[Choice, Material | None]:
-    """Return the texts to run the model on, or a choice that needs none."""
-    if choice.origin is None:
-        return choice, None
-    material = gather(job, choice, model, progress)
-    if not isinstance(material, Refusal):
-        return choice, material
-    if choice.asked:
-        raise UnsupportedModelError(
-            f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
-            "and use --importance magnitude or random"
-        )
-    return choice.without_text(material.reason), None
 
 
 class Measured(NamedTuple):
@@ -237,33 +219,32 @@ def _cut(
     planned: Plan | None,
     choice: Choice,
     material: Material | None,
-    progress: Progress,
 ) -> Cut:
     """Drop layers, decide widths if there is no plan, and prune the model in place."""
     # a target is a share of the model before layers are dropped
     parameters = model.num_parameters()
-    dropped = _dropped_layers(job, model, material, progress)
+    dropped = _dropped_layers(job, model, material)
     widths: Plan | Allocation | None = planned
     if job.widths and planned is None:
         calibration = None if material is None else material.calibration
         if dropped is not None and choice.measures and calibration is not None:
-            measure(calibration, progress)
+            measure(calibration)
         settings = dict(job.widths)
         if settings.get("target_params", 2) <= 1:
             settings["target_params"] = int(settings["target_params"] * parameters)
         if job.allocate:
-            widths = _allocated(model, settings, choice, material, progress)
+            widths = _allocated(model, settings, choice, material)
         else:
             widths = plan_for(job.source, model.config, type(model), settings)
             _check_plan(widths, job)
-        _show(widths, job, progress)
+        _show(widths, job)
     recipe = map_of(model, how=by_layers).recipe
-    reports = run_steps(job, model, widths, choice, material, progress)
+    reports = run_steps(job, model, widths, choice, material)
     return Cut(widths, dropped, reports, recipe)
 
 
 def _dropped_layers(
-    job: Job, model: PreTrainedModel, material: Material | None, progress: Progress
+    job: Job, model: PreTrainedModel, material: Material | None
 ) -> DroppedLayers | None:
     count = job.drop_layers
     if not count or material is None:
@@ -274,7 +255,7 @@ def _dropped_layers(
         )
     except ValueError as error:
         raise PipelineError(f"--drop-layers {count}: {error}") from error
-    progress.say(str(dropped))
+    show(str(dropped))
     return dropped
 
 
@@ -283,7 +264,6 @@ def _allocated(
     settings: Mapping[str, Any],
     choice: Choice,
     material: Material | None,
-    progress: Progress,
 ) -> Allocation:
     assert material is not None  # the user asked for --allocate, so there is a text
     calibration, target = material.calibration, settings["target_params"]
@@ -298,7 +278,7 @@ def _allocated(
             f"--allocate: the model already has only {model.num_parameters():,} parameters, so "
             f"--target-params {target:,.0f} prunes no width. Choose a smaller target"
         )
-    progress.say(
+    show(
         "allocating: each layer is pruned and refitted on its own, and the model's outputs are "
         "compared"
     )
@@ -322,13 +302,12 @@ def run_steps(
     widths: Plan | Allocation | None,
     choice: Choice,
     material: Material | None,
-    progress: Progress,
 ) -> tuple[SyncReport, ...]:
     """Prune in steps, with gradients before and recovery after each; return their reports."""
     recovers = material is not None and material.teacher is not None
     if widths is None:
         if material is not None and recovers:
-            recover(model, material, job.recover, progress, "recovery")
+            recover(model, material, job.recover, "recovery")
         return ()
     calibration = None if material is None else material.calibration
     hook = HFConfigSyncHook(plan=widths, refit=calibration if choice.refit else None)
@@ -343,13 +322,13 @@ def run_steps(
     for step in range(1, steps + 1):
         title = f"step {step}/{steps}"
         if material is not None and choice.importance == "taylor":
-            accumulate_gradients(model, material, progress, f"{title}: gradients")
-        with shown_by(progress.track):
+            accumulate_gradients(model, material, f"{title}: gradients")
+        with shown_by(track):
             pruner.step()
-        progress.say(str(hook.last_report))
+        show(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
         if material is not None and recovers and updates:
-            recover(model, material, updates, progress, f"{title}: recovery")
+            recover(model, material, updates, f"{title}: recovery")
     model.zero_grad()
     return tuple(hook.reports)
 
@@ -382,21 +361,19 @@ def _write(
     after: Measured,
     load_notes: Sequence[str],
     work: Path,
-    progress: Progress,
 ) -> Pruned:
     """Write model, companions and card into ``work``; prove that it loads from there."""
     rotary_notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
-    progress.say("a fresh process loads what was written")
+    show("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, cut.recipe)
     planned = cut.widths if isinstance(cut.widths, Plan) else None
     layerwise = _layerwise(model)
-    notes = [*load_notes, *(planned.notes if planned else ()), *choice.notes]
+    notes = [*load_notes, *(planned.notes if planned else ())]
     notes += cut.dropped.notes if cut.dropped else ()
     notes += [note for report in cut.reports for note in report.notes]
     notes += _lost_perplexities(before, after)
     notes += [*rotary_notes, *copied.notes]
-    notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.per_layer and layerwise is None:
         notes.append("all layers have the same widths after pruning, so the stock class is used")
     held_out, second = map(_pair, before.perplexities, after.perplexities)

@@ -7,7 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +36,8 @@ from ..errors import (
     UnsupportedModelError,
     in_one_line,
 )
-from ..model.build import Refusal
 from ..model.shortage import raise_shortage
-from .job import Importance, Job, Progress
+from .job import Importance, Job, show, track
 from .source import is_large, tokenizer_of
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ _TOGETHER = 8  # windows per batch if a model may exceed memory: each batch read
 _GRADIENTS = 8  # windows
 _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
+_WITHOUT_TEXT = "--importance magnitude or random with --no-refit"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,6 @@ class Choice:
     tokenizer: PreTrainedTokenizerBase | None = None  # None: not needed, or there is none
     refit: bool = False  # refit the weights that read pruned channels
     drops: bool = False  # layers are dropped, by their influence on the text
-    # The user asked for something that needs a text; else the job does without if the model does
-    # not run on it.
-    asked: bool = False
-    notes: tuple[str, ...] = ()
 
     @property
     def calibrates(self) -> bool:
@@ -80,11 +76,6 @@ class Choice:
     def measures(self) -> bool:
         """True if what weights read is measured, for importances or refits."""
         return self.origin is not None and (self.refit or self.importance in CALIBRATED)
-
-    def without_text(self, reason: str) -> Choice:
-        importance = "magnitude" if self.importance in CALIBRATED else self.importance
-        note = f"channels are ranked by {importance}, and no weight is refitted: {reason}"
-        return Choice(importance, notes=(*self.notes, note))
 
     def settings(self, job: Job) -> dict[str, Any]:
         text: str | None = "shipped text" if self.origin == "shipped" else self.origin
@@ -131,24 +122,18 @@ def choose(
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
-    choice = Choice(
-        job.importance or "wanda",
-        refit=job.refit,
-        drops=bool(job.drop_layers),
-        asked=asked,
-    )
+    importance, drops = job.importance or "wanda", bool(job.drop_layers)
+    own = job.calibration == "own"
+    tokenizer = None
     try:
         tokenizer = tokenizer_of(job.source)
     except PipelineError as error:
-        if job.calibration == "own":
-            return replace(choice, origin="own")
-        if asked:
-            raise
-        return choice.without_text(str(error))
-    if job.calibration == "own":
-        return replace(choice, origin="own", tokenizer=tokenizer)
+        if not own:
+            raise PipelineError(f"{error}. To prune without a text, use {_WITHOUT_TEXT}") from error
+    if own:
+        return Choice(importance, "own", "", tokenizer, job.refit, drops)
     origin: Origin = "shipped" if text is None else "file"
-    return replace(choice, origin=origin, text=text or shipped_text(), tokenizer=tokenizer)
+    return Choice(importance, origin, text or shipped_text(), tokenizer, job.refit, drops)
 
 
 def _need(job: Job) -> str:
@@ -170,25 +155,12 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             "--allocate needs an importance that is measured by calibration, and --importance "
             f"{job.importance} is not: leave it out, or use one of {', '.join(CALIBRATED)}"
         )
-    if not _takes_text(model_class):
-        if job.drop_layers:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so --drop-layers cannot find the layers of least influence "
-                "on one. In Python: tp_hf_config.drop_layers(model, count=2, calibration="
-                "tp_hf_config.calibrate(model, batches))"
-            )
-        if job.allocate:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so --allocate cannot compare its layers on one. In Python: "
-                "tp_hf_config.allocate(model, tp_hf_config.calibrate(model, batches), "
-                "target_params=0.8)"
-            )
-        if need or job.calibration is not None:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so {need or '--calibration'} cannot be used. Leave "
-                "--calibration and --recover out, and use --importance magnitude or random (in "
-                "Python: tp_hf_config.calibrate(model, batches))"
-            )
+    if not _takes_text(model_class) and (need or job.calibration is not None):
+        raise UnsupportedModelError(
+            f"{name} takes no text, so {need or '--calibration'} cannot be used. "
+            f"{_leave_out()} (in Python: the hook, drop_layers and allocate take "
+            "tp_hf_config.calibrate(model, batches))"
+        )
     if job.calibration == "own" and not writes:
         raise PipelineError(
             f"--calibration own: {name} is not a causal language model and cannot write text. Use "
@@ -201,6 +173,12 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             "the model reads)"
             + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
         )
+
+
+def _leave_out() -> str:
+    return (
+        f"Leave --calibration, --recover, --allocate and --drop-layers out, and use {_WITHOUT_TEXT}"
+    )
 
 
 def _takes_text(model_class: type[Any]) -> bool:
@@ -283,17 +261,10 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def objective_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
-) -> Objective | Refusal:
+) -> Objective:
     """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``."""
     given = batch_of(model, window.to(model.device))
-    try:
-        logits = getattr(model(**given), "logits", None)
-    except Exception as error:  # a class that needs an image too may raise anything
-        raise_shortage(error)
-        return Refusal(
-            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
-            f"{in_one_line(error)})"
-        )
+    logits = getattr(model(**given), "logits", None)
     if logits is None:
         return Objective("nothing")
     *_, answered = given.values()
@@ -329,23 +300,21 @@ class Material:
         return held_out, second
 
 
-def gather(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
-) -> Material | Refusal:
-    """Return what a job runs its model on, or why it does not run on only text."""
+def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
+    """Return what a job runs its model on; ``None`` if it does not."""
+    if choice.origin is None:
+        return None
     try:
-        text = _windows(job, choice, model, progress)
+        text = _windows(job, choice, model)
+        objective = objective_of(model, choice.tokenizer, text.train[:1])
     except TPHFConfigError:
         raise
     except Exception as error:  # a class or a tokenizer for more than text may raise anything
         raise_shortage(error)
-        return Refusal(
-            f"{type(model).__name__} cannot be run on windows of text alone "
-            f"({type(error).__name__}: {in_one_line(error)})"
-        )
-    objective = objective_of(model, choice.tokenizer, text.train[:1])
-    if isinstance(objective, Refusal):
-        return objective
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: "
+            f"{in_one_line(error)}). {_leave_out()}"
+        ) from error
     if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no logits, so no loss on a text can be computed: leave "
@@ -359,17 +328,17 @@ def gather(
         objective,
         _shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _calibration(job, model, text.train, progress, together) if choice.calibrates else None,
+        _calibration(job, model, text.train, together) if choice.calibrates else None,
         text.held_out,
         second,
         together,
     )
 
 
-def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progress) -> Text:
+def _windows(job: Job, choice: Choice, model: PreTrainedModel) -> Text:
     """Return the windows of the chosen text; only a file's text has held-out ones."""
     if choice.origin == "own":
-        progress.say("the model writes the text that it is calibrated on")
+        show("the model writes the text that it is calibrated on")
         text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed)
     else:
         assert choice.tokenizer is not None  # only the model's own text needs none
@@ -391,36 +360,30 @@ def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
             yield windows[row][None]
 
 
-def _calibration(
-    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
-) -> Calibration:
+def _calibration(job: Job, model: PreTrainedModel, windows: Tensor, together: int) -> Calibration:
     chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
     batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
     calibration = calibrate(model, batches, measure=False, refits=job.refit)
     if not job.drop_layers:  # else it is measured once they are dropped
-        measure(calibration, progress)
+        measure(calibration)
     return calibration
 
 
-def measure(calibration: Calibration, progress: Progress) -> None:
+def measure(calibration: Calibration) -> None:
     windows = len(calibration.train) + len(calibration.held_out)
-    progress.say(f"calibrating: {windows} windows")
+    show(f"calibrating: {windows} windows")
     calibration.measure()
-    progress.say(str(calibration))
+    show(str(calibration))
 
 
-def accumulate_gradients(
-    model: PreTrainedModel, material: Material, progress: Progress, what: str
-) -> None:
+def accumulate_gradients(model: PreTrainedModel, material: Material, what: str) -> None:
     """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
     model.zero_grad()
-    for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
+    for batch in track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
         material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
-def recover(
-    model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
-) -> None:
+def recover(model: PreTrainedModel, material: Material, updates: int, what: str) -> None:
     """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
     objective, teacher = material.objective, material.teacher
     assert teacher is not None  # only then does a job recover
@@ -429,7 +392,7 @@ def recover(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / _WARM_UP, 1 - i / updates)
     )
-    for batch in progress.track(islice(material.batches, updates), updates, what):
+    for batch in track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
             # not the text: training on the text would teach the text
             target = objective.logits(teacher, batch).float().log_softmax(-1)

@@ -462,14 +462,12 @@ class TestCalibrated:
     def test_without_a_tokenizer(self, capsys: Any, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         tiny.build("llama-gqa").save_pretrained(folder)
-        found, _ = self.prune(capsys, folder, tmp_path / "out")
-        assert found["settings"]["importance"] == "magnitude"
-        (note,) = [note for note in found["notes"] if "tokenizer" in note]
-        assert note.startswith(
-            "channels are ranked by magnitude, and no weight is refitted: "
-            f"{folder}: its tokenizer cannot be loaded: "
-        )
-        assert f"- {note}." in (tmp_path / "out" / "README.md").read_text().splitlines()
+        typed = ("prune", folder, "--out", tmp_path / "out", "--pruning-ratio", 0.2)
+        code, _, errors = shell(capsys, *typed)
+        assert code == 1
+        assert f"{folder}: its tokenizer cannot be loaded: " in errors
+        assert "use --importance magnitude or random with --no-refit" in errors
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

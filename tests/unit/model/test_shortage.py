@@ -19,7 +19,7 @@ from tp_hf_config.cli import main
 from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.shortage import is_out_of_memory
 from tp_hf_config.pipeline import text as text_module
-from tp_hf_config.pipeline.job import Job, Progress
+from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.proofs import runnable_inputs
 from tp_hf_config.pipeline.source import Source
 from tp_hf_config.pipeline.text import Choice, gather, objective_of
@@ -88,7 +88,7 @@ def test_windows_that_do_not_fit_are_no_refusal(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(text_module, "own_text", _on_cuda)
     job = Job(Source("model", "model"), Path("out"), {})
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"), Progress())
+        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"))
 
 
 def test_inputs_that_do_not_fit_are_no_inputs_that_do_not_run() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -16,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tp_hf_config.calibration.batches import second_text, shipped_text
 from tp_hf_config.errors import UnsupportedModelError
-from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline import prune, text
 from tp_hf_config.pipeline.companions import Copied
-from tp_hf_config.pipeline.job import Job, Progress, Pruned
+from tp_hf_config.pipeline.job import Job, Pruned
 from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.pipeline.prune import _seeded
 from tp_hf_config.pipeline.source import Source
@@ -52,25 +52,16 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="\0")
 
 
-class Said(Progress):
-    """Remembers what is shown."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, what: object) -> None:
-        self.lines.append(str(what))
-
-
 def job(**settings: Any) -> Job:
     return Job(Source("model", "model"), Path("out"), {}, **settings)
 
 
 def gathered(model: Any, choice: Choice, **settings: Any) -> tuple[Material, list[str]]:
-    said = Said()
-    material = gather(job(**settings), choice, model, said)
+    said: list[str] = []
+    with patch.object(text, "show", lambda what: said.append(str(what))):
+        material = gather(job(**settings), choice, model)
     assert isinstance(material, Material)
-    return material, said.lines
+    return material, said
 
 
 def read(tokenizer: Any, windows: Iterable[torch.Tensor]) -> list[str]:
@@ -181,7 +172,7 @@ class TestWindows:
     ) -> None:
         choice = Choice(importance, "file", self.text, tokenizer)
         with pytest.raises(UnsupportedModelError) as refused:
-            gather(job(recover=recover), choice, tiny.build("bert"), Progress())
+            gather(job(recover=recover), choice, tiny.build("bert"))
         assert str(refused.value) == (
             "BertModel has no logits, so no loss on a text can be computed: leave --recover "
             "out, and do not use --importance taylor"
@@ -199,36 +190,30 @@ class TestObjective:
         assert set(batch_of(encoder, ids)) == {"input_ids"}
         assert objective_of(encoder, None, ids) == Objective("nothing")
 
-    def test_a_model_that_wants_more_than_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_model_that_wants_more_than_text(
+        self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model = tiny.build("llama-gqa")
 
         def forward(input_ids: Any = None, pixel_values: Any = None) -> None:
             raise ValueError("no\nimage")
 
         monkeypatch.setattr(model, "forward", forward)
-        reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
-        assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
-        choice = Choice("wanda", "own", refit=True)
-        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
-        note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        found = prune._gathered(job(), choice, model, Progress())
-        assert found == (Choice("magnitude", notes=(note,)), None)
-        asked = Choice("wanda", "own", refit=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            prune._gathered(job(), asked, model, Progress())
+            gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model)
         assert str(refused.value) == (
-            f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
-            "--importance magnitude or random"
+            "LlamaForCausalLM cannot be run on text alone (ValueError: no image). Leave "
+            "--calibration, --recover, --allocate and --drop-layers out, and use --importance "
+            "magnitude or random with --no-refit"
         )
 
 
 def test_a_class_without_embeddings_of_tokens(tokenizer: Any) -> None:
     config = transformers.CanineConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     model = transformers.CanineForTokenClassification(config)
-    refusal = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model, Said())
-    assert isinstance(refusal, Refusal)
-    start = "CanineForTokenClassification cannot be run on windows of text alone (NotImplementedErr"
-    assert refusal.reason.startswith(start)
+    start = r"^CanineForTokenClassification cannot be run on text alone \(NotImplementedError"
+    with pytest.raises(UnsupportedModelError, match=start):
+        gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model)
 
 
 def test_a_class_that_says_it_has_fewer_than_no_positions(tokenizer: Any) -> None:
@@ -236,7 +221,7 @@ def test_a_class_that_says_it_has_fewer_than_no_positions(tokenizer: Any) -> Non
     sizes = {"d_model": 8, "n_head": 2, "d_inner": 8, "n_layer": 1, "vocab_size": 99}
     model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
     assert model.config.max_position_embeddings == -1
-    material = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model, Said())
+    material = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model)
     assert isinstance(material, Material)
     assert material.held_out.shape == (1, 256)
 
