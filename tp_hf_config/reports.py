@@ -14,8 +14,6 @@ SCHEMA_VERSION = 1  # of every written report
 Rows = Sequence[Sequence[object]]
 _LEFT = ' style="text-align: left"'  # notebooks align cells to the right
 _SHOWN = 200  # longest ``repr``, in characters
-# fields with a value before and after
-_PAIRS = ("parameters", "perplexity", "perplexity_second_text")
 
 
 class Report:
@@ -107,7 +105,7 @@ def as_json(value: Any) -> Any:
 def _field(name: str, value: Any) -> Any:
     if name == "fields" and isinstance(value, Mapping):
         return old_and_new(value)
-    if name in _PAIRS and isinstance(value, tuple):
+    if name == "parameters" and isinstance(value, tuple):
         return dict(zip(("before", "after"), value, strict=True))
     return as_json(value)
 

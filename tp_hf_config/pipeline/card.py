@@ -27,7 +27,7 @@ def card(source: Source, pruned: Pruned) -> str:
     lines = [f"Round trip: {pruned.proof}"]
     if pruned.dropped_layers is not None:
         lines.append(pruned.dropped_layers.title())
-    for text, (old, new) in pruned.perplexities.items():
+    for text, (old, new) in pruned.perplexity.items():
         lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after")
     differ = pruned.layers_differ
     return f"""{front_matter(source)}

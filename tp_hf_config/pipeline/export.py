@@ -105,7 +105,7 @@ def export(
             proof,
             copied,
             ready.loading,
-            (*notes, *ready.notes),
+            notes,
             time.perf_counter() - started,
         )
         (work / "README.md").write_text(_card(source, result), encoding="utf-8")

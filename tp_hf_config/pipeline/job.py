@@ -28,7 +28,8 @@ Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 # on which perplexity is measured
-TEXTS = ("held-out text of the calibration file", "a second text, not used for calibration")
+HELD_OUT = "held-out text of the calibration file"
+SECOND_TEXT = "a second text, not used for calibration"
 
 
 def show(what: object) -> None:
@@ -125,9 +126,8 @@ class Pruned(Report):
     parameters: tuple[int, int]
     proof: Proof
     copied: Copied
-    # before and after, on the two TEXTS; None: not measured
-    perplexity: tuple[float, float] | None = None
-    perplexity_second_text: tuple[float, float] | None = None
+    # text, of those measured -> before and after
+    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
@@ -141,12 +141,6 @@ class Pruned(Report):
         by_depth = {} if self.dropped_layers is None else self.dropped_layers.fields
         return {**by_depth, **changed(self.steps)}
 
-    @property
-    def perplexities(self) -> dict[str, tuple[float, float]]:
-        """Text -> the perplexity on it before and after, of those measured."""
-        measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
-        return {text: values for text, values in measured if values is not None}
-
     def title(self) -> str:
         from ..hook.report import in_words  # imports torch, which checks do not need
 
@@ -158,7 +152,7 @@ class Pruned(Report):
         if self.dropped_layers is not None:
             yield self.dropped_layers.title()
         yield f"parameters: {before:,} -> {after:,} ({after / before:.1%})"
-        for text, (old, new) in self.perplexities.items():
+        for text, (old, new) in self.perplexity.items():
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
         yield f"proof: {self.proof}"
         if self.copied.files:
@@ -176,7 +170,12 @@ class Pruned(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for ``json.dumps``, with the fields that changed."""
-        return {**super().to_dict(), "fields": old_and_new(self.fields)}
+        perplexity = {
+            text: {"before": before, "after": after}
+            for text, (before, after) in self.perplexity.items()
+        }
+        fields = old_and_new(self.fields)
+        return {**super().to_dict(), "fields": fields, "perplexity": perplexity}
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
@@ -195,7 +194,6 @@ class Ready:
     write: Callable[[Path], tuple[int, SameOutputs | SameTensors]]
     fields: ByLayer  # those that were padded, or by which layers differ
     loading: str  # how it is loaded, for the model card
-    notes: tuple[str, ...] = ()
     holds_tokenizer: bool = False  # its files are not copied, what is written contains it
 
 

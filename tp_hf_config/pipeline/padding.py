@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import in_one_line, listed
+from ..errors import listed
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
 from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
 from ..graph.sides import Side, is_output, sides_of
-from ..model.build import Builder, Refusal, without_data
+from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
 from ..model.fill import fill
 from ..model.layer_class import auto_classes, stock_class
@@ -81,16 +81,22 @@ def padded_alike(
     if isinstance(values, Refusal):
         return values
     data = with_values(uniform_json(widths.data), values)
-    padded = pad(model, widths, stock_class(type(model)), data)
-    if isinstance(padded, Refusal):
-        return padded
+    builder = Builder(model).of_class(stock_class(type(model)))
+    built: Any = builder.build(data, buffers=True)
+    if isinstance(built, Refusal):
+        return built
+    added = _added_units(layer_widths(built), widths.values)
+    proof = _fill(built, model, added) or _prove(model, built, added)
+    if isinstance(proof, Refusal):
+        return proof
+    built.generation_config = getattr(model, "generation_config", None)
     before = {field: tuple(widths.values_of(field)) for field in values}
     fields = {
         field_name(field): (old, (values[field],) * len(old))
         for field, old in before.items()
         if set(old) != {values[field]}
     }
-    return padded[0], fields, padded[1]
+    return built, fields, proof
 
 
 @dataclass(frozen=True)
@@ -169,33 +175,6 @@ def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
                 # key/value heads, and the query heads of each
                 return max(units) * max(per_unit)
     return None
-
-
-def pad(
-    model: PreTrainedModel,
-    widths: LayerWidths,
-    model_class: type[PreTrainedModel],
-    data: dict[str, Any],
-) -> tuple[PreTrainedModel, SameOutputs] | Refusal:
-    """Build a wider class with a model's weights and zeros; prove that it computes the same."""
-    builder = Builder(model).of_class(model_class)
-    try:
-        config = builder.config(data)
-    except Exception as error:  # a config class may raise anything
-        return Refusal(in_one_line(error))
-    empty = without_data(model_class, config)
-    built: Any = builder.build(data, buffers=True)
-    if isinstance(empty, Refusal):
-        return empty
-    if isinstance(built, Refusal):
-        return built
-    added = _added_units(layer_widths(empty), widths.values)
-    refusal = _fill(built, model, added)
-    if refusal is not None:
-        return refusal
-    built.generation_config = getattr(model, "generation_config", None)
-    proof = _prove(model, built, added)
-    return proof if isinstance(proof, Refusal) else (built, proof)
 
 
 # groups of the padded model, each with the units that were added

@@ -33,7 +33,7 @@ from ..planning.make_plan import plan
 from ..planning.plan import Plan, refusal_lines
 from .card import card
 from .companions import copy_companions, snapshot
-from .job import TEXTS, Importance, Job, Layerwise, Pruned, calibration_text, show, track
+from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
@@ -194,12 +194,12 @@ def _show(widths: Plan | Allocation, job: Job) -> None:
 
 class Measured(NamedTuple):
     parameters: int
-    perplexities: tuple[float | None, float | None]
+    perplexity: dict[str, float]  # text -> the perplexity on it
 
 
 def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
-    perplexities = (None, None) if material is None else material.perplexities(model)
-    return Measured(model.num_parameters(), perplexities)
+    perplexity = {} if material is None else material.perplexities(model)
+    return Measured(model.num_parameters(), perplexity)
 
 
 # -------------------------------------------------------------------------------------------- cut
@@ -372,11 +372,14 @@ def _write(
     notes = [*load_notes, *(planned.notes if planned else ())]
     notes += cut.dropped.notes if cut.dropped else ()
     notes += [note for report in cut.reports for note in report.notes]
-    notes += _lost_perplexities(before, after)
+    notes += [
+        f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
+        for text, old in before.perplexity.items()
+        if text not in after.perplexity
+    ]
     notes += [*rotary_notes, *copied.notes]
     if job.per_layer and layerwise is None:
         notes.append("all layers have the same widths after pruning, so the stock class is used")
-    held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(
         type(model).__name__,
         job.out,
@@ -385,8 +388,7 @@ def _write(
         (before.parameters, after.parameters),
         proof,
         copied,
-        held_out,
-        second,
+        {text: (before.perplexity[text], new) for text, new in after.perplexity.items()},
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped_layers=cut.dropped,
@@ -406,13 +408,3 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
         model_class._auto_class,
         f"{model_class.__module__.rpartition('.')[2]}.py",
     )
-
-
-def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
-    for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
-        if old is not None and new is None:
-            yield f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
-
-
-def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:
-    return None if before is None or after is None else (before, after)

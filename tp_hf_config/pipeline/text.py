@@ -37,16 +37,13 @@ from ..errors import (
     in_one_line,
 )
 from ..model.shortage import raise_shortage
-from .job import Importance, Job, show, track
+from .job import HELD_OUT, SECOND_TEXT, Importance, Job, show, track
 from .source import is_large, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Origin = Literal["file", "shipped", "own"]
-# second half: an encoder-decoder predicts it from the first; own answer: the model's own answers
-# count as right; nothing: the model has no logits and is only run
-Task = Literal["next token", "masked token", "second half", "own answer", "nothing"]
 CALIBRATED = get_args(Kind)
 TEXTUAL = (*CALIBRATED, "taylor")
 _TOGETHER = 8  # windows per batch if a model may exceed memory: each batch reads its files
@@ -65,12 +62,7 @@ class Choice:
     text: str = ""  # empty if the model writes it
     tokenizer: PreTrainedTokenizerBase | None = None  # None: not needed, or there is none
     refit: bool = False  # refit the weights that read pruned channels
-    drops: bool = False  # layers are dropped, by their influence on the text
-
-    @property
-    def calibrates(self) -> bool:
-        """True if the model is run on the text for importances, refits or influences."""
-        return self.measures or (self.origin is not None and self.drops)
+    writes: bool = False  # the model is a causal language model
 
     @property
     def measures(self) -> bool:
@@ -122,7 +114,7 @@ def choose(
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
-    importance, drops = job.importance or "wanda", bool(job.drop_layers)
+    importance = job.importance or "wanda"
     own = job.calibration == "own"
     tokenizer = None
     try:
@@ -131,9 +123,9 @@ def choose(
         if not own:
             raise PipelineError(f"{error}. To prune without a text, use {_WITHOUT_TEXT}") from error
     if own:
-        return Choice(importance, "own", "", tokenizer, job.refit, drops)
+        return Choice(importance, "own", "", tokenizer, job.refit, writes)
     origin: Origin = "shipped" if text is None else "file"
-    return Choice(importance, origin, text or shipped_text(), tokenizer, job.refit, drops)
+    return Choice(importance, origin, text or shipped_text(), tokenizer, job.refit, writes)
 
 
 def _need(job: Job) -> str:
@@ -166,6 +158,11 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             f"--calibration own: {name} is not a causal language model and cannot write text. Use "
             "--calibration FILE (plain text: a few thousand words of the kind that the model reads)"
         )
+    if job.importance == "taylor" and not writes:
+        raise UnsupportedModelError(
+            f"--importance taylor: {name} is not a causal language model, so its loss on a text "
+            f"is not known. Use one of {', '.join(CALIBRATED)}"
+        )
     if need and job.calibration is None and not writes:
         raise PipelineError(
             f"{need} needs text to run {name} on (the shipped text is only for causal language "
@@ -195,58 +192,8 @@ def class_writes_text(model_class: type[Any], config: PreTrainedConfig) -> bool:
     return _takes_text(model_class) and writes_text(known)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a model is asked about a window."""
-
-    task: Task
-    mask_token: int | None = None  # the id that replaces masked tokens
-
-    def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the logits for windows ``(windows, tokens)``, shape ``(answers, classes)``."""
-        ids = ids.to(model.device)
-        asked = ids
-        if self.task == "masked token":
-            asked = ids.masked_fill(_masked(ids), self.mask_token or 0)
-        logits: Tensor = model(**batch_of(model, asked)).logits
-        if self.task == "masked token":
-            return logits[_masked(ids)]
-        if self.task != "own answer":
-            logits = logits[:, :-1]
-        return logits.flatten(0, -2)
-
-    def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        logits, ids = self.logits(model, ids).float(), ids.to(model.device)
-        if self.task == "masked token":
-            return cross_entropy(logits, ids[_masked(ids)])
-        if self.task == "own answer":
-            return cross_entropy(logits, logits.detach().argmax(-1))
-        text = ids.tensor_split(2, dim=1)[1] if self.task == "second half" else ids
-        return cross_entropy(logits, text[:, 1:].flatten())
-
-    @torch.no_grad()
-    def perplexity(
-        self, model: PreTrainedModel, windows: Tensor, together: int = 1
-    ) -> float | None:
-        """Return exp of the mean loss.
-
-        ``None``: no windows, a task without right answers, or NaN.
-        """
-        if not len(windows) or self.task in ("own answer", "nothing"):
-            return None
-        losses = [self.loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
-        value = float((torch.stack(losses).sum() / len(windows)).exp())
-        return value if math.isfinite(value) else None
-
-
-def _masked(ids: Tensor) -> Tensor:
-    """Return a mask of every seventh token of each window, the same for all models."""
-    positions = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
-    return positions.expand_as(ids)
-
-
 def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the forward pass's arguments.
+    """Return the forward pass's arguments for windows of tokens ``(windows, tokens)``.
 
     An encoder gets the first half, its decoder the second.
     """
@@ -258,46 +205,46 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": first, "decoder_input_ids": second}
 
 
+def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return a causal language model's loss on windows ``(windows, tokens)``."""
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, -2)
+    return cross_entropy(logits.float(), ids[:, 1:].flatten())
+
+
 @torch.no_grad()
-def objective_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
-) -> Objective:
-    """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``."""
-    given = batch_of(model, window.to(model.device))
-    logits = getattr(model(**given), "logits", None)
-    if logits is None:
-        return Objective("nothing")
-    *_, answered = given.values()
-    if logits.shape[:-1] != answered.shape:
-        return Objective("own answer")  # it classifies the whole text; a text file has no label
-    if "decoder_input_ids" in given:
-        return Objective("second half")
-    if model.can_generate():
-        return Objective("next token")
-    mask_token = None if tokenizer is None else tokenizer.mask_token_id
-    if mask_token is not None and logits.shape[-1] > int(mask_token):
-        return Objective("masked token", int(mask_token))
-    return Objective("own answer")
+def perplexity(model: PreTrainedModel, windows: Tensor, together: int = 1) -> float | None:
+    """Return exp of the mean loss; ``None`` if there are no windows, or it is not finite."""
+    if not len(windows):
+        return None
+    losses = [_loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
+    value = float((torch.stack(losses).sum() / len(windows)).exp())
+    return value if math.isfinite(value) else None
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return what a model predicts for windows, shape ``(predictions, classes)``."""
+    logits: Tensor = model(**batch_of(model, ids.to(model.device))).logits
+    return logits.flatten(0, -2).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
 class Material:
     """What a model is run on, and what that needs."""
 
-    objective: Objective
     batches: Iterator[Tensor]  # windows (1, tokens) for gradients and recovery, without end
     teacher: PreTrainedModel | None  # a copy of the unpruned model; None without recovery
     # None: not needed. If layers are dropped, it is measured afterwards.
     calibration: Calibration | None
-    # windows of the calibration file that decide nothing, for perplexities
-    held_out: Tensor
-    second: Tensor  # windows of the second text; none unless a causal language model
+    # for perplexities, of causal language models alone
+    held_out: Tensor  # windows of the calibration file that decide nothing
+    second: Tensor  # windows of the second text
     together: int = 1  # windows per batch
 
-    def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
-        texts = self.held_out, self.second
-        held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
-        return held_out, second
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        texts = {HELD_OUT: self.held_out, SECOND_TEXT: self.second}
+        found = {name: perplexity(model, text, self.together) for name, text in texts.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
@@ -306,7 +253,9 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
         return None
     try:
         text = _windows(job, choice, model)
-        objective = objective_of(model, choice.tokenizer, text.train[:1])
+        window = text.train[:1].to(model.device)
+        with torch.no_grad():
+            logits = getattr(model(**batch_of(model, window)), "logits", None)
     except TPHFConfigError:
         raise
     except Exception as error:  # a class or a tokenizer for more than text may raise anything
@@ -315,21 +264,22 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
             f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: "
             f"{in_one_line(error)}). {_leave_out()}"
         ) from error
-    if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
+    by_token = choice.writes and logits is not None and logits.shape[:-1] == window.shape
+    if (job.recover and logits is None) or (choice.importance == "taylor" and not by_token):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no logits, so no loss on a text can be computed: leave "
             "--recover out, and do not use --importance taylor"
         )
-    second = text.held_out[:0]
-    if objective.task == "next token" and choice.tokenizer is not None:
+    held_out, second = text.held_out if by_token else text.held_out[:0], text.held_out[:0]
+    if by_token and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
     together = _TOGETHER if is_large(job.source) else 1
+    calibrates = choice.measures or job.drop_layers
     return Material(
-        objective,
         _shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _calibration(job, model, text.train, together) if choice.calibrates else None,
-        text.held_out,
+        _calibration(job, model, text.train, together) if calibrates else None,
+        held_out,
         second,
         together,
     )
@@ -380,12 +330,12 @@ def accumulate_gradients(model: PreTrainedModel, material: Material, what: str) 
     """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
     model.zero_grad()
     for batch in track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
-        material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def recover(model: PreTrainedModel, material: Material, updates: int, what: str) -> None:
     """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
-    objective, teacher = material.objective, material.teacher
+    teacher = material.teacher
     assert teacher is not None  # only then does a job recover
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
@@ -395,8 +345,8 @@ def recover(model: PreTrainedModel, material: Material, updates: int, what: str)
     for batch in track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
             # not the text: training on the text would teach the text
-            target = objective.logits(teacher, batch).float().log_softmax(-1)
-        guess = objective.logits(model, batch).float().log_softmax(-1)
+            target = _log_probabilities(teacher, batch)
+        guess = _log_probabilities(model, batch)
         loss = kl_div(guess, target, log_target=True, reduction="batchmean")
         if not math.isfinite(loss.item()):
             raise _diverged(what, f"the loss is {loss.item()}")

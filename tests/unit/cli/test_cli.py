@@ -242,7 +242,7 @@ def test_what_the_arguments_of_prune_mean(
 ) -> None:
     jobs: list[Any] = []
 
-    def prune(job: Any, shown: Any) -> Any:
+    def prune(job: Any) -> Any:
         jobs.append(job)
         return tp_hf_config.CheckReport("folder", None, None)
 

@@ -32,6 +32,7 @@ from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune
 from tp_hf_config.pipeline import text as text_module
+from tp_hf_config.pipeline.job import HELD_OUT, SECOND_TEXT
 from tp_hf_config.planning.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread", "every_width")
@@ -86,8 +87,8 @@ class TestWhatIsWritten:
         assert found["proof"] == {"tensors": 1, "numbers": 8 * tiny.VOCAB}
         assert found["copied"]["files"] == ["tokenizer.json", "tokenizer_config.json"]
         assert [step["step"] for step in found["steps"]] == [1, 2]
-        assert list(found["perplexity"]) == ["before", "after"]
-        assert list(found["perplexity_second_text"]) == ["before", "after"]
+        assert list(found["perplexity"]) == [HELD_OUT, SECOND_TEXT]
+        assert all(list(both) == ["before", "after"] for both in found["perplexity"].values())
         assert found["settings"]["calibration"] == "text.txt"
         assert [step["refits"] is None for step in found["steps"]] == [False, False]
         for line in ("step 1/2: recovery: 2 windows", "step 2/2: recovery: 3 windows"):
@@ -182,8 +183,7 @@ class TestWhatIsWritten:
 
         def distance(out: str, *more: object) -> float:
             typed = ("prune", models / name, "--out", tmp_path / out, "--pruning-ratio", "0.1")
-            calibration = ("--importance", "taylor", "--calibration", models / "text.txt")
-            code, _, errors = shell(capsys, *typed, *calibration, *more)
+            code, _, errors = shell(capsys, *typed, "--calibration", models / "text.txt", *more)
             assert code == 0, errors
             pruned = logits(tmp_path / out, cls)
             guess, target = (one.flatten(0, -2).log_softmax(-1) for one in (pruned, original))
@@ -323,15 +323,15 @@ class TestCalibrated:
         assert settings["refit"] is True
         assert "calibrating: 196 windows" in errors
         assert self.refitted(found) == [self.DOWN]
-        assert found["perplexity"] is None
-        before, after = found["perplexity_second_text"].values()
+        assert list(found["perplexity"]) == [SECOND_TEXT]
+        before, after = found["perplexity"][SECOND_TEXT].values()
         assert after == pytest.approx(before, rel=1e-5)
         cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-refit")
         assert cut["settings"]["importance"] == "wanda"
         assert cut["settings"]["refit"] is False
         assert cut["steps"][0]["refits"] is None
-        assert cut["perplexity_second_text"]["before"] == before
-        assert abs(cut["perplexity_second_text"]["after"] / before - 1) > 1e-3
+        assert cut["perplexity"][SECOND_TEXT]["before"] == before
+        assert abs(cut["perplexity"][SECOND_TEXT]["after"] / before - 1) > 1e-3
         card = (out / "README.md").read_text().splitlines()
         for line in (
             f"- Perplexity on a second text, not used for calibration: {before:.1f} before, "
@@ -349,11 +349,8 @@ class TestCalibrated:
         assert found["settings"]["calibration"] == "text.txt"
         assert self.refitted(found) == [self.DOWN]
         shown = (tmp_path / "out" / "README.md").read_text().splitlines()
-        for key, text in {
-            "perplexity": "held-out text of the calibration file",
-            "perplexity_second_text": "a second text, not used for calibration",
-        }.items():
-            before, after = found[key].values()
+        for text in (HELD_OUT, SECOND_TEXT):
+            before, after = found["perplexity"][text].values()
             assert f"- Perplexity on {text}: {before:.1f} before, {after:.1f} after." in shown
 
     def test_so_many_tokens(self, capsys: Any, models: Path, tmp_path: Path) -> None:
@@ -375,8 +372,7 @@ class TestCalibrated:
         assert (settings["importance"], settings["calibration"]) == ("obs", "own")
         assert "the model writes the text that it is calibrated on" in errors
         assert self.refitted(found) == [self.DOWN]
-        assert found["perplexity"] is None
-        assert found["perplexity_second_text"] is not None
+        assert list(found["perplexity"]) == [SECOND_TEXT]
 
     def test_importances_choose(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         """Each its own units; refits change none of that."""
@@ -403,7 +399,7 @@ class TestCalibrated:
         more += ("--no-refit",)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "two", *more)
         assert not {"calibration", "refit"} & set(found["settings"])
-        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+        assert found["perplexity"] == {}
         assert found["steps"][0]["refits"] is None
         assert not [line for line in errors if line.startswith("calibrating")]
         assert [line for line in errors if line.startswith("warning")] == [
@@ -440,7 +436,7 @@ class TestCalibrated:
         assert self.refitted(found) == [
             {f"encoder.layer.{number}.output.dense.weight" for number in range(2)}
         ]
-        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+        assert found["perplexity"] == {}
 
     def test_an_encoder_decoder(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         typed = ("prune", models / "t5", "--out", tmp_path / "out", "--ratios", "d_ff=0.25")
@@ -457,7 +453,7 @@ class TestCalibrated:
                 for block in range(2)
             }
         ]
-        assert found["perplexity_second_text"] is None
+        assert found["perplexity"] == {}
 
     def test_without_a_tokenizer(self, capsys: Any, tmp_path: Path) -> None:
         folder = tmp_path / "model"
@@ -500,7 +496,7 @@ class TestDroppedLayers:
         assert found["dropped_layers"]["dropped"] == [1, 3]
         assert found["settings"]["drop_layers"] == "2"
         assert "importance" not in found["settings"]
-        before, after = found["perplexity_second_text"].values()
+        before, after = found["perplexity"][SECOND_TEXT].values()
         assert after == pytest.approx(before, rel=1e-2)
         assert "model.layers: 2 of 4 layers dropped (1: influence 0.000, 3: influence 0.000)" in (
             errors.splitlines()

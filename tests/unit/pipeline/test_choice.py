@@ -101,7 +101,7 @@ class TestChosen:
 
     @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
     @pytest.mark.parametrize(
-        ("settings", "calibrates"),
+        ("settings", "measures"),
         [
             ({}, True),
             ({"refit": False}, True),
@@ -112,9 +112,9 @@ class TestChosen:
         ],
     )
     def test_whether_it_is_calibrated(
-        self, models: Path, settings: dict[str, Any], calibrates: bool
+        self, models: Path, settings: dict[str, Any], measures: bool
     ) -> None:
-        assert chosen(models / "llama-gqa", **settings).calibrates is calibrates
+        assert chosen(models / "llama-gqa", **settings).measures is measures
 
     def test_a_language_model_that_is_ranked_by_magnitude_and_cut(self, models: Path) -> None:
         message = (
@@ -135,7 +135,7 @@ class TestChosen:
             ". To prune without a text, use --importance magnitude or random with --no-refit"
         )
         found = chosen(models / "no-tokenizer", importance="random", refit=False)
-        assert (found.importance, found.origin, found.calibrates) == ("random", None, False)
+        assert (found.importance, found.origin, found.measures) == ("random", None, False)
 
 
 class TestRefused:
@@ -147,12 +147,6 @@ class TestRefused:
                 {"importance": "wanda"},
                 "--importance wanda needs text to run BertModel on (the shipped text is only for "
                 f"causal language models). {''.join(_ADD)}",
-            ),
-            (
-                "t5",
-                {"importance": "taylor"},
-                "--importance taylor needs text to run T5ForConditionalGeneration on (the shipped "
-                f"text is only for causal language models). {''.join(_ADD)}",
             ),
             (
                 "roberta",
@@ -206,6 +200,15 @@ class TestRefused:
             "magnitude or random with --no-refit (in Python: the hook, drop_layers and allocate "
             "take tp_hf_config.calibrate(model, batches))"
         )
+
+    def test_a_loss_that_is_not_known(self, models: Path) -> None:
+        message = (
+            "--importance taylor: T5ForConditionalGeneration is not a causal language model, so "
+            "its loss on a text is not known. Use one of wanda, activation, flap, obs"
+        )
+        with pytest.raises(UnsupportedModelError) as refused:
+            chosen(models / "t5", importance="taylor", calibration=FILE)
+        assert str(refused.value) == message
 
     def test_an_importance_that_tells_nothing_of_layers(self, models: Path) -> None:
         with pytest.raises(PipelineError) as refused:
