@@ -16,8 +16,17 @@ from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
 from . import llama, padding
-from .card import base_model, bullets, front_matter, table, versions_table
-from .companions import LICENCES, Copied, code_files, copy_companions
+from .companions import (
+    LICENCES,
+    Copied,
+    base_model,
+    bullets,
+    code_files,
+    copy_companions,
+    front_matter,
+    table,
+    versions_table,
+)
 from .job import Exported, Format, Ready
 from .output import check_savable, check_target, output_folder
 from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load

@@ -25,8 +25,7 @@ from ..errors import PipelineError, listed
 from ..model.build import Refusal
 from ..model.config_json import config_json
 from ..model.layer_class import layer_lists
-from .card import base_model
-from .companions import copy_companions, snapshot
+from .companions import base_model, copy_companions, snapshot
 from .job import Ready
 from .llama import LlamaLayers, llama_layers, save_weights
 from .proofs import SameOutputs, SameTensors

@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from ..hook.report import SyncReport
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
-    from .companions import Copied
     from .proofs import Proof, SameOutputs, SameTensors
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
-Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
+Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "random"]
 Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -101,6 +100,21 @@ def calibration_text(job: Job) -> str | None:
     if not text.strip():
         raise PipelineError(f"{path}: the calibration text is empty")
     return text
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The names of the files that were copied, and of those that were not.
+
+    Attributes:
+        files: the files that were copied.
+        not_copied: the other files, except weights, hidden files and files that are written anew.
+        notes: further notes for the user.
+    """
+
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

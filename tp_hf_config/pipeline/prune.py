@@ -31,20 +31,18 @@ from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
 from ..planning.plan import Plan, refusal_lines
-from .card import card
-from .companions import copy_companions, snapshot
+from .companions import card, copy_companions, snapshot
 from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
-from .text import Choice, Material, accumulate_gradients, choose, gather, measure, recover
+from .text import Choice, Material, choose, gather, measure, recover
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _OF_TORCH_PRUNING: dict[Importance, str] = {
     "magnitude": "GroupMagnitudeImportance",
-    "taylor": "GroupTaylorImportance",
     "random": "RandomImportance",
 }
 _RANKINGS = {
@@ -303,7 +301,7 @@ def run_steps(
     choice: Choice,
     material: Material | None,
 ) -> tuple[SyncReport, ...]:
-    """Prune in steps, with gradients before and recovery after each; return their reports."""
+    """Prune in steps, with recovery after each; return their reports."""
     recovers = material is not None and material.teacher is not None
     if widths is None:
         if material is not None and recovers:
@@ -321,15 +319,12 @@ def run_steps(
     steps = job.steps
     for step in range(1, steps + 1):
         title = f"step {step}/{steps}"
-        if material is not None and choice.importance == "taylor":
-            accumulate_gradients(model, material, f"{title}: gradients")
         with shown_by(track):
             pruner.step()
         show(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
         if material is not None and recovers and updates:
             recover(model, material, updates, f"{title}: recovery")
-    model.zero_grad()
     return tuple(hook.reports)
 
 

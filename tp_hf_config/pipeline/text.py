@@ -45,9 +45,7 @@ if TYPE_CHECKING:
 
 Origin = Literal["file", "shipped", "own"]
 CALIBRATED = get_args(Kind)
-TEXTUAL = (*CALIBRATED, "taylor")
 _TOGETHER = 8  # windows per batch if a model may exceed memory: each batch reads its files
-_GRADIENTS = 8  # windows
 _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
 _WITHOUT_TEXT = "--importance magnitude or random with --no-refit"
@@ -131,7 +129,7 @@ def choose(
 def _need(job: Job) -> str:
     if job.allocate:
         return "--allocate"
-    if job.importance in TEXTUAL:
+    if job.importance in CALIBRATED:
         return f"--importance {job.importance}"
     if job.drop_layers:
         return "--drop-layers"
@@ -158,17 +156,12 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             f"--calibration own: {name} is not a causal language model and cannot write text. Use "
             "--calibration FILE (plain text: a few thousand words of the kind that the model reads)"
         )
-    if job.importance == "taylor" and not writes:
-        raise UnsupportedModelError(
-            f"--importance taylor: {name} is not a causal language model, so its loss on a text "
-            f"is not known. Use one of {', '.join(CALIBRATED)}"
-        )
     if need and job.calibration is None and not writes:
         raise PipelineError(
             f"{need} needs text to run {name} on (the shipped text is only for causal language "
             "models). Add --calibration FILE (plain text: a few thousand words of the kind that "
             "the model reads)"
-            + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
+            + (", or use --importance magnitude" if job.importance in CALIBRATED else "")
         )
 
 
@@ -205,19 +198,15 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": first, "decoder_input_ids": second}
 
 
-def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return a causal language model's loss on windows ``(windows, tokens)``."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids).logits[:, :-1].flatten(0, -2)
-    return cross_entropy(logits.float(), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, together: int = 1) -> float | None:
-    """Return exp of the mean loss; ``None`` if there are no windows, or it is not finite."""
+    """Return a causal language model's; ``None`` if there are no windows, or it is not finite."""
     if not len(windows):
         return None
-    losses = [_loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
+    losses = []
+    for ids in torch.split(windows.to(model.device), together):
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, -2)
+        losses.append(cross_entropy(logits.float(), ids[:, 1:].flatten()) * len(ids))
     value = float((torch.stack(losses).sum() / len(windows)).exp())
     return value if math.isfinite(value) else None
 
@@ -232,7 +221,7 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 class Material:
     """What a model is run on, and what that needs."""
 
-    batches: Iterator[Tensor]  # windows (1, tokens) for gradients and recovery, without end
+    batches: Iterator[Tensor]  # windows (1, tokens) for recovery, without end
     teacher: PreTrainedModel | None  # a copy of the unpruned model; None without recovery
     # None: not needed. If layers are dropped, it is measured afterwards.
     calibration: Calibration | None
@@ -264,12 +253,11 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
             f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: "
             f"{in_one_line(error)}). {_leave_out()}"
         ) from error
-    by_token = choice.writes and logits is not None and logits.shape[:-1] == window.shape
-    if (job.recover and logits is None) or (choice.importance == "taylor" and not by_token):
+    if job.recover and logits is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no logits, so no loss on a text can be computed: leave "
-            "--recover out, and do not use --importance taylor"
+            f"{type(model).__name__} has no logits to recover: leave --recover out"
         )
+    by_token = choice.writes and logits is not None and logits.shape[:-1] == window.shape
     held_out, second = text.held_out if by_token else text.held_out[:0], text.held_out[:0]
     if by_token and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
@@ -324,13 +312,6 @@ def measure(calibration: Calibration) -> None:
     show(f"calibrating: {windows} windows")
     calibration.measure()
     show(str(calibration))
-
-
-def accumulate_gradients(model: PreTrainedModel, material: Material, what: str) -> None:
-    """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
-    model.zero_grad()
-    for batch in track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
-        _loss(model, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def recover(model: PreTrainedModel, material: Material, updates: int, what: str) -> None:

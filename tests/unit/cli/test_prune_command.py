@@ -72,10 +72,10 @@ class TestWhatIsWritten:
         assert any(said in note for note in found["notes"])
         assert hf.AutoConfig.from_pretrained(out).num_attention_heads == 2
 
-    def test_llama_by_taylor_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+    def test_llama_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         typed = ("prune", models / "llama-gqa", "--out", out, *QUARTER, "--steps", 2, "--json")
-        typed += ("--importance", "taylor", "--calibration", models / "text.txt", "--recover", 5)
+        typed += ("--calibration", models / "text.txt", "--recover", 5)
         code, printed, errors = shell(capsys, *typed)
         found = json.loads(printed)
         assert code == 0

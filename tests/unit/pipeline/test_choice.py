@@ -53,7 +53,6 @@ class TestChosen:
             ("llama-gqa", {"refit": False}, "wanda", "shipped", False),
             ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True),
             ("llama-gqa", {"importance": "random"}, "random", "shipped", True),
-            ("llama-gqa", {"importance": "taylor"}, "taylor", "shipped", True),
             ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True),
             ("llama-gqa", {"recover": 3}, "wanda", "shipped", True),
             ("llama-gqa", {"drop_layers": 1}, "wanda", "shipped", True),
@@ -105,8 +104,6 @@ class TestChosen:
         [
             ({}, True),
             ({"refit": False}, True),
-            ({"importance": "taylor"}, True),
-            ({"importance": "taylor", "refit": False}, False),
             ({"importance": "magnitude", "refit": False}, False),
             ({"importance": "magnitude"}, True),
         ],
@@ -201,21 +198,12 @@ class TestRefused:
             "take tp_hf_config.calibrate(model, batches))"
         )
 
-    def test_a_loss_that_is_not_known(self, models: Path) -> None:
-        message = (
-            "--importance taylor: T5ForConditionalGeneration is not a causal language model, so "
-            "its loss on a text is not known. Use one of wanda, activation, flap, obs"
-        )
-        with pytest.raises(UnsupportedModelError) as refused:
-            chosen(models / "t5", importance="taylor", calibration=FILE)
-        assert str(refused.value) == message
-
     def test_an_importance_that_tells_nothing_of_layers(self, models: Path) -> None:
         with pytest.raises(PipelineError) as refused:
-            chosen(models / "llama-gqa", allocate=True, importance="taylor")
+            chosen(models / "llama-gqa", allocate=True, importance="random")
         assert str(refused.value) == (
             "--allocate needs an importance that is measured by calibration, and --importance "
-            "taylor is not: leave it out, or use one of wanda, activation, flap, obs"
+            "random is not: leave it out, or use one of wanda, activation, flap, obs"
         )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])

@@ -15,9 +15,10 @@ import small
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 
-from tp_hf_config.pipeline.card import _metadata, base_model
 from tp_hf_config.pipeline.companions import (
     Copied,
+    _metadata,
+    base_model,
     code_files,
     copy_companions,
 )
