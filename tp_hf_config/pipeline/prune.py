@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_pruning as tp
@@ -88,15 +88,16 @@ def prune_checkpoint(job: Job) -> Pruned:
         if planned is not None and job.ranking != "local":
             _check_ranking(model, planned, job)
         material = gather(job, choice, model)
-        before = _measured(model, material)
+        parameters, before = model.num_parameters(), material.perplexities(model)
 
         # cut: layers first, then widths
         cut = _cut(job, model, planned, choice, material)
-        after = _measured(model, material)
+        after = material.perplexities(model)
         del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
-        result = _write(job, model, choice, cut, before, after, notes, work)
+        perplexity = {text: (old, after.get(text)) for text, old in before.items()}
+        result = _write(job, model, choice, cut, parameters, perplexity, notes, work)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -187,19 +188,6 @@ def _show(widths: Plan | Allocation, job: Job) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------- measure
-
-
-class Measured(NamedTuple):
-    parameters: int
-    perplexity: dict[str, float]  # text -> the perplexity on it
-
-
-def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
-    perplexity = {} if material is None else material.perplexities(model)
-    return Measured(model.num_parameters(), perplexity)
-
-
 # -------------------------------------------------------------------------------------------- cut
 
 
@@ -216,7 +204,7 @@ def _cut(
     model: PreTrainedModel,
     planned: Plan | None,
     choice: Choice,
-    material: Material | None,
+    material: Material,
 ) -> Cut:
     """Drop layers, decide widths if there is no plan, and prune the model in place."""
     # a target is a share of the model before layers are dropped
@@ -224,9 +212,8 @@ def _cut(
     dropped = _dropped_layers(job, model, material)
     widths: Plan | Allocation | None = planned
     if job.widths and planned is None:
-        calibration = None if material is None else material.calibration
-        if dropped is not None and choice.measures and calibration is not None:
-            measure(calibration)
+        if dropped is not None and choice.measures and material.calibration is not None:
+            measure(material.calibration)
         settings = dict(job.widths)
         if settings.get("target_params", 2) <= 1:
             settings["target_params"] = int(settings["target_params"] * parameters)
@@ -241,11 +228,9 @@ def _cut(
     return Cut(widths, dropped, reports, recipe)
 
 
-def _dropped_layers(
-    job: Job, model: PreTrainedModel, material: Material | None
-) -> DroppedLayers | None:
+def _dropped_layers(job: Job, model: PreTrainedModel, material: Material) -> DroppedLayers | None:
     count = job.drop_layers
-    if not count or material is None:
+    if not count:
         return None
     try:
         dropped = drop_layers(
@@ -261,11 +246,10 @@ def _allocated(
     model: PreTrainedModel,
     settings: Mapping[str, Any],
     choice: Choice,
-    material: Material | None,
+    material: Material,
 ) -> Allocation:
-    assert material is not None  # the user asked for --allocate, so there is a text
     calibration, target = material.calibration, settings["target_params"]
-    assert calibration is not None
+    assert calibration is not None  # the user asked for --allocate, so there is a text
     if not calibration.held_out:
         raise PipelineError(
             "--allocate compares layers on held-out text, but the text has only one window: give a "
@@ -299,15 +283,13 @@ def run_steps(
     model: PreTrainedModel,
     widths: Plan | Allocation | None,
     choice: Choice,
-    material: Material | None,
+    material: Material,
 ) -> tuple[SyncReport, ...]:
     """Prune in steps, with recovery after each; return their reports."""
-    recovers = material is not None and material.teacher is not None
     if widths is None:
-        if material is not None and recovers:
-            recover(model, material, job.recover, "recovery")
+        recover(model, material, job.recover, "recovery")
         return ()
-    calibration = None if material is None else material.calibration
+    calibration = material.calibration
     hook = HFConfigSyncHook(plan=widths, refit=calibration if choice.refit else None)
     name: Any = choice.importance
     if name in _OF_TORCH_PRUNING:
@@ -318,13 +300,11 @@ def run_steps(
     pruner = _pruner(job, model, importance, hook)
     steps = job.steps
     for step in range(1, steps + 1):
-        title = f"step {step}/{steps}"
         with shown_by(track):
             pruner.step()
         show(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if material is not None and recovers and updates:
-            recover(model, material, updates, f"{title}: recovery")
+        recover(model, material, updates, f"step {step}/{steps}: recovery")
     return tuple(hook.reports)
 
 
@@ -352,8 +332,8 @@ def _write(
     model: PreTrainedModel,
     choice: Choice,
     cut: Cut,
-    before: Measured,
-    after: Measured,
+    parameters: int,  # before
+    perplexity: Mapping[str, tuple[float, float | None]],
     load_notes: Sequence[str],
     work: Path,
 ) -> Pruned:
@@ -369,8 +349,8 @@ def _write(
     notes += [note for report in cut.reports for note in report.notes]
     notes += [
         f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
-        for text, old in before.perplexity.items()
-        if text not in after.perplexity
+        for text, (old, new) in perplexity.items()
+        if new is None
     ]
     notes += [*rotary_notes, *copied.notes]
     if job.per_layer and layerwise is None:
@@ -380,10 +360,10 @@ def _write(
         job.out,
         planned,
         cut.reports,
-        (before.parameters, after.parameters),
+        (parameters, model.num_parameters()),
         proof,
         copied,
-        {text: (before.perplexity[text], new) for text, new in after.perplexity.items()},
+        {text: (old, new) for text, (old, new) in perplexity.items() if new is not None},
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped_layers=cut.dropped,

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,7 @@ CALIBRATED = get_args(Kind)
 _TOGETHER = 8  # windows per batch if a model may exceed memory: each batch reads its files
 _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
+_NO_WINDOWS = torch.empty(0, 0, dtype=torch.long)
 _WITHOUT_TEXT = "--importance magnitude or random with --no-refit"
 
 
@@ -221,13 +222,13 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 class Material:
     """What a model is run on, and what that needs."""
 
-    batches: Iterator[Tensor]  # windows (1, tokens) for recovery, without end
-    teacher: PreTrainedModel | None  # a copy of the unpruned model; None without recovery
+    batches: Iterable[Tensor] = ()  # windows (1, tokens) for recovery, without end
+    teacher: PreTrainedModel | None = None  # a copy of the unpruned model, for recovery
     # None: not needed. If layers are dropped, it is measured afterwards.
-    calibration: Calibration | None
+    calibration: Calibration | None = None
     # for perplexities, of causal language models alone
-    held_out: Tensor  # windows of the calibration file that decide nothing
-    second: Tensor  # windows of the second text
+    held_out: Tensor = _NO_WINDOWS  # windows of the calibration file that decide nothing
+    second: Tensor = _NO_WINDOWS  # windows of the second text
     together: int = 1  # windows per batch
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
@@ -236,10 +237,10 @@ class Material:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
-    """Return what a job runs its model on; ``None`` if it does not."""
+def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material:
+    """Return what a job runs its model on; nothing, if it does not."""
     if choice.origin is None:
-        return None
+        return Material()
     try:
         text = _windows(job, choice, model)
         window = text.train[:1].to(model.device)
@@ -258,7 +259,8 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material | None:
             f"{type(model).__name__} has no logits to recover: leave --recover out"
         )
     by_token = choice.writes and logits is not None and logits.shape[:-1] == window.shape
-    held_out, second = text.held_out if by_token else text.held_out[:0], text.held_out[:0]
+    held_out = text.held_out if by_token else _NO_WINDOWS
+    second = _NO_WINDOWS
     if by_token and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
     together = _TOGETHER if is_large(job.source) else 1
@@ -317,7 +319,8 @@ def measure(calibration: Calibration) -> None:
 def recover(model: PreTrainedModel, material: Material, updates: int, what: str) -> None:
     """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
     teacher = material.teacher
-    assert teacher is not None  # only then does a job recover
+    if teacher is None or not updates:
+        return
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
