@@ -191,7 +191,7 @@ Stream = Annotated[
 ]
 Shards = Annotated[str | None, _value("largest size of a weight file (5GB)", "S", values.file_size)]
 
-Given = Annotated[Any, _value("other fields: text_config.head_dim=64", "FIELD=N,...", values.sizes)]
+Given = Annotated[Any, _value("fields no shape shows: head_dim=64", "FIELD=N,...", values.sizes)]
 To = Annotated[
     Format, Option(help="padded: the stock class, with zeros; decilm: vLLM; gguf: llama.cpp")
 ]
@@ -230,27 +230,20 @@ def repair(
     folder: Folder,
     out: NewFolder = None,
     dry_run: Annotated[bool, Option("--dry-run", help="only show what would be written")] = False,
-    head_dim: Annotated[int | None, _number("size of a head, if no shape shows it")] = None,
-    heads: Annotated[int | None, _number("query heads, if no shape shows them")] = None,
     given: Given = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
     """Write the config.json that a folder's weights need, if there is exactly one."""
-    own = {"head_dim": head_dim, "num_attention_heads": heads}
-    sizes = {field: size for field, size in own.items() if size is not None}
-    for field in sizes.keys() & (given or {}).keys():
-        raise UsageError(f"{field} is given twice: leave it out of --given")
     _check_folders(folder)
     with could_not_tell():
         if out is not None and not dry_run:
             check_new_folder(folder, out)
     from ..checkpoint.repair import repair_checkpoint
 
-    sizes |= given or {}
     trust = {"trust_remote_code": trust_remote_code}
-    return repair_checkpoint(folder, out=out, dry_run=dry_run, given=sizes, **trust), DONE
+    return repair_checkpoint(folder, out=out, dry_run=dry_run, given=given or {}, **trust), DONE
 
 
 @command()

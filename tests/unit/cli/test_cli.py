@@ -59,8 +59,6 @@ WRONG = {
     "repair x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; this home",
     "repair whole --given head_dim": "'head_dim': expected num_attention_heads=4",
     "repair whole --given head_dim=x": "'x': expected a whole number, 1 or more",
-    "repair whole --heads 0": "Invalid value for '--heads'",
-    "repair whole --heads 4 --given num_attention_heads=2": "num_attention_heads is given twice",
     "verify nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "verify whole nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "verify whole bare": "bare has no weights (model.safetensors, ",
