@@ -111,9 +111,9 @@ LINES = {
     "hook": (3_643, 2_300),
     "calibration": (2_982, 2_300),
     "checkpoint": (2_810, 2_000),
-    "pipeline": (3_873, 2_300),
-    "cli": (687, 700),
-    "": (925, 400),
+    "pipeline": (3_536, 2_300),
+    "cli": (642, 700),
+    "": (870, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
@@ -129,4 +129,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 154  # the budget is 115
+    assert len(FILES) <= 150  # the budget is 115

@@ -18,7 +18,6 @@ from ..model.locate import find_pretrained
 from . import llama, padding
 from .companions import (
     LICENCES,
-    Copied,
     base_model,
     bullets,
     code_files,
@@ -27,7 +26,7 @@ from .companions import (
     table,
     versions_table,
 )
-from .job import Exported, Format, Ready
+from .job import Copied, Exported, Format, Written
 from .output import check_savable, check_target, output_folder
 from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load
 
@@ -98,22 +97,21 @@ def export(
         )
     if to != "gguf":
         check_savable(model)
-    ready = _ready(to, model, source)
-    if isinstance(ready, Refusal):
-        raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
     with output_folder(target, source=folder, overwrite=overwrite) as work:
-        parameters, proof = ready.write(work)
-        copied = _companions(source, model, work, ready)
+        written = _written(to, model, source, work)
+        if isinstance(written, Refusal):
+            raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {written.reason}")
+        copied = _companions(source, model, work, written)
         result = Exported(
             stock,
             to,
             target,
-            ready.fields,
-            (model.num_parameters(), parameters),
-            proof,
+            written.fields,
+            (model.num_parameters(), written.parameters),
+            written.proof,
             copied,
-            ready.loading,
+            written.loading,
             notes,
             time.perf_counter() - started,
         )
@@ -121,21 +119,23 @@ def export(
     return result
 
 
-def _ready(to: Format, model: PreTrainedModel, source: Source | None) -> Ready | Refusal:
+def _written(
+    to: Format, model: PreTrainedModel, source: Source | None, folder: Path
+) -> Written | Refusal:
     if to == "padded":
-        return padding.prepare(model)
+        return padding.write(model, folder)
     if to == "decilm":
-        return llama.prepare_decilm(model)
+        return llama.write_decilm(model, folder)
     from . import gguf_file  # imports gguf, an optional dependency
 
-    return gguf_file.prepare(model, source)
+    return gguf_file.write(model, source, folder)
 
 
-def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
+def _companions(source: Source | None, model: Any, folder: Path, written: Written) -> Copied:
     """Copy a model's tokenizer and other files, but not its own code, which is not needed now."""
     if source is None:
         return Copied(())
-    if ready.holds_tokenizer:
+    if written.holds_tokenizer:
         return copy_companions(source, folder, LICENCES)
     return copy_companions(source, folder, without=code_files(model.config))
 

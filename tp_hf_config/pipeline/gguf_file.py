@@ -26,9 +26,9 @@ from ..model.build import Refusal
 from ..model.config_json import config_json
 from ..model.layer_class import layer_lists
 from .companions import base_model, copy_companions, snapshot
-from .job import Ready
+from .job import Written
 from .llama import LlamaLayers, llama_layers, save_weights
-from .proofs import SameOutputs, SameTensors
+from .proofs import SameTensors
 from .source import Source, load, tokenizer_of, untrusted
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ _NO_FOLDER = (
 )
 
 
-def prepare(model: PreTrainedModel, source: Source | None) -> Ready | Refusal:
-    """Return the export, for layers that differ proved to be a Llama's; or refuse."""
+def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written | Refusal:
+    """Write a file and read it back, if layers differ once they are proved a Llama's; or refuse."""
     if source is None or source.gguf is not None:
         return Refusal(_NO_FOLDER)
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
@@ -101,65 +101,58 @@ def prepare(model: PreTrainedModel, source: Source | None) -> Ready | Refusal:
     # the converter writes all others as float32
     exact = _exact({value.dtype for value in floats if value.dim() > 1})
     if layer_lists(type(model)):
-        return _prepare_differing(model, source, tokenizer, exact)
+        return _write_differing(model, source, tokenizer, exact, out)
     refusal = _not_computed(model.config)
     if refusal is not None:
         return refusal
-
-    def write(out: Path) -> tuple[int, SameTensors]:
-        folder = source.folder or snapshot(source)
-        reader = _convert(_CONVERTER, folder, out, exact, base_model(source))
-        size = sum(int(one.n_elements) for one in reader.tensors)
-        file, config = _file_in(out), copy.deepcopy(model.config)
-        try:
-            found = tokenizer_of(file)
-            read, lacking = load(file, config, type(model), dtype=_exact(dtypes))
-        except PipelineError as error:
-            return size, SameTensors(unread=str(error))
-        _check_cuts(tokenizer, found)
-        if lacking:
-            raise _another(lacking[0])
-        return size, _compared(model, read)
-
-    return Ready(write, {}, _LOADING, holds_tokenizer=True)
+    folder = source.folder or snapshot(source)
+    reader = _convert(_CONVERTER, folder, out, exact, base_model(source))
+    size = sum(int(one.n_elements) for one in reader.tensors)
+    file, config = _file_in(out), copy.deepcopy(model.config)
+    try:
+        found = tokenizer_of(file)
+        read, lacking = load(file, config, type(model), dtype=_exact(dtypes))
+    except PipelineError as error:
+        proof = SameTensors(unread=str(error))
+        return Written(size, proof, {}, _LOADING, holds_tokenizer=True)
+    _check_cuts(tokenizer, found)
+    if lacking:
+        raise _another(lacking[0])
+    return Written(size, _compared(model, read), {}, _LOADING, holds_tokenizer=True)
 
 
-def _prepare_differing(
+def _write_differing(
     model: PreTrainedModel,
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     exact: torch.dtype,
-) -> Ready | Refusal:
+    out: Path,
+) -> Written | Refusal:
     llama = llama_layers(model)
     if isinstance(llama, Refusal):
         return llama
     refusal = _not_computed(llama.config, differ=True)
     if refusal is not None:
         return refusal
-
-    def write(out: Path) -> tuple[int, SameOutputs]:
-        data = {
-            **config_json(llama.config),
-            "architectures": ["LlamaForCausalLM"],
-            "head_dim": llama.head_dim,
-            "own_widths": llama.layers,
-        }
-        with tempfile.TemporaryDirectory(dir=out) as place:
-            folder = Path(place)
-            (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
-            save_weights(llama.weights, folder)
-            copy_companions(source, folder)
-            name = base_model(source)
-            # Transformers reads the tokenizer of a Llama's file, and not that of `deci`
-            _convert(_CONVERTER, folder, out, exact, name, "vocab-only")
-            _check_cuts(tokenizer, tokenizer_of(_file_in(out)))
-            reader = _convert(_CONVERTER_OF_DIFFERING, folder, out, exact, name)
-        reason = _difference(reader, llama, exact)
-        if reason is not None:
-            raise _another(reason)
-        return llama.parameters, llama.proof
-
-    return Ready(write, llama.fields, _LOADING, holds_tokenizer=True)
+    data = {
+        **config_json(llama.config),
+        "architectures": ["LlamaForCausalLM"],
+        "head_dim": llama.head_dim,
+        "own_widths": llama.layers,
+    }
+    with tempfile.TemporaryDirectory(dir=out) as place:
+        folder, name = Path(place), base_model(source)
+        (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
+        save_weights(llama.weights, folder)
+        copy_companions(source, folder)
+        # Transformers reads the tokenizer of a Llama's file, and not that of `deci`
+        _convert(_CONVERTER, folder, out, exact, name, "vocab-only")
+        _check_cuts(tokenizer, tokenizer_of(_file_in(out)))
+        reader = _convert(_CONVERTER_OF_DIFFERING, folder, out, exact, name)
+    reason = _difference(reader, llama, exact)
+    if reason is not None:
+        raise _another(reason)
+    return Written(llama.parameters, llama.proof, llama.fields, _LOADING, holds_tokenizer=True)
 
 
 def _exact(dtypes: set[torch.dtype]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,14 +201,14 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """An export that can be written, and is proved by then."""
+class Written:
+    """What an export wrote, and its proof."""
 
-    # writes into an empty folder; returns the number of parameters, and the proof
-    write: Callable[[Path], tuple[int, SameOutputs | SameTensors]]
+    parameters: int
+    proof: SameOutputs | SameTensors
     fields: ByLayer  # those that were padded, or by which layers differ
     loading: str  # how it is loaded, for the model card
-    holds_tokenizer: bool = False  # its files are not copied, what is written contains it
+    holds_tokenizer: bool = False  # so its files are not copied
 
 
 @dataclass(frozen=True, repr=False)

@@ -24,7 +24,7 @@ from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from .job import ByLayer, Ready
+from .job import ByLayer, Written
 from .output import writing_weights
 from .padding import padded_alike
 from .proofs import ROUNDING, SameOutputs, compared, in_float64, outputs_of, runnable_inputs
@@ -234,8 +234,8 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
     return result
 
 
-def prepare_decilm(model: PreTrainedModel) -> Ready | Refusal:
-    """Prove that a model is a Llama of several widths, and return the export; or refuse."""
+def write_decilm(model: PreTrainedModel, folder: Path) -> Written | Refusal:
+    """Prove that a model is a Llama of several widths, and write it; or refuse."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = llama_layers(model)
@@ -248,19 +248,15 @@ def prepare_decilm(model: PreTrainedModel) -> Ready | Refusal:
             f"its layers have {heads} query heads, and DeciLM has one number for all layers. Prune "
             "the feed-forward alone, or export to='padded' or, for llama.cpp, to='gguf'"
         )
-    generation = model.generation_config
-
-    def write(folder: Path) -> tuple[int, SameOutputs]:
-        data = json.dumps(_deci_config(config, layers, model.dtype), indent=2)
-        (folder / "config.json").write_text(data + "\n", encoding="utf-8")
-        write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
-        (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
-        save_weights(llama.weights, folder)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        return llama.parameters, llama.proof
-
-    return Ready(write, llama.fields, loading="vllm.LLM(folder, trust_remote_code=True)")
+    data = json.dumps(_deci_config(config, layers, model.dtype), indent=2)
+    (folder / "config.json").write_text(data + "\n", encoding="utf-8")
+    write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
+    (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
+    save_weights(llama.weights, folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    loading = "vllm.LLM(folder, trust_remote_code=True)"
+    return Written(llama.parameters, llama.proof, llama.fields, loading)
 
 
 def _deci_config(llama: LlamaConfig, layers: list[Layer], dtype: torch.dtype) -> dict[str, Any]:

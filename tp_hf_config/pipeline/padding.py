@@ -34,7 +34,7 @@ from ..model.layer_class import auto_classes, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
 from ..model.tensors import owner, tensor
 from ..twin.layout import places_of, positions_left
-from .job import ByLayer, Ready
+from .job import ByLayer, Written
 from .output import save_model
 from .proofs import (
     ROUNDING,
@@ -52,24 +52,16 @@ if TYPE_CHECKING:
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
-def prepare(model: PreTrainedModel) -> Ready | Refusal:
-    """Pad every layer to the widest for the stock class, and prove it; or say why that fails."""
+def write(model: PreTrainedModel, folder: Path) -> Written | Refusal:
+    """Pad every layer to the widest for the stock class, prove it and write it; or refuse."""
     result = padded_alike(model)
     if isinstance(result, Refusal):
         return result
     stock, fields, proof = result
-    recipe = map_of(model).recipe
-
-    def write(folder: Path) -> tuple[int, SameOutputs]:
-        save_model(stock, folder)
-        prove_roundtrip(stock, folder, recipe)
-        return stock.num_parameters(), proof
-
-    return Ready(
-        write,
-        fields,
-        loading=f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)",
-    )
+    save_model(stock, folder)
+    prove_roundtrip(stock, folder, map_of(model).recipe)
+    loading = f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)"
+    return Written(stock.num_parameters(), proof, fields, loading)
 
 
 def padded_alike(

@@ -635,7 +635,7 @@ class TestRefused:
                 1,
                 "bert",
                 "--recover 3 --calibration {text}",
-                "BertModel has no logits, so no loss on a text can be computed: leave --recover",
+                "BertModel has no logits to recover: leave --recover out",
             ),
             (1, "vit", "--device cuda:99", "device cuda:99 cannot be used: "),
             (2, "bert", "--prune no", "BertModel cannot prune no: no such wid"),
