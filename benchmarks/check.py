@@ -191,7 +191,7 @@ def main() -> None:
     wrong = misses(figures)
     print(*wrong, sep="\n", end="")
     if arguments.json:
-        from tp_hf_config.schema import dated
+        from tp_hf_config.reports import dated
 
         arguments.json.write_text(json.dumps(dated({"figures": figures})))
     sys.exit(1 if wrong else 0)
@@ -202,7 +202,7 @@ def _show(figures: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tp_hf_config.schema import versions
+    from tp_hf_config.reports import versions
 
     title = f"70 billion parameters in {SHARDS} shards; {time.strftime('%Y-%m-%d')}"
     table = Table("phase", title=title)

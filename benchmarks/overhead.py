@@ -29,7 +29,7 @@ from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.fieldmap.learn_field_map import learn
 from tp_hf_config.model.build import Builder
 from tp_hf_config.model.config_json import config_json
-from tp_hf_config.schema import dated, versions
+from tp_hf_config.reports import dated, versions
 
 os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))

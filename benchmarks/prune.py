@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.graph.prunable import widths_of
-from tp_hf_config.schema import dated, versions
+from tp_hf_config.reports import dated, versions
 
 RATIO = 0.2
 FFN = ("intermediate_size",)

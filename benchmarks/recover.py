@@ -267,7 +267,7 @@ def main() -> None:
     """Run over all types, or over those named."""
     from rich.progress import track
 
-    from tp_hf_config.schema import dated
+    from tp_hf_config.reports import dated
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", help="model types, separated by commas; default: all")

@@ -37,10 +37,9 @@ if TYPE_CHECKING:
     from .hook.report import SyncReport
     from .hook.trainer.callback import PruningCallback
     from .hook.trainer.optimizer import optimizer_follows
-    from .pipeline.apply_cuts import apply_cuts
     from .pipeline.export import export
+    from .pipeline.folders import apply_cuts, save_sharded
     from .pipeline.job import Exported
-    from .pipeline.sharded import save_sharded
     from .pipeline.speed import Speed, measure_speed
     from .pipeline.support import Support, supports
     from .planning.allocate import Allocation, LayerCurve, allocate
@@ -110,10 +109,9 @@ _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell c
     "planning.plan": ("Plan",),
     "hook.registration": ("Handle", "PrunerHook"),
     "hook.report": ("SyncReport",),
-    "pipeline.apply_cuts": ("apply_cuts",),
     "pipeline.export": ("export",),
     "pipeline.job": ("Exported",),
-    "pipeline.sharded": ("save_sharded",),
+    "pipeline.folders": ("apply_cuts", "save_sharded"),
     "pipeline.speed": ("Speed", "measure_speed"),
     "pipeline.support": ("Support", "supports"),
     "hook.trainer.callback": ("PruningCallback",),

@@ -188,32 +188,24 @@ def _is_a(cls: Any, *names: str) -> bool:
     return any(base.__name__ in names for base in cls.__mro__)
 
 
+def _that(expected: str, fits: Callable[[Any], bool]) -> _Kind:
+    return lambda value: value if fits(value) else _Wrong(value, expected)
+
+
 def _instance(expected: str, *names: str) -> _Kind:
-    return lambda value: value if _is_a(type(value), *names) else _Wrong(value, expected)
+    return _that(expected, lambda value: _is_a(type(value), *names))
 
 
 def _function(expected: str) -> _Kind:
-    def take(value: Any) -> Any:
-        other = isinstance(value, type) or _is_a(type(value), "Module")
-        return value if callable(value) and not other else _Wrong(value, expected)
+    def fits(value: Any) -> bool:
+        return callable(value) and not isinstance(value, type) and not _is_a(type(value), "Module")
 
-    return take
-
-
-def _model_class(value: Any) -> Any:
-    fits = isinstance(value, type) and _is_a(value, "PreTrainedModel")
-    return value if fits else _Wrong(value, "a class such as transformers.LlamaForCausalLM")
+    return _that(expected, fits)
 
 
-def _data(value: Any) -> Any:
+def _is_data(value: Any) -> bool:
     other = isinstance(value, (bytes, type)) or _is_a(type(value), "Module")
-    fits = isinstance(value, Iterable) and not other
-    return value if fits or value is None else _Wrong(value, _BATCHES)
-
-
-def _optimizer(value: Any) -> Any:
-    fits = _is_a(type(value), "Optimizer") or hasattr(value, "optimizer")  # a wrapper of one
-    return value if fits else _Wrong(value, "an optimizer of torch")
+    return value is None or (isinstance(value, Iterable) and not other)
 
 
 def _path(value: Any) -> Any:
@@ -224,7 +216,6 @@ def _path(value: Any) -> Any:
 
 _TEXT, _PATH = "a text", "the path of a folder or a file"
 _MODEL = "a Hugging Face model (or a module that contains one)"
-_BATCHES = "batches (a list, a DataLoader) or texts"
 _SMALLEST = math.ulp(0.0)
 _NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*"
 # the checks, by the last part of an annotation's name
@@ -239,17 +230,23 @@ _KINDS: dict[str, _Kind] = {
     "PathLike": _path,
     "Module": _instance(_MODEL, "Module"),
     "PreTrainedConfig": _instance("a config", "PreTrainedConfig", "PretrainedConfig"),
-    "type": _model_class,
+    "type": _that(
+        "a class such as transformers.LlamaForCausalLM",
+        lambda value: isinstance(value, type) and _is_a(value, "PreTrainedModel"),
+    ),
     "Calibration": _instance("what calibrate(model) returns", "Calibration"),
     "CutList": _instance("a CutList (hook.cuts)", "CutList"),
-    "Optimizer": _optimizer,
+    "Optimizer": _that(
+        "an optimizer of torch",
+        lambda value: _is_a(type(value), "Optimizer") or hasattr(value, "optimizer"),  # wraps one
+    ),
     "Pruner": _instance("a pruner of Torch-Pruning", "BasePruner"),
     "PreTrainedTokenizerBase": _function("a tokenizer (AutoTokenizer.from_pretrained(folder))"),
     "MakeInputs": _function("a function of a config that returns a dict of inputs"),
     "Scheduler": _function("a function of the final ratio and the number of steps"),
     "Shard": _function("a function of a module, which makes your fully_shard calls"),
     "Callable": _function("a function"),
-    "Data": _data,
+    "Data": _that("batches (a list, a DataLoader) or texts", _is_data),
 }
 _EXAMPLES = {"int": "2", "Count": "2", "Share": "0.2", "str": "'hidden_size'"}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Change = tuple[str, int, int]  # a config field, or a layer and its side; width before; width after
 _BEFORE, _AFTER = "#c7d3df", "#1f5a91"
 _COLOURS = (_AFTER, "#c0603a", "#5b8c5a", "#7d5ba6")
 _ROW = 0.28  # height of a row in inches
@@ -21,24 +18,21 @@ _ROW = 0.28  # height of a row in inches
 def plot_widths(reports: Sequence[Any], path: str | PathLike[str]) -> Figure:
     """Draw widths before the first report and after the last, and each weight's refit error."""
     _check_any(reports)
-    panels = {"config fields": field_changes(reports), "layers": layer_changes(reports)}
-    heights = [max(len(changes), 1) for changes in panels.values()]
+    changes = field_changes(reports)
     refits = [r.refits for r in reports if r.refits and r.refits.layers]
-    heights += [8] * bool(refits)
+    heights = [max(len(changes), 2), *[8] * bool(refits)]
     figure = _figure((9, _ROW * sum(heights) + 2))
-    axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights})
-    for ax, (title, changes) in zip(axes, panels.items(), strict=False):
-        _bars(ax, title, changes)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _bars(axes[0], changes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    axes[1].set_xlabel("width")
     if refits:  # of the last report that has some
         for name, colour in (("cut", _BEFORE), ("refit", _AFTER)):
             errors = [getattr(layer, name) for layer in refits[-1].layers]
-            axes[2].plot(errors, ".", c=colour, label=name)
-        axes[2].set_yscale("log")
-        axes[2].set_title("error of each refitted weight's output on held-out data", loc="left")
-        axes[2].set_xlabel("weights, in the model's order")
-        axes[2].legend()
+            axes[1].plot(errors, ".", c=colour, label=name)
+        axes[1].set_yscale("log")
+        axes[1].set_title("error of each refitted weight's output on held-out data", loc="left")
+        axes[1].set_xlabel("weights, in the model's order")
+        axes[1].legend()
     figure.savefig(path)
     return figure
 
@@ -102,27 +96,13 @@ def plot_allocation(
     return figure
 
 
-def field_changes(reports: Iterable[Any]) -> list[Change]:
-    return list(_over_all((name, *both) for r in reports for name, both in _numbers(r.fields)))
-
-
-def layer_changes(reports: Iterable[Any]) -> list[Change]:
-    """Return the changes of the layer sides that lost channels; equal ones are merged."""
-    sides = _over_all(side for r in reports for group in r.groups for side in _sides(group))
-    alike = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), before, after) for name, before, after in sides
-    )
-    return [
-        (name if count == 1 else f"{name} (x{count})", before, after)
-        for (name, before, after), count in alike.items()
-    ]
-
-
-def _over_all(changes: Iterable[Change]) -> Iterator[Change]:
-    widths: dict[str, tuple[int, int]] = {}
-    for name, before, after in changes:
-        widths[name] = widths.get(name, (before,))[0], after
-    yield from ((name, *both) for name, both in widths.items())
+def field_changes(reports: Iterable[Any]) -> dict[str, tuple[int, int]]:
+    """Return config field -> its value before the first report and after the last."""
+    changes: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, (before, after) in _numbers(report.fields):
+            changes[name] = changes.get(name, (before,))[0], after
+    return changes
 
 
 def _numbers(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -135,29 +115,16 @@ def _numbers(fields: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple
             yield name, (old, new)
 
 
-def _sides(group: Any) -> Iterator[Change]:
-    """Yield each side of a group's layers; the losses of a fused layer's pieces are added up."""
-    removed: Counter[str] = Counter()
-    before: dict[str, int] = {}
-    for layer in group.layers:
-        name, _, dim = layer.name.partition("#")  # a bare parameter is named "name#dim"
-        name += f" dim {dim}" if dim else " out" if layer.out else " in"
-        removed[name] += layer.removed
-        before[name] = layer.before
-    yield from ((name, before[name], before[name] - count) for name, count in removed.items())
-
-
-def _bars(ax: Axes, title: str, changes: Sequence[Change]) -> None:
-    rows = range(len(changes))
-    ax.barh(rows, [before for _, before, _ in changes], color=_BEFORE, label="before")
-    ax.barh(rows, [after for *_, after in changes], color=_AFTER, height=0.45, label="after")
-    for row, (_, before, after) in enumerate(changes):
-        text = f"{before:,} \N{RIGHTWARDS ARROW} {after:,}"
-        ax.annotate(text, (before, row), (4, 0), textcoords="offset points", va="center")
-    ax.set_yticks(rows, [name for name, *_ in changes])
+def _bars(ax: Axes, changes: Mapping[str, tuple[int, int]]) -> None:
+    rows, both = range(len(changes)), changes.values()
+    wide = ax.barh(rows, [before for before, _ in both], color=_BEFORE, label="before")
+    ax.barh(rows, [after for _, after in both], color=_AFTER, height=0.45, label="after")
+    ax.bar_label(wide, [f"{a:,} \N{RIGHTWARDS ARROW} {b:,}" for a, b in both], padding=4)
+    ax.set_yticks(rows, [*changes])
     ax.set_ylim(max(len(changes), 1) - 0.5, -0.5)  # the first row at the top
     ax.margins(x=0.25)
-    ax.set_title(title if changes else f"{title}: nothing changed", loc="left")
+    ax.set_title("config fields" if changes else "config fields: nothing changed", loc="left")
+    ax.set_xlabel("width")
 
 
 def _figure(size: tuple[float, float]) -> Figure:  # width, height in inches

@@ -1,4 +1,4 @@
-"""The base class of reports: text, HTML for notebooks, and JSON."""
+"""The base class of reports: text, HTML for notebooks, and JSON with the versions that made it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .schema import dated
-
+SCHEMA_VERSION = 1  # of every written report
 Rows = Sequence[Sequence[object]]
 MOST_LINES = 8  # of the reports that people read after every call
 _SHOWN = 200  # longest ``repr``, in characters
-# fields with a value before and after
-_PAIRS = ("parameters", "perplexity", "perplexity_second_text")
 
 
 class Report:
@@ -121,7 +119,7 @@ def as_json(value: Any) -> Any:
 def _field(name: str, value: Any) -> Any:
     if name == "fields" and isinstance(value, Mapping):
         return old_and_new(value)
-    if name in _PAIRS and isinstance(value, tuple):
+    if name == "parameters" and isinstance(value, tuple):
         return dict(zip(("before", "after"), value, strict=True))
     return as_json(value)
 
@@ -131,3 +129,17 @@ def old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, A
     return {
         name: {"old": as_json(old), "new": as_json(new)} for name, (old, new) in changes.items()
     }
+
+
+def dated(data: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "versions": versions(), **data}
+
+
+def versions() -> dict[str, str]:
+    installed: dict[str, str] = {}
+    for package in ("tp-hf-config", "torch", "transformers", "torch-pruning"):
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed

@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from tp_hf_config import export
-from tp_hf_config.schema import dated
+from tp_hf_config.reports import dated
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / ".engines"

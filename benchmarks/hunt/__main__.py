@@ -20,7 +20,7 @@ from figures import listed, totals, write
 from hunting import BAD, Hunt, Limits
 from pairs import all_pairs
 
-from tp_hf_config.schema import versions
+from tp_hf_config.reports import versions
 
 os.environ["TP_HF_CONFIG_CACHE"] = "off"  # everything is measured anew
 

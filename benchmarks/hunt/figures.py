@@ -9,7 +9,7 @@ from typing import Any
 
 from hunting import has_run
 
-from tp_hf_config.schema import versions
+from tp_hf_config.reports import versions
 
 BEGIN, END = "<!-- hunt:begin -->", "<!-- hunt:end -->"
 OUTCOMES = {

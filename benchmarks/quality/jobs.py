@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tp_hf_config.schema import versions
+from tp_hf_config.reports import versions
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".quality"

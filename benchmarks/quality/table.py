@@ -15,7 +15,7 @@ from picture import draw_perplexity, draw_widths
 from rich.console import Console
 from rich.table import Table
 
-from tp_hf_config.schema import SCHEMA_VERSION, versions
+from tp_hf_config.reports import SCHEMA_VERSION, versions
 
 TEXTS = ("reference", "second")
 _ORDER = ("random", "magnitude", "taylor", "hessian", "wanda", "activation", "flap", "obs")

@@ -39,7 +39,7 @@ from pairs import Pair, all_pairs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from table import a_field_of, did_not_end, is_late, ran, stored_rows, write
 
-from tp_hf_config.schema import versions
+from tp_hf_config.reports import versions
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".support"

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tp_hf_config.schema import SCHEMA_VERSION, versions
+from tp_hf_config.reports import SCHEMA_VERSION, versions
 
 DEFAULTS = '`HFConfigSyncHook(prune="inner")`, in one step: pruned, saved, loaded'
 DIFFER = "layers differ: pruned, saved, loaded, of the pairs that run and have layers"

@@ -26,7 +26,6 @@ ROOT = {
     "errors",
     "plots",
     "reports",
-    "schema",
     "when_imported",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -107,14 +106,14 @@ LINES = {
     "forward": (2_313, 2_200),
     "fieldmap": (4_163, 3_400),
     "twin": (3_899, 3_400),
-    "graph": (2_952, 2_200),
-    "planning": (2_444, 2_200),
-    "hook": (3_408, 2_300),
-    "calibration": (2_950, 2_300),
-    "checkpoint": (2_810, 2_000),
-    "pipeline": (3_868, 2_300),
-    "cli": (687, 700),
-    "": (925, 400),
+    "graph": (2_941, 2_200),
+    "planning": (2_512, 2_200),
+    "hook": (3_511, 2_300),
+    "calibration": (3_149, 2_300),
+    "checkpoint": (2_408, 2_000),
+    "pipeline": (3_793, 2_300),
+    "cli": (636, 700),
+    "": (881, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
@@ -130,4 +129,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 150  # the budget is 115
+    assert len(FILES) <= 149  # the budget is 115

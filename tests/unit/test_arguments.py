@@ -138,7 +138,6 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: verify_checkpoint(FOLDER, M), f"against=a LlamaForCausalLM{A_PATH} or None{SAVE}"),
     (lambda: export(3, FOLDER, to="gguf"), f"model_or_folder=3{A_MODEL} or the path of a folder"),
     (lambda: export(M, FOLDER, to="onnx"), "to='onnx': expected 'padded' or 'decilm' or 'gguf'"),
-    (lambda: export(M, FOLDER, to="gguf", multiple_of=0), f"multiple_of=0{NUMBER}, 1 or more"),
     (lambda: apply_cuts(M, {}), "cuts={}: expected a CutList (hook.cuts) or the path of a folder"),
     (lambda: CutList.load(3), f"path=3{A_PATH}"),
     # training

@@ -1,28 +1,110 @@
-"""The commands: each is a function whose signature is its arguments.
+"""The commands: each is a function whose signature is its arguments, and which returns a report.
 
-A command imports torch and Transformers inside its function, after the checks that need neither.
+The report becomes text or JSON, an exception a message and an exit code. A command imports torch
+and Transformers inside its function, after the checks that need neither.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Argument, Context, Exit, Option, Typer, echo
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from .. import __version__
 from ..checkpoint.folder import check_model_folder
+from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
+from ..model.shortage import is_out_of_memory
 from ..model.surroundings import quiet_transformers
 from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
 from ..pipeline.output import check_target
 from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
 from ..planning.settings import Gqa
+from ..reports import dated
 from . import values
-from .command import Command, UsageError, could_not_tell
-from .output import DONE, FAILED, PROGRAM, UNKNOWN, Shown
+from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
+from .values import UsageError
+
+Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code
+_dumps = partial(dumps, indent=2, default=str)
+_NO_MEMORY = "Memory ran out. Use a machine or a --device with more memory, or prune with --stream."
+_UNFORESEEN = "This error was not expected: --debug shows where it happened."
+
+
+class CouldNotTellError(Exception):
+    """The library refused in a place where that means exit code 2; its error is the cause."""
+
+
+@contextmanager
+def could_not_tell() -> Iterator[None]:
+    """End the command with code 2 (wrong usage, or could not tell) if the library refuses."""
+    try:
+        yield
+    except TPHFConfigError as error:
+        raise CouldNotTellError from error
+
+
+class Command(TyperCommand):
+    """A command whose function returns a report and an exit code."""
+
+    def invoke(self, ctx: Any) -> Outcome:
+        try:
+            with redirect_stdout(sys.stderr), _few_warnings():  # standard output is for the report
+                report, code = super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            return _failed(ctx, error, INTERRUPTED, "interrupted")
+        except UsageError as error:
+            return _wrong_usage(error, ctx)
+        except CouldNotTellError as error:
+            return _failed(ctx, error.__cause__ or error, UNKNOWN, str(error.__cause__))
+        except TPHFConfigError as error:
+            code = UNKNOWN if isinstance(error, UnknownFieldError) else FAILED
+            return _failed(ctx, error, code, str(error))
+        except Exception as error:
+            hint = _NO_MEMORY if is_out_of_memory(error) else _UNFORESEEN
+            return _failed(ctx, error, UNKNOWN, f"{type(error).__name__}: {error}\n{hint}")
+        return _dumps(report.to_dict()) if ctx.params["json"] else str(report), code
+
+
+def _wrong_usage(error: Any, ctx: Any) -> Outcome:
+    say(f"{ctx.get_usage()}\nTry '{ctx.command_path} --help' for help.\n")
+    return _failed(ctx, error, UNKNOWN, error.format_message())
+
+
+def _failed(ctx: Any, error: BaseException, code: int, text: str) -> Outcome:
+    for parameter in ctx.command.params:  # Python's arguments become options
+        if parameter.opts[0].startswith("--"):
+            argument = rf"\b{parameter.name}=(True\b|(?=[\s,:;)]|\.?$|\.\s))"
+            text = re.sub(argument, parameter.opts[0], text)
+    if ctx.params.get("debug"):
+        say("".join(traceback.format_exception(error)))
+    say(f"{ctx.command_path}: {text}")
+    data = dated({"error": text, "type": type(error).__name__, "code": code})
+    return _dumps(data) if ctx.params.get("json") else "", code
+
+
+@contextmanager
+def _few_warnings() -> Iterator[None]:
+    """Print this library's warnings as lines; hide those of others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", PrunerSettingsWarning)
+        warnings.simplefilter("default", CalibrationWarning)  # once, not for every ranked layer
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        yield
+
 
 app = Typer(
     epilog="Exit codes: 0 done or sound, 1 refused or not sound, 2 wrong usage or could not tell",
@@ -53,7 +135,6 @@ Layered = Annotated[
     str, _place("a folder with a model whose layers differ", "FOLDER", values.place)
 ]
 Out = Annotated[Path, _value("the folder to write", "DIR", values.path)]
-Against = Annotated[Path | None, _value("the same as OTHER", "OTHER", values.path)]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="replace a model in DIR, once the new one is proved")
 ]
@@ -108,7 +189,7 @@ Stream = Annotated[
 ]
 Shards = Annotated[str | None, _value("largest size of a weight file (5GB)", "S", values.file_size)]
 
-Given = Annotated[Any, _value("other fields: text_config.head_dim=64", "FIELD=N,...", values.sizes)]
+Given = Annotated[Any, _value("fields no shape shows: head_dim=64", "FIELD=N,...", values.sizes)]
 To = Annotated[
     Format, Option(help="padded: the stock class, with zeros; decilm: vLLM; gguf: llama.cpp")
 ]
@@ -146,39 +227,28 @@ def check(
 def repair(
     folder: Folder,
     dry_run: Annotated[bool, Option("--dry-run", help="only show what would be written")] = False,
-    head_dim: Annotated[int | None, _number("size of a head, if no shape shows it")] = None,
-    heads: Annotated[int | None, _number("query heads, if no shape shows them")] = None,
     given: Given = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
     """Write the config.json that a folder's weights need, if there is exactly one."""
-    own = {"head_dim": head_dim, "num_attention_heads": heads}
-    sizes = {field: size for field, size in own.items() if size is not None}
-    for field in sizes.keys() & (given or {}).keys():
-        raise UsageError(f"{field} is given twice: leave it out of --given")
     _check_folders(folder)
     from ..checkpoint.repair import repair_checkpoint
 
-    sizes |= given or {}
     trust = {"trust_remote_code": trust_remote_code}
-    return repair_checkpoint(folder, dry_run=dry_run, given=sizes, **trust), DONE
+    return repair_checkpoint(folder, dry_run=dry_run, given=given or {}, **trust), DONE
 
 
 @command()
 def verify(
     folder: Folder,
     other: Other = None,
-    against: Against = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
     """Load and run a folder in a fresh process, and compare it with another."""
-    if other is not None and against is not None:
-        raise UsageError(f"OTHER and --against mean the same: give one: verify {folder} {other}")
-    other = other or against
     _check_folders(folder, *([] if other is None else [other]))
     from ..checkpoint.verify import verify_checkpoint
 
@@ -274,7 +344,7 @@ def prune(
     from ..pipeline.prune import prune_checkpoint
 
     with quiet_transformers():  # its progress bars and ours would overwrite each other
-        return prune_checkpoint(job, Shown()), DONE
+        return prune_checkpoint(job), DONE
 
 
 @command()
@@ -283,7 +353,6 @@ def export(
     to: To,
     out: Out,
     overwrite: Overwrite = False,
-    multiple_of: Annotated[int | None, _number("pad to multiples; 256 for decilm engines")] = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
@@ -296,7 +365,7 @@ def export(
 
     may = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
     with quiet_transformers():
-        return export(folder, out, to=to, multiple_of=multiple_of, **may), DONE
+        return export(folder, out, to=to, **may), DONE
 
 
 def _check_folders(*places: Path) -> None:
@@ -310,3 +379,13 @@ def _found(model: str, trust_remote_code: bool) -> Source:
         source = find_source(model, trust_remote_code)
         check_reachable(source)
     return source
+
+
+def outcome_of(typed: list[str]) -> Outcome:
+    """Run one command."""
+    group = get_command(app)
+    try:
+        found = group.main(typed, PROGRAM, standalone_mode=False, obj=typed)
+    except UsageError as error:
+        return _wrong_usage(error, error.ctx)
+    return found if isinstance(found, tuple) else ("", found or DONE)  # --help, --version

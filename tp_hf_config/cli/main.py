@@ -33,11 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     if find_spec("typer") is None:
         say(f"{PROGRAM} needs typer: pip install 'tp-hf-config[cli]'")
         return UNKNOWN
-    from .command import outcome_of
-    from .commands import app
+    from .commands import outcome_of
 
     try:
-        text, code = outcome_of(app, sys.argv[1:] if argv is None else argv)
+        text, code = outcome_of(sys.argv[1:] if argv is None else argv)
         print(text, end="\n" if text else "", flush=True)
     except OSError as error:
         discard(sys.stdout)

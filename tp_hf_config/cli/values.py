@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import typer
 
-from .command import UsageError
-
+UsageError: Any = typer.BadParameter.__base__  # click's; new versions have a copy of click
 _Value = TypeVar("_Value")
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 # options that say how much of a width to prune

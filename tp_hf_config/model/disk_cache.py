@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from ..schema import versions
+from ..reports import versions
 from .build import Builder
 from .config_json import OF_NO_EFFECT, without_names
 from .shortage import shortage_noted

@@ -1,19 +1,25 @@
-"""Copy what belongs to a model besides its weights: tokenizer, processor, licence, code."""
+"""What belongs to a folder besides weights: tokenizer, processor, licence, code, README.md."""
 
 from __future__ import annotations
 
 import json
+import platform
+import re
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.building import AUTO_MODELS, entries
+from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+
+from ..checkpoint.building import AUTO_MODELS
 from ..checkpoint.folder import CONFIG, read_weights, write_config
 from ..errors import CheckpointError, PipelineError
-from ..model.config_json import field_name
+from ..hook.report import in_words
+from ..reports import versions
+from .job import Copied, Layerwise, Pruned
 from .source import Source, cached_model, tokenizer_of
 
 if TYPE_CHECKING:
@@ -57,24 +63,10 @@ _BELONG = (
     *LICENCES,
 )
 _CODE = "*.py"
-_SMALL = 2**20  # bytes; files with settings are smaller
+# what a model card keeps of the unpruned model's
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "README.md", "*.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
-
-
-@dataclass(frozen=True)
-class Copied:
-    """The names of the files that were copied, and of those that were not.
-
-    Attributes:
-        files: the files that were copied.
-        not_copied: the other files, except weights, hidden files and files that are written anew.
-        notes: further notes for the user.
-    """
-
-    files: tuple[str, ...]
-    not_copied: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def copy_companions(
@@ -124,11 +116,6 @@ def _weights_of(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def fetch_companions(source: Source) -> None:
-    if source.folder is None:
-        snapshot(source)
-
-
 def _tokenizer_in_file(source: Source, out: Path) -> Copied:
     try:
         files = tokenizer_of(source).save_pretrained(out)
@@ -165,35 +152,6 @@ def code_files(config: PreTrainedConfig) -> set[str]:
     }
 
 
-def notes_on_uncopied(
-    source: Source, copied: Copied, fields: Mapping[str, tuple[Any, Any]]
-) -> tuple[str, ...]:
-    """Return notes on numbers in uncopied files that equal the old value of a changed field."""
-    changes = {
-        old: (name, new)
-        for name, (old, new) in reversed(list(fields.items()))
-        if type(old) is int  # not lists
-    }
-    notes = []
-    # such as the width in a pooling layer's config; a Hub model's files are not read
-    for file in copied.not_copied if source.folder else ():
-        path = Path(source.place, file)
-        if path.suffix != ".json" or path.is_symlink() or path.stat().st_size > _SMALL:
-            continue
-        try:
-            numbers = list(entries(json.loads(path.read_bytes())))
-        except (OSError, ValueError, RecursionError):
-            continue
-        for key, value in numbers:
-            if type(value) is int and value in changes:
-                name, new = changes[value]
-                notes.append(
-                    f"{file} was not copied. Its {field_name(key)} is {value}, like the old "
-                    f"{name}. If you copy the file and the two mean the same, change it to {new}"
-                )
-    return tuple(notes)
-
-
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     """True if a pattern matches; stars match no slash."""
     return any(
@@ -218,3 +176,106 @@ def snapshot(source: Source) -> Path:
         raise PipelineError(
             f"{source.name}: its tokenizer and processor files cannot be downloaded: {error}"
         ) from error
+
+
+# The model card
+
+
+def card(source: Source, pruned: Pruned) -> str:
+    name = base_model(source)
+    before, after = pruned.parameters
+    rows = [(field, old, new) for field, (old, new) in in_words(pruned.fields).items()]
+    rows.append(("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"))
+    lines = [f"Round trip: {pruned.proof}"]
+    if pruned.dropped_layers is not None:
+        lines.append(pruned.dropped_layers.title())
+    for text, (old, new) in pruned.perplexity.items():
+        lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after")
+    differ = pruned.layers_differ
+    return f"""{front_matter(source)}
+# {name.rpartition("/")[2]}, pruned
+
+`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.
+
+{table(("", "before", "after"), rows)}
+
+{bullets([*lines, *pruned.notes])}
+
+{"" if differ is None else _loading(differ, pruned.out.name)}## How
+
+{table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()])}
+
+{versions_table()}
+"""
+
+
+def _loading(layerwise: Layerwise, folder: str) -> str:
+    widths = [(name, " ".join(map(str, values))) for name, values in layerwise.widths.items()]
+    return f"""## Loading
+
+```python
+from transformers import {layerwise.auto_class}
+
+model = {layerwise.loading(folder)}
+```
+
+The layers of this model have different widths, and the classes of Transformers build all layers \
+alike. `{layerwise.file}`, written by tp-hf-config, builds each layer with its own widths. \
+`trust_remote_code=True` allows Transformers to run that file. It imports nothing but Transformers \
+(5.15 or newer). `tp-hf-config export` writes this model in formats that need no code.
+
+Without `trust_remote_code=True`, loading fails with `AmbiguousGlobalPerLayerAttributeError` or \
+with a message that `ignore_mismatched_sizes` is `False`, because the stock class has one width \
+for all layers. Do not change config.json.
+
+{table(("by layer", ""), widths)}
+
+"""
+
+
+def front_matter(source: Source) -> str:
+    data = ModelCardData(
+        base_model=base_model(source),
+        library_name="transformers",
+        tags=["pruned"],
+        **_metadata(source),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def base_model(source: Source) -> str:
+    """Return the unpruned model's name, never a path: a Hub id, or a folder's or file's name."""
+    if source.gguf is not None:
+        return Path(source.gguf).stem
+    if source.folder is None:
+        return source.place
+    folder = source.folder.resolve()
+    cached = cached_model(folder)
+    if cached is not None and cached.name.startswith("models--"):  # models--owner--name
+        return cached.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def _metadata(source: Source) -> dict[str, Any]:
+    if source.gguf is not None:
+        return {}
+    try:
+        path: Any = source.folder and source.folder / "README.md"
+        path = path or try_to_load_from_cache(source.place, "README.md")
+        metadata = metadata_load(path) or {}
+    except Exception:  # no card, or invalid YAML
+        return {}
+    return {key: metadata[key] for key in _KEPT if key in metadata}
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}." for line in lines)
+
+
+def versions_table() -> str:
+    return table(("version", ""), [("python", platform.python_version()), *versions().items()])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    clean = [[re.sub(r"[|\n]", " ", cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *clean))

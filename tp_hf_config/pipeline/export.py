@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..arguments import Count, check_arguments
+from ..arguments import check_arguments
 from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
 from . import llama, padding
-from .card import base_model, bullets, front_matter, table, versions_table
-from .companions import LICENCES, Copied, code_files, copy_companions
-from .job import Exported, Format, Ready
+from .companions import (
+    LICENCES,
+    base_model,
+    bullets,
+    code_files,
+    copy_companions,
+    front_matter,
+    table,
+    versions_table,
+)
+from .job import Copied, Exported, Format, Written
 from .output import check_savable, check_target, output_folder
 from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load
 
@@ -32,7 +40,6 @@ def export(
     out: str | os.PathLike[str],
     *,
     to: Format,
-    multiple_of: Count | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
@@ -54,9 +61,6 @@ def export(
             ``"gguf"``: every layer as it is, in one file for llama.cpp that contains the folder's
             tokenizer; for stock classes that llama.cpp's converter knows, and for models whose
             layers differ that compute what a Llama does.
-        multiple_of: pad widths in which layers differ to multiples of this, except for heads.
-            DeciLM accepts only 256; widths are then given as ratios, for engines that read nothing
-            else. llama.cpp needs multiples of 32 or 256 to quantise.
         overwrite: replace a model folder at ``out``.
         trust_remote_code: run the Python file in the folder, which builds a model whose layers
             differ.
@@ -93,46 +97,45 @@ def export(
         )
     if to != "gguf":
         check_savable(model)
-    ready = _ready(to, model, source, multiple_of)
-    if isinstance(ready, Refusal):
-        raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {ready.reason}")
     folder = None if source is None else source.folder
     with output_folder(target, source=folder, overwrite=overwrite) as work:
-        parameters, proof = ready.write(work)
-        copied = _companions(source, model, work, ready)
+        written = _written(to, model, source, work)
+        if isinstance(written, Refusal):
+            raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {written.reason}")
+        copied = _companions(source, model, work, written)
         result = Exported(
             stock,
             to,
             target,
-            ready.fields,
-            (model.num_parameters(), parameters),
-            proof,
+            written.fields,
+            (model.num_parameters(), written.parameters),
+            written.proof,
             copied,
-            ready.loading,
-            (*notes, *ready.notes),
+            written.loading,
+            notes,
             time.perf_counter() - started,
         )
         (work / "README.md").write_text(_card(source, result), encoding="utf-8")
     return result
 
 
-def _ready(
-    to: Format, model: PreTrainedModel, source: Source | None, multiple_of: int | None
-) -> Ready | Refusal:
+def _written(
+    to: Format, model: PreTrainedModel, source: Source | None, folder: Path
+) -> Written | Refusal:
     if to == "padded":
-        return padding.prepare(model, multiple_of)
+        return padding.write(model, folder)
     if to == "decilm":
-        return llama.prepare_decilm(model, multiple_of)
+        return llama.write_decilm(model, folder)
     from . import gguf_file  # imports gguf, an optional dependency
 
-    return gguf_file.prepare(model, source, multiple_of)
+    return gguf_file.write(model, source, folder)
 
 
-def _companions(source: Source | None, model: Any, folder: Path, ready: Ready) -> Copied:
+def _companions(source: Source | None, model: Any, folder: Path, written: Written) -> Copied:
     """Copy a model's tokenizer and other files, but not its own code, which is not needed now."""
     if source is None:
         return Copied(())
-    if ready.holds_tokenizer:
+    if written.holds_tokenizer:
         return copy_companions(source, folder, LICENCES)
     return copy_companions(source, folder, without=code_files(model.config))
 

@@ -1,8 +1,10 @@
-"""A job's settings, its result and that of an export, and a progress display. No torch."""
+"""A job's settings, its result and that of an export, and what is shown meanwhile. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -16,30 +18,34 @@ if TYPE_CHECKING:
     from ..hook.report import SyncReport
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
-    from .companions import Copied
     from .proofs import Proof, SameOutputs, SameTensors
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
-Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "taylor", "random"]
+Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "random"]
 Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 # on which perplexity is measured
-TEXTS = ("held-out text of the calibration file", "a second text, not used for calibration")
+HELD_OUT = "held-out text of the calibration file"
+SECOND_TEXT = "a second text, not used for calibration"
 
 
-class Progress:
-    """A display of a job's progress; this one shows nothing."""
+def show(what: object) -> None:
+    """Show on standard error what was done or found."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    def say(self, what: object) -> None:
-        """Show that something was done or found."""
+    with suppress(OSError):  # the work goes on
+        tqdm.write(str(what), file=sys.stderr)
+        sys.stderr.flush()
 
-    def track(
-        self, items: Iterable[T], total: int, what: str, unit: str = "windows"
-    ) -> Iterator[T]:
-        """Yield the items, ``total`` of them, and show how many are done."""
-        yield from items
+
+def track(items: Iterable[T], total: int, what: str, unit: str = "windows") -> Iterator[T]:
+    """Yield the items, ``total`` of them, and show how many are done."""
+    from tqdm.auto import tqdm
+
+    show(f"{what}: {total} {unit}")
+    yield from tqdm(items, what, total, leave=False, unit=unit, disable=None)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,21 @@ def calibration_text(job: Job) -> str | None:
 
 
 @dataclass(frozen=True)
+class Copied:
+    """The names of the files that were copied, and of those that were not.
+
+    Attributes:
+        files: the files that were copied.
+        not_copied: the other files, except weights, hidden files and files that are written anew.
+        notes: further notes for the user.
+    """
+
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Layerwise:
     """How a saved model whose layers differ is loaded."""
 
@@ -118,9 +139,8 @@ class Pruned(Report):
     parameters: tuple[int, int]
     proof: Proof
     copied: Copied
-    # before and after, on the two TEXTS; None: not measured
-    perplexity: tuple[float, float] | None = None
-    perplexity_second_text: tuple[float, float] | None = None
+    # text, of those measured -> before and after
+    perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
@@ -135,12 +155,6 @@ class Pruned(Report):
         by_depth = {} if self.dropped_layers is None else self.dropped_layers.fields
         return {**by_depth, **changed(self.steps)}
 
-    @property
-    def perplexities(self) -> dict[str, tuple[float, float]]:
-        """Text -> the perplexity on it before and after, of those measured."""
-        measured = zip(TEXTS, (self.perplexity, self.perplexity_second_text), strict=True)
-        return {text: values for text, values in measured if values is not None}
-
     def title(self) -> str:
         from ..hook.report import in_words  # imports torch, which checks do not need
 
@@ -152,7 +166,7 @@ class Pruned(Report):
         if self.dropped_layers is not None:
             yield self.dropped_layers.title()
         yield f"parameters: {before:,} -> {after:,} ({after / before:.1%})"
-        for text, (old, new) in self.perplexities.items():
+        for text, (old, new) in self.perplexity.items():
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
         yield f"proof: {self.proof}"
         if left := self.copied.not_copied:
@@ -170,7 +184,12 @@ class Pruned(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for ``json.dumps``, with the fields that changed."""
-        return {**super().to_dict(), "fields": old_and_new(self.fields)}
+        perplexity = {
+            text: {"before": before, "after": after}
+            for text, (before, after) in self.perplexity.items()
+        }
+        fields = old_and_new(self.fields)
+        return {**super().to_dict(), "fields": fields, "perplexity": perplexity}
 
 
 def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
@@ -182,15 +201,14 @@ def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """An export that can be written, and is proved by then."""
+class Written:
+    """What an export wrote, and its proof."""
 
-    # writes into an empty folder; returns the number of parameters, and the proof
-    write: Callable[[Path], tuple[int, SameOutputs | SameTensors]]
+    parameters: int
+    proof: SameOutputs | SameTensors
     fields: ByLayer  # those that were padded, or by which layers differ
     loading: str  # how it is loaded, for the model card
-    notes: tuple[str, ...] = ()
-    holds_tokenizer: bool = False  # its files are not copied, what is written contains it
+    holds_tokenizer: bool = False  # so its files are not copied
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +24,9 @@ from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from .job import ByLayer, Ready
+from .job import ByLayer, Written
 from .output import writing_weights
-from .padding import layer_widths, pad, padded_alike
+from .padding import padded_alike
 from .proofs import ROUNDING, SameOutputs, compared, in_float64, outputs_of, runnable_inputs
 
 if TYPE_CHECKING:
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
     from ..forward.run_recipe import RunRecipe
 
 _NOT_SETTINGS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-_BIASES = ("attention_bias", "mlp_bias")
-# engines that know a layer's width only as a ratio round it up to a multiple of this
-MULTIPLE = 256
+# part of a layer -> the setting for biases in it
+_BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 _FILE = "configuration_decilm"
 _SOURCE = '''\
 """The config of a Llama whose layers differ, as vLLM and others serve it: DeciLM.
@@ -132,30 +130,29 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
     """Return a Llama with the settings and weights of a model, or why there is none."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    weights = model.state_dict()
     names = LlamaConfig().to_dict().keys() - set(_NOT_SETTINGS)
     settings = {key: value for key, value in data.items() if key in names}
-    weights = model.state_dict()
-    reason = ""
-    for biases in product((False, True), repeat=len(_BIASES)):
-        try:
-            config = LlamaConfig(**{**settings, **dict(zip(_BIASES, biases, strict=True))})
-        except Exception as error:  # from one of the config class's validators
-            return Refusal(in_one_line(error))
-        empty = without_data(LlamaForCausalLM, config)
-        if isinstance(empty, Refusal):
-            return empty
-        wanted = {name: value.shape for name, value in empty.state_dict().items()}
-        apart = [name for name, value in weights.items() if wanted.get(name) != value.shape]
-        lacking = [name for name in wanted.keys() - weights.keys() if not name.endswith(".bias")]
-        reason = reason or f"a Llama has other tensors: {listed(sorted({*apart, *lacking}))}"
-        if not apart and not lacking:
-            llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
-            zeros = {  # biases that only the Llama has
-                n: torch.zeros(wanted[n], dtype=model.dtype) for n in wanted if n not in weights
-            }
-            _give_weights(llama, {**weights, **zeros})
-            return llama
-    return Refusal(reason)
+    for part, name in _BIASES.items():
+        settings[name] = any(f".{part}." in key and key.endswith("_proj.bias") for key in weights)
+    try:
+        config = LlamaConfig(**settings)
+    except Exception as error:  # from one of the config class's validators
+        return Refusal(in_one_line(error))
+    empty = without_data(LlamaForCausalLM, config)
+    if isinstance(empty, Refusal):
+        return empty
+    weights = _with_zero_biases(weights, config)
+    shapes, wanted = (
+        {(name, value.shape) for name, value in tensors.items()}
+        for tensors in (weights, empty.state_dict())
+    )
+    if shapes != wanted:
+        other = sorted({name for name, _ in shapes ^ wanted})
+        return Refusal(f"a Llama has other tensors: {listed(other)}")
+    llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
+    _give_weights(llama, weights)
+    return llama
 
 
 def _give_weights(built: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -177,7 +174,7 @@ class LlamaLayers:
     config: LlamaConfig  # with the largest widths of all layers
     weights: dict[str, Tensor]  # on the CPU, without a tied head
     layers: list[Layer]
-    fields: ByLayer  # those in which layers differ, before and after padding
+    fields: ByLayer  # those in which layers differ
     proof: SameOutputs
 
     @property
@@ -189,43 +186,24 @@ class LlamaLayers:
         return sum(value.numel() for value in self.weights.values())
 
 
-def llama_layers(model: PreTrainedModel, multiple_of: int | None = None) -> LlamaLayers | Refusal:
+def llama_layers(model: PreTrainedModel) -> LlamaLayers | Refusal:
     """Prove that a model whose layers differ is a Llama, and return its parts; or refuse."""
     padded = padded_alike(model)
     if isinstance(padded, Refusal):
         return padded
     llama = as_llama(padded[0])
-    wide = model if multiple_of is None else _in_multiples(model, multiple_of)
     if isinstance(llama, Refusal):
         return llama
-    if isinstance(wide, Refusal):
-        return wide
     config, proof = llama
-    before = _layers(model.state_dict(), config)
-    weights = {name: value.detach().cpu() for name, value in wide.state_dict().items()}
-    layers = _layers(weights, config)
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     weights = _with_zero_biases(weights, config)
+    layers = _layers(weights, config)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    fields = {
-        "intermediate_size": (tuple(b.ffn for b in before), tuple(n.ffn for n in layers)),
-        "num_attention_heads": (tuple(b.queries for b in before), tuple(n.queries for n in layers)),
-        "num_key_value_heads": (tuple(b.keys for b in before), tuple(n.keys for n in layers)),
-    }
-    own = {name: values for name, values in fields.items() if len({*values[0], *values[1]}) > 1}
-    return LlamaLayers(config, weights, layers, own, proof)
-
-
-def _in_multiples(model: PreTrainedModel, multiple_of: int) -> PreTrainedModel | Refusal:
-    """Pad each layer's own feed-forward to a multiple."""
-    widths = layer_widths(model)
-    multiples = {
-        width.fields[0]: -(-widths.values[width.fields[0]] // multiple_of) * multiple_of
-        for width in widths.widths
-        if len(width.fields) == 1 and width.groups[0].count.run == 1  # channels, not heads
-    }
-    padded = pad(model, widths, type(model), with_values(widths.data, multiples))
-    return padded if isinstance(padded, Refusal) else padded[0]
+    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+    fields = dict(zip(names, zip(*layers, strict=True), strict=True))
+    differing = {name: (values,) * 2 for name, values in fields.items() if len(set(values)) > 1}
+    return LlamaLayers(config, weights, layers, differing, proof)
 
 
 def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[Layer]:
@@ -247,23 +225,20 @@ def _head_dim(config: LlamaConfig) -> int:
 def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """Add zeros for the biases that only a Llama has (Qwen2 has none in o_proj)."""
     result = dict(weights)
-    biased = {"self_attn": config.attention_bias, "mlp": config.mlp_bias}
+    biased = tuple(part for part, name in _BIASES.items() if getattr(config, name))
     for name, value in weights.items():
         layer, _, key = name.rpartition(".")
-        part = layer.split(".")[-2:-1]
-        if key == "weight" and part and biased.get(part[0]):
-            result.setdefault(f"{layer}.bias", torch.zeros(len(value), dtype=value.dtype))
+        if key == "weight" and layer.rpartition(".")[0].endswith(biased):
+            zeros = torch.zeros(len(value), dtype=value.dtype, device=value.device)
+            result.setdefault(f"{layer}.bias", zeros)
     return result
 
 
-def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
-    """Prove that a model is a Llama of several widths, and return the export; or refuse."""
-    if multiple_of not in (None, MULTIPLE):
-        return Refusal(
-            f"multiple_of={multiple_of}: DeciLM's ratios stand for multiples of "
-            f"{MULTIPLE}, and without any every layer keeps its own width"
-        )
-    llama = llama_layers(model, multiple_of)
+def write_decilm(model: PreTrainedModel, folder: Path) -> Written | Refusal:
+    """Prove that a model is a Llama of several widths, and write it; or refuse."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = llama_layers(model)
     if isinstance(llama, Refusal):
         return llama
     config, layers = llama.config, llama.layers
@@ -273,34 +248,19 @@ def prepare_decilm(model: PreTrainedModel, multiple_of: int | None) -> Ready | R
             f"its layers have {heads} query heads, and DeciLM has one number for all layers. Prune "
             "the feed-forward alone, or export to='padded' or, for llama.cpp, to='gguf'"
         )
-    blocks = [_block(layer, config.hidden_size if multiple_of else None) for layer in layers]
-    generation = model.generation_config
-
-    def write(folder: Path) -> tuple[int, SameOutputs]:
-        _write_decilm(folder, _deci_config(config, layers, blocks, model.dtype), llama.weights)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        return llama.parameters, llama.proof
-
-    return Ready(write, llama.fields, loading="vllm.LLM(folder, trust_remote_code=True)")
-
-
-def _block(layer: Layer, hidden_size: int | None) -> dict[str, Any]:
-    """Return the entry of a layer, with its width as a ratio if ``hidden_size`` is given."""
-    ffn: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
-    if hidden_size is None:
-        ffn["intermediate_size"] = layer.ffn
-    else:
-        # engines multiply it by 2/3 of the hidden size and round up to a multiple of 256; half a
-        # multiple less makes that safe from rounding errors
-        ffn["ffn_mult"] = 1.5 * (layer.ffn - MULTIPLE // 2) / hidden_size
-    attention = {"no_op": False, "replace_with_linear": False}
-    return {"attention": {**attention, "n_heads_in_group": layer.queries // layer.keys}, "ffn": ffn}
+    data = json.dumps(_deci_config(config, layers, model.dtype), indent=2)
+    (folder / "config.json").write_text(data + "\n", encoding="utf-8")
+    write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
+    (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
+    save_weights(llama.weights, folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    loading = "vllm.LLM(folder, trust_remote_code=True)"
+    return Written(llama.parameters, llama.proof, llama.fields, loading)
 
 
-def _deci_config(
-    llama: LlamaConfig, layers: list[Layer], blocks: list[dict[str, Any]], dtype: torch.dtype
-) -> dict[str, Any]:
+def _deci_config(llama: LlamaConfig, layers: list[Layer], dtype: torch.dtype) -> dict[str, Any]:
+    whole = {"no_op": False, "replace_with_linear": False}
     return {
         **config_json(llama),
         "architectures": ["DeciLMForCausalLM"],
@@ -310,17 +270,18 @@ def _deci_config(
         "intermediate_size": max(layer.ffn for layer in layers),
         "num_attention_heads": layers[0].queries,
         "num_key_value_heads": max(layer.keys for layer in layers),
-        "block_configs": blocks,
+        "block_configs": [
+            {
+                "attention": {**whole, "n_heads_in_group": layer.queries // layer.keys},
+                "ffn": {**whole, "intermediate_size": layer.ffn},
+            }
+            for layer in layers
+        ],
     }
 
 
-def _write_decilm(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = folder / "config.json"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_for_transformers_4(folder, Classes(LlamaConfig, LlamaForCausalLM, 0))
-    (folder / f"{_FILE}.py").write_text(_SOURCE, encoding="utf-8")
     with writing_weights():
         save_torch_state_dict(weights, folder)

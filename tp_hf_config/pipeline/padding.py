@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import in_one_line, listed
+from ..errors import listed
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
 from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
 from ..graph.sides import Side, is_output, sides_of
-from ..model.build import Builder, Refusal, without_data
+from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
 from ..model.fill import fill
 from ..model.layer_class import auto_classes, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
 from ..model.tensors import owner, tensor
 from ..twin.layout import places_of, positions_left
-from .job import ByLayer, Ready
+from .job import ByLayer, Written
 from .output import save_model
 from .proofs import (
     ROUNDING,
@@ -52,45 +52,43 @@ if TYPE_CHECKING:
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
-def prepare(model: PreTrainedModel, multiple_of: int | None) -> Ready | Refusal:
-    """Pad every layer to the widest for the stock class, and prove it; or say why that fails."""
-    result = padded_alike(model, multiple_of or 1)
+def write(model: PreTrainedModel, folder: Path) -> Written | Refusal:
+    """Pad every layer to the widest for the stock class, prove it and write it; or refuse."""
+    result = padded_alike(model)
     if isinstance(result, Refusal):
         return result
     stock, fields, proof = result
-    recipe = map_of(model).recipe
-
-    def write(folder: Path) -> tuple[int, SameOutputs]:
-        save_model(stock, folder)
-        prove_roundtrip(stock, folder, recipe)
-        return stock.num_parameters(), proof
-
-    return Ready(
-        write,
-        fields,
-        loading=f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)",
-    )
+    save_model(stock, folder)
+    prove_roundtrip(stock, folder, map_of(model).recipe)
+    loading = f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)"
+    return Written(stock.num_parameters(), proof, fields, loading)
 
 
 def padded_alike(
-    model: PreTrainedModel, multiple_of: int = 1
+    model: PreTrainedModel,
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
     """Pad every layer to the widest, and prove that the stock class then computes the same."""
     widths = layer_widths(model)
-    values = _largest(widths, multiple_of)
+    values = _largest(widths)
     if isinstance(values, Refusal):
         return values
     data = with_values(uniform_json(widths.data), values)
-    padded = pad(model, widths, stock_class(type(model)), data)
-    if isinstance(padded, Refusal):
-        return padded
+    builder = Builder(model).of_class(stock_class(type(model)))
+    built: Any = builder.build(data, buffers=True)
+    if isinstance(built, Refusal):
+        return built
+    added = _added_units(layer_widths(built), widths.values)
+    proof = _fill(built, model, added) or _prove(model, built, added)
+    if isinstance(proof, Refusal):
+        return proof
+    built.generation_config = getattr(model, "generation_config", None)
     before = {field: tuple(widths.values_of(field)) for field in values}
     fields = {
         field_name(field): (old, (values[field],) * len(old))
         for field, old in before.items()
         if set(old) != {values[field]}
     }
-    return padded[0], fields, padded[1]
+    return built, fields, proof
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
     return tuple(map(shared_field, fields))
 
 
-def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] | Refusal:
+def _largest(widths: LayerWidths) -> dict[FieldPath, int] | Refusal:
     """Return field for all layers -> the least value that every layer can be padded to."""
     found: dict[FieldPath, int] = {}
     for field in dict.fromkeys(map(shared_field, widths.values)):
@@ -143,9 +141,8 @@ def _largest(widths: LayerWidths, multiple_of: int = 1) -> dict[FieldPath, int] 
             found[field] = joint
         elif len(values) == 1:
             found[field] = values.pop()
-        elif own := [w for w in widths.widths if _shared(w.fields) == (field,)]:
-            multiple = multiple_of if own[0].groups[0].count.run == 1 else 1
-            found[field] = -(-max(values) // multiple) * multiple
+        elif any(_shared(width.fields) == (field,) for width in widths.widths):
+            found[field] = max(values)
         else:
             layers = " or ".join(map(str, sorted(values)))
             return Refusal(
@@ -170,33 +167,6 @@ def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
                 # key/value heads, and the query heads of each
                 return max(units) * max(per_unit)
     return None
-
-
-def pad(
-    model: PreTrainedModel,
-    widths: LayerWidths,
-    model_class: type[PreTrainedModel],
-    data: dict[str, Any],
-) -> tuple[PreTrainedModel, SameOutputs] | Refusal:
-    """Build a wider class with a model's weights and zeros; prove that it computes the same."""
-    builder = Builder(model).of_class(model_class)
-    try:
-        config = builder.config(data)
-    except Exception as error:  # a config class may raise anything
-        return Refusal(in_one_line(error))
-    empty = without_data(model_class, config)
-    built: Any = builder.build(data, buffers=True)
-    if isinstance(empty, Refusal):
-        return empty
-    if isinstance(built, Refusal):
-        return built
-    added = _added_units(layer_widths(empty), widths.values)
-    refusal = _fill(built, model, added)
-    if refusal is not None:
-        return refusal
-    built.generation_config = getattr(model, "generation_config", None)
-    proof = _prove(model, built, added)
-    return proof if isinstance(proof, Refusal) else (built, proof)
 
 
 # groups of the padded model, each with the units that were added

@@ -10,20 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_pruning as tp
 
 from ..calibration.passes import shown_by
-from ..errors import CalibrationWarning, ConfigSyncError, PipelineError, UnsupportedModelError
+from ..errors import CalibrationWarning, ConfigSyncError, PipelineError
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
 from ..hook.drop_layers import DroppedLayers, drop_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
-from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import values_by_layer
@@ -32,20 +31,18 @@ from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
 from ..planning.plan import Plan
-from .card import card
-from .companions import copy_companions, fetch_companions, notes_on_uncopied
-from .job import TEXTS, Importance, Job, Layerwise, Progress, Pruned, calibration_text, changed
+from .companions import card, copy_companions, snapshot
+from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
-from .text import Choice, Material, accumulate_gradients, choose, gather, measure, recover
+from .text import Choice, Material, choose, gather, measure, recover
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _OF_TORCH_PRUNING: dict[Importance, str] = {
     "magnitude": "GroupMagnitudeImportance",
-    "taylor": "GroupTaylorImportance",
     "random": "RandomImportance",
 }
 _RANKINGS = {
@@ -55,10 +52,9 @@ _RANKINGS = {
 }
 
 
-def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
+def prune_checkpoint(job: Job) -> Pruned:
     """Prune a model; write it with its tokenizer and other files once it is proved to reload."""
     started = time.perf_counter()
-    progress = progress or Progress()
     source = job.source
 
     # source: its config; can it be pruned, and the result be written?
@@ -67,7 +63,8 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
     _check_device(job.device)
     config = config_of(source)
     check_source(source, config)
-    fetch_companions(source)
+    if source.folder is None:
+        snapshot(source)
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
     config.dtype = dtype or config.dtype
     model_class = class_for(source, config)
@@ -82,24 +79,25 @@ def prune_checkpoint(job: Job, progress: Progress | None = None) -> Pruned:
         paged(work if _streams(job) else None),
     ):
         if planned is not None:
-            _show(planned, job, progress)
+            _show(planned, job)
 
         # measure: the unpruned model on a text
-        progress.say(f"{'mapping' if is_paged() else 'loading'} {source.name}")
+        show(f"{'mapping' if is_paged() else 'loading'} {source.name}")
         model, notes = load(source, config, model_class, dtype=dtype, device=job.device)
         check_savable(model)
         if planned is not None and job.ranking != "local":
             _check_ranking(model, planned, job)
-        choice, material = _gathered(job, choice, model, progress)
-        before = _measured(model, material)
+        material = gather(job, choice, model)
+        parameters, before = model.num_parameters(), material.perplexities(model)
 
         # cut: layers first, then widths
-        cut = _cut(job, model, planned, choice, material, progress)
-        after = _measured(model, material)
+        cut = _cut(job, model, planned, choice, material)
+        after = material.perplexities(model)
         del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
-        result = _write(job, model, choice, cut, before, after, notes, work, progress)
+        perplexity = {text: (old, after.get(text)) for text, old in before.items()}
+        result = _write(job, model, choice, cut, parameters, perplexity, notes, work)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -176,43 +174,13 @@ def _check_plan(planned: Plan, job: Job) -> None:
         )
 
 
-def _show(widths: Plan | Allocation, job: Job, progress: Progress) -> None:
-    progress.say(widths)
+def _show(widths: Plan | Allocation, job: Job) -> None:
+    show(widths)
     if job.ranking != "local":
-        progress.say(
+        show(
             f"the plan assumes one ratio for all layers; --ranking {job.ranking} decides how much "
             "of each layer is pruned"
         )
-
-
-# ---------------------------------------------------------------------------------------- measure
-
-
-def _gathered(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
-) -> tuple[Choice, Material | None]:
-    """Return the texts to run the model on, or a choice that needs none."""
-    if choice.origin is None:
-        return choice, None
-    material = gather(job, choice, model, progress)
-    if not isinstance(material, Refusal):
-        return choice, material
-    if choice.asked:
-        raise UnsupportedModelError(
-            f"{material.reason}: leave --calibration, --recover, --allocate and --drop-layers out, "
-            "and use --importance magnitude or random"
-        )
-    return choice.without_text(material.reason), None
-
-
-class Measured(NamedTuple):
-    parameters: int
-    perplexities: tuple[float | None, float | None]
-
-
-def _measured(model: PreTrainedModel, material: Material | None) -> Measured:
-    perplexities = (None, None) if material is None else material.perplexities(model)
-    return Measured(model.num_parameters(), perplexities)
 
 
 # -------------------------------------------------------------------------------------------- cut
@@ -231,41 +199,35 @@ def _cut(
     model: PreTrainedModel,
     planned: Plan | None,
     choice: Choice,
-    material: Material | None,
-    progress: Progress,
+    material: Material,
 ) -> Cut:
     """Drop layers, decide widths if there is no plan, and prune the model in place."""
     # a target is a share of the model before layers are dropped
     parameters = model.num_parameters()
-    dropped = _dropped_layers(job, model, choice, material, progress)
+    dropped = _dropped_layers(job, model, choice, material)
     widths: Plan | Allocation | None = planned
     if job.widths and planned is None:
-        calibration = None if material is None else material.calibration
-        if dropped is not None and choice.measures and calibration is not None:
-            measure(calibration, progress)
+        if dropped is not None and choice.measures and material.calibration is not None:
+            measure(material.calibration)
         settings = dict(job.widths)
         if settings.get("target_params", 2) <= 1:
             settings["target_params"] = int(settings["target_params"] * parameters)
         if job.allocate:
-            widths = _allocated(model, settings, choice, material, progress)
+            widths = _allocated(model, settings, choice, material)
         else:
             widths = plan_for(job.source, model.config, type(model), settings)
             _check_plan(widths, job)
-        _show(widths, job, progress)
+        _show(widths, job)
     recipe = map_of(model, how=by_layers).recipe
-    reports = run_steps(job, model, widths, choice, material, progress)
+    reports = run_steps(job, model, widths, choice, material)
     return Cut(widths, dropped, reports, recipe)
 
 
 def _dropped_layers(
-    job: Job,
-    model: PreTrainedModel,
-    choice: Choice,
-    material: Material | None,
-    progress: Progress,
+    job: Job, model: PreTrainedModel, choice: Choice, material: Material
 ) -> DroppedLayers | None:
     count = job.drop_layers
-    if not count or material is None:
+    if not count:
         return None
     try:
         dropped = drop_layers(
@@ -277,7 +239,7 @@ def _dropped_layers(
         )
     except ValueError as error:
         raise PipelineError(f"--drop-layers {count}: {error}") from error
-    progress.say(str(dropped))
+    show(str(dropped))
     return dropped
 
 
@@ -285,12 +247,10 @@ def _allocated(
     model: PreTrainedModel,
     settings: Mapping[str, Any],
     choice: Choice,
-    material: Material | None,
-    progress: Progress,
+    material: Material,
 ) -> Allocation:
-    assert material is not None  # the user asked for --allocate, so there is a text
     calibration, target = material.calibration, settings["target_params"]
-    assert calibration is not None
+    assert calibration is not None  # the user asked for --allocate, so there is a text
     if not calibration.held_out:
         raise PipelineError(
             "--allocate compares layers on held-out text, but the text has only one window: give a "
@@ -301,7 +261,7 @@ def _allocated(
             f"--allocate: the model already has only {model.num_parameters():,} parameters, so "
             f"--target-params {target:,.0f} prunes no width. Choose a smaller target"
         )
-    progress.say(
+    show(
         "allocating: each layer is pruned and refitted on its own, and the model's outputs are "
         "compared"
     )
@@ -324,16 +284,13 @@ def run_steps(
     model: PreTrainedModel,
     widths: Plan | Allocation | None,
     choice: Choice,
-    material: Material | None,
-    progress: Progress,
+    material: Material,
 ) -> tuple[SyncReport, ...]:
-    """Prune in steps, with gradients before and recovery after each; return their reports."""
-    recovers = material is not None and material.teacher is not None
+    """Prune in steps, with recovery after each; return their reports."""
     if widths is None:
-        if material is not None and recovers:
-            recover(model, material, job.recover, progress, "recovery")
+        recover(model, material, job.recover, "recovery")
         return ()
-    calibration = None if material is None else material.calibration
+    calibration = material.calibration
     hook = HFConfigSyncHook(plan=widths, refit=calibration if choice.refit else None)
     name: Any = choice.importance
     if name in _OF_TORCH_PRUNING:
@@ -344,16 +301,11 @@ def run_steps(
     pruner = _pruner(job, model, importance, hook)
     steps = job.steps
     for step in range(1, steps + 1):
-        title = f"step {step}/{steps}"
-        if material is not None and choice.importance == "taylor":
-            accumulate_gradients(model, material, progress, f"{title}: gradients")
-        with shown_by(progress.track):
+        with shown_by(track):
             pruner.step()
-        progress.say(str(hook.last_report))
+        show(str(hook.last_report))
         updates = job.recover * step // steps - job.recover * (step - 1) // steps
-        if material is not None and recovers and updates:
-            recover(model, material, updates, progress, f"{title}: recovery")
-    model.zero_grad()
+        recover(model, material, updates, f"step {step}/{steps}: recovery")
     return tuple(hook.reports)
 
 
@@ -381,38 +333,38 @@ def _write(
     model: PreTrainedModel,
     choice: Choice,
     cut: Cut,
-    before: Measured,
-    after: Measured,
+    parameters: int,  # before
+    perplexity: Mapping[str, tuple[float, float | None]],
     load_notes: Sequence[str],
     work: Path,
-    progress: Progress,
 ) -> Pruned:
     """Write model, companions and card into ``work``; prove that it loads from there."""
     rotary_notes = save_model(model, work, job.max_shard_size)
     copied = copy_companions(job.source, work)
-    progress.say("a fresh process loads what was written")
+    show("a fresh process loads what was written")
     proof = prove_roundtrip(model, work, cut.recipe)
     planned = cut.widths if isinstance(cut.widths, Plan) else None
     layerwise = _layerwise(model)
-    notes = [*load_notes, *(planned.notes if planned else ()), *choice.notes]
+    notes = [*load_notes, *(planned.notes if planned else ())]
     notes += cut.dropped.notes if cut.dropped else ()
     notes += [note for report in cut.reports for note in report.notes]
-    notes += _lost_perplexities(before, after)
+    notes += [
+        f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
+        for text, (old, new) in perplexity.items()
+        if new is None
+    ]
     notes += [*rotary_notes, *copied.notes]
-    notes += notes_on_uncopied(job.source, copied, changed(cut.reports))
     if job.per_layer and layerwise is None:
         notes.append("all layers have the same widths after pruning, so the stock class is used")
-    held_out, second = map(_pair, before.perplexities, after.perplexities)
     result = Pruned(
         type(model).__name__,
         job.out,
         planned,
         cut.reports,
-        (before.parameters, after.parameters),
+        (parameters, model.num_parameters()),
         proof,
         copied,
-        held_out,
-        second,
+        {text: (old, new) for text, (old, new) in perplexity.items() if new is not None},
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped_layers=cut.dropped,
@@ -432,13 +384,3 @@ def _layerwise(model: PreTrainedModel) -> Layerwise | None:
         model_class._auto_class,
         f"{model_class.__module__.rpartition('.')[2]}.py",
     )
-
-
-def _lost_perplexities(before: Measured, after: Measured) -> Iterator[str]:
-    for text, old, new in zip(TEXTS, before.perplexities, after.perplexities, strict=True):
-        if old is not None and new is None:
-            yield f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
-
-
-def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:
-    return None if before is None or after is None else (before, after)

@@ -41,8 +41,7 @@ from ..model.surroundings import (
 )
 from ..model.tensors import saved_buffers
 from ..planning.settings import INNER
-from ..reports import Report, Rows, fields_as_json, short
-from ..schema import versions
+from ..reports import Report, Rows, fields_as_json, short, versions
 from ..twin.masked_check import (
     difference_of_pass,
     pruned_inputs_of,

@@ -6,8 +6,8 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,24 +36,20 @@ from ..errors import (
     UnsupportedModelError,
     in_one_line,
 )
-from ..model.build import Refusal
 from ..model.shortage import raise_shortage
-from .job import Importance, Job, Progress
+from .job import HELD_OUT, SECOND_TEXT, Importance, Job, show, track
 from .source import is_large, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Origin = Literal["file", "shipped", "own"]
-# second half: an encoder-decoder predicts it from the first; own answer: the model's own answers
-# count as right; nothing: the model has no logits and is only run
-Task = Literal["next token", "masked token", "second half", "own answer", "nothing"]
 CALIBRATED = get_args(Kind)
-TEXTUAL = (*CALIBRATED, "taylor")
 _TOGETHER = 8  # windows per batch if a model may exceed memory: each batch reads its files
-_GRADIENTS = 8  # windows
 _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
+_NO_WINDOWS = torch.empty(0, 0, dtype=torch.long)
+_WITHOUT_TEXT = "--importance magnitude or random with --no-refit"
 
 
 @dataclass(frozen=True)
@@ -65,26 +61,12 @@ class Choice:
     text: str = ""  # empty if the model writes it
     tokenizer: PreTrainedTokenizerBase | None = None  # None: not needed, or there is none
     refit: bool = False  # refit the weights that read pruned channels
-    drops: bool = False  # layers are dropped, by their influence on the text
-    # The user asked for something that needs a text; else the job does without if the model does
-    # not run on it.
-    asked: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def calibrates(self) -> bool:
-        """True if the model is run on the text for importances, refits or influences."""
-        return self.measures or (self.origin is not None and self.drops)
+    writes: bool = False  # the model is a causal language model
 
     @property
     def measures(self) -> bool:
         """True if what weights read is measured, for importances or refits."""
         return self.origin is not None and (self.refit or self.importance in CALIBRATED)
-
-    def without_text(self, reason: str) -> Choice:
-        importance = "magnitude" if self.importance in CALIBRATED else self.importance
-        note = f"channels are ranked by {importance}, and no weight is refitted: {reason}"
-        return Choice(importance, notes=(*self.notes, note))
 
     def settings(self, job: Job) -> dict[str, Any]:
         text: str | None = "shipped text" if self.origin == "shipped" else self.origin
@@ -99,7 +81,7 @@ class Choice:
             "importance": self.importance if widths else None,
             "calibration": text,
             "tokens": job.tokens,
-            "refit": self.refit if self.origin and widths else None,
+            "refit": self.refit if self.origin and (widths or self.drops) else None,
             "recover": job.recover or None,
             "device": job.device,
             "dtype": job.dtype,
@@ -131,30 +113,24 @@ def choose(
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
-    choice = Choice(
-        job.importance or "wanda",
-        refit=job.refit,
-        drops=bool(job.drop_layers),
-        asked=asked,
-    )
+    importance = job.importance or "wanda"
+    own = job.calibration == "own"
+    tokenizer = None
     try:
         tokenizer = tokenizer_of(job.source)
     except PipelineError as error:
-        if job.calibration == "own":
-            return replace(choice, origin="own")
-        if asked:
-            raise
-        return choice.without_text(str(error))
-    if job.calibration == "own":
-        return replace(choice, origin="own", tokenizer=tokenizer)
+        if not own:
+            raise PipelineError(f"{error}. To prune without a text, use {_WITHOUT_TEXT}") from error
+    if own:
+        return Choice(importance, "own", "", tokenizer, job.refit, writes)
     origin: Origin = "shipped" if text is None else "file"
-    return replace(choice, origin=origin, text=text or shipped_text(), tokenizer=tokenizer)
+    return Choice(importance, origin, text or shipped_text(), tokenizer, job.refit, writes)
 
 
 def _need(job: Job) -> str:
     if job.allocate:
         return "--allocate"
-    if job.importance in TEXTUAL:
+    if job.importance in CALIBRATED:
         return f"--importance {job.importance}"
     if job.drop_layers:
         return "--drop-layers"
@@ -170,25 +146,12 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             "--allocate needs an importance that is measured by calibration, and --importance "
             f"{job.importance} is not: leave it out, or use one of {', '.join(CALIBRATED)}"
         )
-    if not _takes_text(model_class):
-        if job.drop_layers:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so --drop-layers cannot find the layers of least influence "
-                "on one. In Python: tp_hf_config.drop_layers(model, count=2, calibration="
-                "tp_hf_config.calibrate(model, batches))"
-            )
-        if job.allocate:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so --allocate cannot compare its layers on one. In Python: "
-                "tp_hf_config.allocate(model, tp_hf_config.calibrate(model, batches), "
-                "target_params=0.8)"
-            )
-        if need or job.calibration is not None:
-            raise UnsupportedModelError(
-                f"{name} takes no text, so {need or '--calibration'} cannot be used. Leave "
-                "--calibration and --recover out, and use --importance magnitude or random (in "
-                "Python: tp_hf_config.calibrate(model, batches))"
-            )
+    if not _takes_text(model_class) and (need or job.calibration is not None):
+        raise UnsupportedModelError(
+            f"{name} takes no text, so {need or '--calibration'} cannot be used. "
+            f"{_leave_out()} (in Python: the hook, drop_layers and allocate take "
+            "tp_hf_config.calibrate(model, batches))"
+        )
     if job.calibration == "own" and not writes:
         raise PipelineError(
             f"--calibration own: {name} is not a causal language model and cannot write text. Use "
@@ -199,8 +162,14 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             f"{need} needs text to run {name} on (the shipped text is only for causal language "
             "models). Add --calibration FILE (plain text: a few thousand words of the kind that "
             "the model reads)"
-            + (", or use --importance magnitude" if job.importance in TEXTUAL else "")
+            + (", or use --importance magnitude" if job.importance in CALIBRATED else "")
         )
+
+
+def _leave_out() -> str:
+    return (
+        f"Leave --calibration, --recover, --allocate and --drop-layers out, and use {_WITHOUT_TEXT}"
+    )
 
 
 def _takes_text(model_class: type[Any]) -> bool:
@@ -217,58 +186,8 @@ def class_writes_text(model_class: type[Any], config: PreTrainedConfig) -> bool:
     return _takes_text(model_class) and writes_text(known)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a model is asked about a window."""
-
-    task: Task
-    mask_token: int | None = None  # the id that replaces masked tokens
-
-    def logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Return the logits for windows ``(windows, tokens)``, shape ``(answers, classes)``."""
-        ids = ids.to(model.device)
-        asked = ids
-        if self.task == "masked token":
-            asked = ids.masked_fill(_masked(ids), self.mask_token or 0)
-        logits: Tensor = model(**batch_of(model, asked)).logits
-        if self.task == "masked token":
-            return logits[_masked(ids)]
-        if self.task != "own answer":
-            logits = logits[:, :-1]
-        return logits.flatten(0, -2)
-
-    def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        logits, ids = self.logits(model, ids).float(), ids.to(model.device)
-        if self.task == "masked token":
-            return cross_entropy(logits, ids[_masked(ids)])
-        if self.task == "own answer":
-            return cross_entropy(logits, logits.detach().argmax(-1))
-        text = ids.tensor_split(2, dim=1)[1] if self.task == "second half" else ids
-        return cross_entropy(logits, text[:, 1:].flatten())
-
-    @torch.no_grad()
-    def perplexity(
-        self, model: PreTrainedModel, windows: Tensor, together: int = 1
-    ) -> float | None:
-        """Return exp of the mean loss.
-
-        ``None``: no windows, a task without right answers, or NaN.
-        """
-        if not len(windows) or self.task in ("own answer", "nothing"):
-            return None
-        losses = [self.loss(model, rows) * len(rows) for rows in torch.split(windows, together)]
-        value = float((torch.stack(losses).sum() / len(windows)).exp())
-        return value if math.isfinite(value) else None
-
-
-def _masked(ids: Tensor) -> Tensor:
-    """Return a mask of every seventh token of each window, the same for all models."""
-    positions = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
-    return positions.expand_as(ids)
-
-
 def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the forward pass's arguments.
+    """Return the forward pass's arguments for windows of tokens ``(windows, tokens)``.
 
     An encoder gets the first half, its decoder the second.
     """
@@ -281,95 +200,85 @@ def batch_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def objective_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: Tensor
-) -> Objective | Refusal:
-    """Return what a model can be asked, judged by its outputs for one window ``(1, tokens)``."""
-    given = batch_of(model, window.to(model.device))
-    try:
-        logits = getattr(model(**given), "logits", None)
-    except Exception as error:  # a class that needs an image too may raise anything
-        raise_shortage(error)
-        return Refusal(
-            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: "
-            f"{in_one_line(error)})"
-        )
-    if logits is None:
-        return Objective("nothing")
-    *_, answered = given.values()
-    if logits.shape[:-1] != answered.shape:
-        return Objective("own answer")  # it classifies the whole text; a text file has no label
-    if "decoder_input_ids" in given:
-        return Objective("second half")
-    if model.can_generate():
-        return Objective("next token")
-    mask_token = None if tokenizer is None else tokenizer.mask_token_id
-    if mask_token is not None and logits.shape[-1] > int(mask_token):
-        return Objective("masked token", int(mask_token))
-    return Objective("own answer")
+def perplexity(model: PreTrainedModel, windows: Tensor, together: int = 1) -> float | None:
+    """Return a causal language model's; ``None`` if there are no windows, or it is not finite."""
+    if not len(windows):
+        return None
+    losses = []
+    for ids in torch.split(windows.to(model.device), together):
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, -2)
+        losses.append(cross_entropy(logits.float(), ids[:, 1:].flatten()) * len(ids))
+    value = float((torch.stack(losses).sum() / len(windows)).exp())
+    return value if math.isfinite(value) else None
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return what a model predicts for windows, shape ``(predictions, classes)``."""
+    logits: Tensor = model(**batch_of(model, ids.to(model.device))).logits
+    return logits.flatten(0, -2).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
 class Material:
     """What a model is run on, and what that needs."""
 
-    objective: Objective
-    batches: Iterator[Tensor]  # windows (1, tokens) for gradients and recovery, without end
-    teacher: PreTrainedModel | None  # a copy of the unpruned model; None without recovery
+    batches: Iterable[Tensor] = ()  # windows (1, tokens) for recovery, without end
+    teacher: PreTrainedModel | None = None  # a copy of the unpruned model, for recovery
     # None: not needed. If layers are dropped, it is measured afterwards.
-    calibration: Calibration | None
-    # windows of the calibration file that decide nothing, for perplexities
-    held_out: Tensor
-    second: Tensor  # windows of the second text; none unless a causal language model
+    calibration: Calibration | None = None
+    # for perplexities, of causal language models alone
+    held_out: Tensor = _NO_WINDOWS  # windows of the calibration file that decide nothing
+    second: Tensor = _NO_WINDOWS  # windows of the second text
     together: int = 1  # windows per batch
 
-    def perplexities(self, model: PreTrainedModel) -> tuple[float | None, float | None]:
-        texts = self.held_out, self.second
-        held_out, second = (self.objective.perplexity(model, t, self.together) for t in texts)
-        return held_out, second
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        texts = {HELD_OUT: self.held_out, SECOND_TEXT: self.second}
+        found = {name: perplexity(model, text, self.together) for name, text in texts.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def gather(
-    job: Job, choice: Choice, model: PreTrainedModel, progress: Progress
-) -> Material | Refusal:
-    """Return what a job runs its model on, or why it does not run on only text."""
+def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material:
+    """Return what a job runs its model on; nothing, if it does not."""
+    if choice.origin is None:
+        return Material()
     try:
-        text = _windows(job, choice, model, progress)
+        text = _windows(job, choice, model)
+        window = text.train[:1].to(model.device)
+        with torch.no_grad():
+            logits = getattr(model(**batch_of(model, window)), "logits", None)
     except TPHFConfigError:
         raise
     except Exception as error:  # a class or a tokenizer for more than text may raise anything
         raise_shortage(error)
-        return Refusal(
-            f"{type(model).__name__} cannot be run on windows of text alone "
-            f"({type(error).__name__}: {in_one_line(error)})"
-        )
-    objective = objective_of(model, choice.tokenizer, text.train[:1])
-    if isinstance(objective, Refusal):
-        return objective
-    if objective.task == "nothing" and (job.recover or choice.importance == "taylor"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no logits, so no loss on a text can be computed: leave "
-            "--recover out, and do not use --importance taylor"
+            f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: "
+            f"{in_one_line(error)}). {_leave_out()}"
+        ) from error
+    if job.recover and logits is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no logits to recover: leave --recover out"
         )
-    second = text.held_out[:0]
-    if objective.task == "next token" and choice.tokenizer is not None:
+    by_token = choice.writes and logits is not None and logits.shape[:-1] == window.shape
+    held_out = text.held_out if by_token else _NO_WINDOWS
+    second = _NO_WINDOWS
+    if by_token and choice.tokenizer is not None:
         second = _all(windows_of(second_text(), choice.tokenizer, model))
     together = _TOGETHER if is_large(job.source) else 1
+    calibrates = choice.measures or job.drop_layers
     return Material(
-        objective,
         _shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
-        _calibration(job, model, text.train, progress, together) if choice.calibrates else None,
-        text.held_out,
+        _calibration(job, model, text.train, together) if calibrates else None,
+        held_out,
         second,
         together,
     )
 
 
-def _windows(job: Job, choice: Choice, model: PreTrainedModel, progress: Progress) -> Text:
+def _windows(job: Job, choice: Choice, model: PreTrainedModel) -> Text:
     """Return the windows of the chosen text; only a file's text has held-out ones."""
     if choice.origin == "own":
-        progress.say("the model writes the text that it is calibrated on")
+        show("the model writes the text that it is calibrated on")
         text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed)
     else:
         assert choice.tokenizer is not None  # only the model's own text needs none
@@ -391,49 +300,37 @@ def _shuffled(windows: Tensor, seed: int) -> Iterator[Tensor]:
             yield windows[row][None]
 
 
-def _calibration(
-    job: Job, model: PreTrainedModel, windows: Tensor, progress: Progress, together: int
-) -> Calibration:
+def _calibration(job: Job, model: PreTrainedModel, windows: Tensor, together: int) -> Calibration:
     chosen = windows[: with_held_out(max(1, (job.tokens or TOKENS) // windows.shape[1]))]
     batches = [batch_of(model, rows) for rows in torch.split(chosen, together)]
     calibration = calibrate(model, batches, measure=False, refits=job.refit)
     if not job.drop_layers:  # else it is measured once they are dropped
-        measure(calibration, progress)
+        measure(calibration)
     return calibration
 
 
-def measure(calibration: Calibration, progress: Progress) -> None:
+def measure(calibration: Calibration) -> None:
     windows = len(calibration.train) + len(calibration.held_out)
-    progress.say(f"calibrating: {windows} windows")
+    show(f"calibrating: {windows} windows")
     calibration.measure()
-    progress.say(str(calibration))
+    show(str(calibration))
 
 
-def accumulate_gradients(
-    model: PreTrainedModel, material: Material, progress: Progress, what: str
-) -> None:
-    """Sum the gradients of eight windows in ``grad``, for Taylor importance."""
-    model.zero_grad()
-    for batch in progress.track(islice(material.batches, _GRADIENTS), _GRADIENTS, what):
-        material.objective.loss(model, batch).backward()  # type: ignore[no-untyped-call]
-
-
-def recover(
-    model: PreTrainedModel, material: Material, updates: int, progress: Progress, what: str
-) -> None:
+def recover(model: PreTrainedModel, material: Material, updates: int, what: str) -> None:
     """Distil the unpruned model's outputs into the pruned one, in place; one window per update."""
-    objective, teacher = material.objective, material.teacher
-    assert teacher is not None  # only then does a job recover
+    teacher = material.teacher
+    if teacher is None or not updates:
+        return
     # Pruning replaced the parameters, so every pruning step needs a new optimizer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / _WARM_UP, 1 - i / updates)
     )
-    for batch in progress.track(islice(material.batches, updates), updates, what):
+    for batch in track(islice(material.batches, updates), updates, what):
         with torch.no_grad():
             # not the text: training on the text would teach the text
-            target = objective.logits(teacher, batch).float().log_softmax(-1)
-        guess = objective.logits(model, batch).float().log_softmax(-1)
+            target = _log_probabilities(teacher, batch)
+        guess = _log_probabilities(model, batch)
         loss = kl_div(guess, target, log_target=True, reduction="batchmean")
         if not math.isfinite(loss.item()):
             raise _diverged(what, f"the loss is {loss.item()}")

@@ -515,9 +515,10 @@ def test_a_home_folder_that_nobody_has(tmp_path: Path):
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = folders.edit(folders.saved("llama", tmp_path), num_attention_heads=2)
-    code, out, _ = shell(capsys, "repair", folder, "--head-dim", 16, "--dry-run", "--json")
+    typed = ("--given", "head_dim=16", "--dry-run", "--json")
+    code, out, _ = shell(capsys, "repair", folder, *typed)
     assert (code, json.loads(out)["written"]) == (0, False)
-    code, out, _ = shell(capsys, "repair", folder, "--heads", 4)
+    code, out, _ = shell(capsys, "repair", folder, "--given", "num_attention_heads=4")
     assert code == 0
     assert out.startswith(f"{folder}: repaired\n  num_attention_heads: 2 -> 4")
     assert folders.config_of(folder)["num_attention_heads"] == 4

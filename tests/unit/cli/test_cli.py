@@ -25,11 +25,11 @@ from typer import BadParameter
 import tp_hf_config
 from tp_hf_config.cli import main as main_module
 from tp_hf_config.cli import values
-from tp_hf_config.cli.command import _few_warnings
+from tp_hf_config.cli.commands import _few_warnings
 from tp_hf_config.cli.main import main
-from tp_hf_config.cli.output import Shown
 from tp_hf_config.errors import CalibrationWarning, PrunerSettingsWarning
 from tp_hf_config.model.build import Refusal
+from tp_hf_config.pipeline.job import show, track
 from tp_hf_config.pipeline.source import config_of
 from tp_hf_config.planning.trajectory import Trajectory
 
@@ -57,12 +57,9 @@ WRONG = {
     "prune x --out=~nobody-of-this-name/y": "'~nobody-of-this-name/y': expected a path; this home",
     "repair whole --given head_dim": "'head_dim': expected num_attention_heads=4",
     "repair whole --given head_dim=x": "'x': expected a whole number, 1 or more",
-    "repair whole --heads 0": "Invalid value for '--heads'",
-    "repair whole --heads 4 --given num_attention_heads=2": "num_attention_heads is given twice",
     "verify nowhere": f"nowhere does not exist. {PLAIN} config.json.",
     "verify whole nowhere": f"nowhere does not exist. {PLAIN} config.json.",
-    "verify whole --against bare": "bare has no weights (model.safetensors, ",
-    "verify whole whole --against whole": "give one: verify whole whole",
+    "verify whole bare": "bare has no weights (model.safetensors, ",
     "prunable no/such/place": "no/such/place: this file or folder does not exist",
     "prunable nothing": "nothing: this folder has no config.json; expected a folder t",
     "prunable broken": "broken: config.json is not JSON: ",
@@ -241,7 +238,7 @@ def test_what_the_arguments_of_prune_mean(
 ) -> None:
     jobs: list[Any] = []
 
-    def prune(job: Any, shown: Any) -> Any:
+    def prune(job: Any) -> Any:
         jobs.append(job)
         return tp_hf_config.CheckReport("folder", None, None)
 
@@ -323,8 +320,8 @@ class TestStreams:
     ) -> None:
         full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
         monkeypatch.setattr(sys, "stderr", full)
-        Shown().say("step 1")
-        assert list(Shown().track([3, 4], 2, "measuring")) == [3, 4]
+        show("step 1")
+        assert list(track([3, 4], 2, "measuring")) == [3, 4]
         with pytest.raises(OSError, match="No space left"):
             full.close()
 
@@ -333,7 +330,7 @@ class TestStreams:
         for terminal in (False, True):
             monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
             monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
-            assert list(Shown().track([3, 4], 2, "measuring")) == [3, 4]
+            assert list(track([3, 4], 2, "measuring")) == [3, 4]
             assert stream.getvalue().startswith("measuring: 2 windows\n")
             assert ("0/2" in stream.getvalue()) is terminal
 

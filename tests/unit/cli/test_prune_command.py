@@ -32,6 +32,7 @@ from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.pipeline import output, prune
 from tp_hf_config.pipeline import text as text_module
+from tp_hf_config.pipeline.job import HELD_OUT, SECOND_TEXT
 from tp_hf_config.planning.trajectory import Trajectory
 from tp_hf_config.reports import MOST_LINES
 
@@ -72,10 +73,10 @@ class TestWhatIsWritten:
         assert any(said in note for note in found["notes"])
         assert hf.AutoConfig.from_pretrained(out).num_attention_heads == 2
 
-    def test_llama_by_taylor_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+    def test_llama_with_recovery(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         typed = ("prune", models / "llama-gqa", "--out", out, *QUARTER, "--steps", 2, "--json")
-        typed += ("--importance", "taylor", "--calibration", models / "text.txt", "--recover", 5)
+        typed += ("--calibration", models / "text.txt", "--recover", 5)
         code, printed, errors = shell(capsys, *typed)
         found = json.loads(printed)
         assert code == 0
@@ -87,8 +88,8 @@ class TestWhatIsWritten:
         assert found["proof"] == {"tensors": 1, "numbers": 8 * tiny.VOCAB}
         assert found["copied"]["files"] == ["tokenizer.json", "tokenizer_config.json"]
         assert [step["step"] for step in found["steps"]] == [1, 2]
-        assert list(found["perplexity"]) == ["before", "after"]
-        assert list(found["perplexity_second_text"]) == ["before", "after"]
+        assert list(found["perplexity"]) == [HELD_OUT, SECOND_TEXT]
+        assert all(list(both) == ["before", "after"] for both in found["perplexity"].values())
         assert found["settings"]["calibration"] == "text.txt"
         assert [step["refits"] is None for step in found["steps"]] == [False, False]
         for line in ("step 1/2: recovery: 2 windows", "step 2/2: recovery: 3 windows"):
@@ -183,8 +184,7 @@ class TestWhatIsWritten:
 
         def distance(out: str, *more: object) -> float:
             typed = ("prune", models / name, "--out", tmp_path / out, "--pruning-ratio", "0.1")
-            calibration = ("--importance", "taylor", "--calibration", models / "text.txt")
-            code, _, errors = shell(capsys, *typed, *calibration, *more)
+            code, _, errors = shell(capsys, *typed, "--calibration", models / "text.txt", *more)
             assert code == 0, errors
             pruned = logits(tmp_path / out, cls)
             guess, target = (one.flatten(0, -2).log_softmax(-1) for one in (pruned, original))
@@ -324,15 +324,15 @@ class TestCalibrated:
         assert settings["refit"] is True
         assert "calibrating: 196 windows" in errors
         assert self.refitted(found) == [self.DOWN]
-        assert found["perplexity"] is None
-        before, after = found["perplexity_second_text"].values()
+        assert list(found["perplexity"]) == [SECOND_TEXT]
+        before, after = found["perplexity"][SECOND_TEXT].values()
         assert after == pytest.approx(before, rel=1e-5)
         cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-refit")
         assert cut["settings"]["importance"] == "wanda"
         assert cut["settings"]["refit"] is False
         assert cut["steps"][0]["refits"] is None
-        assert cut["perplexity_second_text"]["before"] == before
-        assert abs(cut["perplexity_second_text"]["after"] / before - 1) > 1e-3
+        assert cut["perplexity"][SECOND_TEXT]["before"] == before
+        assert abs(cut["perplexity"][SECOND_TEXT]["after"] / before - 1) > 1e-3
         card = (out / "README.md").read_text().splitlines()
         for line in (
             f"- Perplexity on a second text, not used for calibration: {before:.1f} before, "
@@ -350,11 +350,8 @@ class TestCalibrated:
         assert found["settings"]["calibration"] == "text.txt"
         assert self.refitted(found) == [self.DOWN]
         shown = (tmp_path / "out" / "README.md").read_text().splitlines()
-        for key, text in {
-            "perplexity": "held-out text of the calibration file",
-            "perplexity_second_text": "a second text, not used for calibration",
-        }.items():
-            before, after = found[key].values()
+        for text in (HELD_OUT, SECOND_TEXT):
+            before, after = found["perplexity"][text].values()
             assert f"- Perplexity on {text}: {before:.1f} before, {after:.1f} after." in shown
 
     def test_so_many_tokens(self, capsys: Any, models: Path, tmp_path: Path) -> None:
@@ -376,8 +373,7 @@ class TestCalibrated:
         assert (settings["importance"], settings["calibration"]) == ("obs", "own")
         assert "the model writes the text that it is calibrated on" in errors
         assert self.refitted(found) == [self.DOWN]
-        assert found["perplexity"] is None
-        assert found["perplexity_second_text"] is not None
+        assert list(found["perplexity"]) == [SECOND_TEXT]
 
     def test_importances_choose(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         """Each its own units; refits change none of that."""
@@ -404,7 +400,7 @@ class TestCalibrated:
         more += ("--no-refit",)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "two", *more)
         assert not {"calibration", "refit"} & set(found["settings"])
-        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+        assert found["perplexity"] == {}
         assert found["steps"][0]["refits"] is None
         assert not [line for line in errors if line.startswith("calibrating")]
         assert [line for line in errors if line.startswith("warning")] == [
@@ -441,7 +437,7 @@ class TestCalibrated:
         assert self.refitted(found) == [
             {f"encoder.layer.{number}.output.dense.weight" for number in range(2)}
         ]
-        assert (found["perplexity"], found["perplexity_second_text"]) == (None, None)
+        assert found["perplexity"] == {}
 
     def test_an_encoder_decoder(self, capsys: Any, models: Path, tmp_path: Path) -> None:
         typed = ("prune", models / "t5", "--out", tmp_path / "out", "--ratios", "d_ff=0.25")
@@ -458,19 +454,17 @@ class TestCalibrated:
                 for block in range(2)
             }
         ]
-        assert found["perplexity_second_text"] is None
+        assert found["perplexity"] == {}
 
     def test_without_a_tokenizer(self, capsys: Any, tmp_path: Path) -> None:
         folder = tmp_path / "model"
         tiny.build("llama-gqa").save_pretrained(folder)
-        found, _ = self.prune(capsys, folder, tmp_path / "out")
-        assert found["settings"]["importance"] == "magnitude"
-        (note,) = [note for note in found["notes"] if "tokenizer" in note]
-        assert note.startswith(
-            "channels are ranked by magnitude, and no weight is refitted: "
-            f"{folder}: its tokenizer cannot be loaded: "
-        )
-        assert f"- {note}." in (tmp_path / "out" / "README.md").read_text().splitlines()
+        typed = ("prune", folder, "--out", tmp_path / "out", "--pruning-ratio", 0.2)
+        code, _, errors = shell(capsys, *typed)
+        assert code == 1
+        assert f"{folder}: its tokenizer cannot be loaded: " in errors
+        assert "use --importance magnitude or random with --no-refit" in errors
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +497,7 @@ class TestDroppedLayers:
         assert found["dropped_layers"]["dropped"] == [1, 3]
         assert found["settings"]["drop_layers"] == "2"
         assert "importance" not in found["settings"]
-        before, after = found["perplexity_second_text"].values()
+        before, after = found["perplexity"][SECOND_TEXT].values()
         assert after == pytest.approx(before, rel=1e-2)
         assert "model.layers: 2 of 4 layers dropped (1: influence 0.000, 3: influence 0.000)" in (
             errors.splitlines()
@@ -643,7 +637,7 @@ class TestRefused:
                 1,
                 "bert",
                 "--recover 3 --calibration {text}",
-                "BertModel has no logits, so no loss on a text can be computed: leave --recover",
+                "BertModel has no logits to recover: leave --recover out",
             ),
             (1, "vit", "--device cuda:99", "device cuda:99 cannot be used: "),
             (2, "bert", "--prune no", "BertModel cannot prune no: no such wid"),

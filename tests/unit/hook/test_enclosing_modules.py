@@ -13,8 +13,6 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook
-from tp_hf_config.pipeline.companions import Copied, notes_on_uncopied
-from tp_hf_config.pipeline.source import find_source
 
 
 def step(model: nn.Module, *fields: str) -> Any:
@@ -102,27 +100,6 @@ class TestSentenceTransformers:
             step(model, "hidden_size")
         assert {v for k, v in vars(model[1]).items() if k.endswith("dimension")} == {32}
         small.assert_same(before, small.state_of(inner))
-
-
-def test_numbers_in_files_that_a_pruned_folder_leaves_behind_are_told(tmp_path: Path) -> None:
-    files = {
-        "1_Pooling/config.json": '{"word_embedding_dimension": 384, "deep": {"also": [384, true]}}',
-        "modules.json": '[{"idx": 0, "path": ""}]',
-        "broken.json": "{",
-        "nested.json": "[" * 100_000,
-        "notes.txt": "384",
-    }
-    (tmp_path / "1_Pooling").mkdir()
-    for name, text in {**files, "config.json": "{}", "of-others": '{"width": 384}'}.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "link.json").symlink_to(tmp_path / "of-others")
-    left = Copied((), (*files, "link.json"))
-    fields = {"hidden_size": (384, 300), "intermediate_size": (1536, 1152)}
-    says = "1_Pooling/config.json was not copied. Its {} is 384, like the old hidden_size. If you "
-    assert notes_on_uncopied(find_source(str(tmp_path)), left, fields) == tuple(
-        says.format(key) + "copy the file and the two mean the same, change it to 300"
-        for key in ("word_embedding_dimension", "deep.also[0]")
-    )
 
 
 # Fields that mirror another one

@@ -25,7 +25,7 @@ from tp_hf_config import (
     PrunerSettingsWarning,
     SyncReport,
 )
-from tp_hf_config.schema import SCHEMA_VERSION
+from tp_hf_config.reports import SCHEMA_VERSION
 
 
 def pruner_with(model: nn.Module, hooks: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,7 @@ import small
 import torch_pruning as tp
 
 from tp_hf_config import HFConfigSyncHook, SyncReport
-from tp_hf_config.hook.report import PrunedGroup, PrunedLayer
-from tp_hf_config.plots import field_changes, layer_changes, plot_history, plot_widths
+from tp_hf_config.plots import field_changes, plot_history, plot_widths
 
 pytestmark = pytest.mark.usefixtures("every_width")
 
@@ -56,68 +55,35 @@ def is_png(path: Path) -> bool:
 class TestWidths:
     def test_of_one_report(self, hook: HFConfigSyncHook, tmp_path: Path):
         figure = hook.reports[0].plot(tmp_path / "widths.png")
-        fields, layers = figure.axes
+        (fields,) = figure.axes
         assert bars(fields) == {
             "hidden_size": {"before": 32, "after": 28},
             "intermediate_size": {"before": 64, "after": 56},
-        }
-        hidden, ffn = {"before": 32, "after": 28}, {"before": 64, "after": 56}
-        attention = "model.layers.*.self_attn"
-        assert bars(layers) == {
-            "model.embed_tokens out": hidden,
-            "model.norm.weight dim 0": hidden,
-            "lm_head in": hidden,
-            "model.layers.*.input_layernorm.weight dim 0 (x2)": hidden,
-            "model.layers.*.post_attention_layernorm.weight dim 0 (x2)": hidden,
-            **{f"{attention}.{name}_proj in (x2)": hidden for name in "qkv"},
-            f"{attention}.o_proj out (x2)": hidden,
-            "model.layers.*.mlp.down_proj out (x2)": hidden,
-            "model.layers.*.mlp.gate_proj in (x2)": hidden,
-            "model.layers.*.mlp.up_proj in (x2)": hidden,
-            "model.layers.*.mlp.gate_proj out (x2)": ffn,
-            "model.layers.*.mlp.up_proj out (x2)": ffn,
-            "model.layers.*.mlp.down_proj in (x2)": ffn,
         }
         assert [text.get_text() for text in fields.texts] == ["32 \u2192 28", "64 \u2192 56"]
         assert fields.get_title("left") == "config fields"
         assert is_png(tmp_path / "widths.png")
 
     def test_of_a_run(self, hook: HFConfigSyncHook, tmp_path: Path):
-        fields, layers = hook.plot(str(tmp_path / "run.png")).axes
+        (fields,) = hook.plot(str(tmp_path / "run.png")).axes
         assert bars(fields) == {
             "hidden_size": {"before": 32, "after": 24},
             "intermediate_size": {"before": 64, "after": 48},
         }
-        assert bars(layers)["model.norm.weight dim 0"] == {"before": 32, "after": 24}
         assert is_png(tmp_path / "run.png")
 
     def test_the_suffix_says_the_format(self, hook: HFConfigSyncHook, tmp_path: Path):
         hook.plot(tmp_path / "run.svg")
         assert "<svg" in (tmp_path / "run.svg").read_text()
 
-    def test_layers_that_differ_have_rows_of_their_own(self):
-        def layer(name: str, removed: int, out: bool = True) -> PrunedLayer:
-            return PrunedLayer(name, out, removed, 8)
-
-        fused = (layer("h.0.qkv", 2), layer("h.0.qkv", 1))
-        group = PrunedGroup((*fused, layer("h.1.qkv", 1), layer("h.1.qkv", 1, False)))
-        again = PrunedGroup((PrunedLayer("h.1.qkv", True, 1, 7),))
-        reports = [SyncReport(1, groups=[group]), SyncReport(2, groups=[again])]
-        assert layer_changes(reports) == [
-            ("h.*.qkv out", 8, 5),
-            ("h.*.qkv out", 8, 6),
-            ("h.*.qkv in", 8, 7),
-        ]
-
     def test_lists_are_drawn_entry_by_entry_and_unset_values_not(self):
         fields = {"sizes": ([8, 16], [8, 12]), "head_dim": (None, 4), "kind": ("a", "b")}
         reports = [SyncReport(1, fields=fields), SyncReport(2, fields={"sizes": ([8, 12], [4, 6])})]
-        assert field_changes(reports) == [("sizes[0]", 8, 4), ("sizes[1]", 16, 6)]
+        assert field_changes(reports) == {"sizes[0]": (8, 4), "sizes[1]": (16, 6)}
 
     def test_a_report_of_no_change_says_so(self, tmp_path: Path):
-        fields, layers = SyncReport(1).plot(tmp_path / "none.png").axes
+        (fields,) = SyncReport(1).plot(tmp_path / "none.png").axes
         assert fields.get_title("left") == "config fields: nothing changed"
-        assert layers.get_title("left") == "layers: nothing changed"
 
 
 class TestHistory:

@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from tp_hf_config import CalibrationError, calibrate, drop_layers
+from tp_hf_config.calibration.batches import Text
 from tp_hf_config.calibration.sources import Sources
 from tp_hf_config.cli import main
 from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.shortage import is_out_of_memory
 from tp_hf_config.pipeline import text as text_module
-from tp_hf_config.pipeline.job import Job, Progress
+from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.proofs import runnable_inputs
 from tp_hf_config.pipeline.source import Source
-from tp_hf_config.pipeline.text import Choice, gather, objective_of
+from tp_hf_config.pipeline.text import Choice, gather
 
 CUDA = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
 _IDS = torch.arange(3, 11)[None]
@@ -74,13 +75,14 @@ def test_calibrate_says_that_memory_ran_out(runs_out: Callable[..., None]) -> No
 
 @pytest.mark.parametrize("runs_out", RUNS_OUT)
 def test_a_text_that_does_not_fit_is_no_model_that_takes_no_text(
-    runs_out: Callable[..., None],
+    runs_out: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be pruned by magnitude instead."""
     model = tiny.build("llama-gqa")
     model.lm_head.register_forward_pre_hook(runs_out)
+    monkeypatch.setattr(text_module, "own_text", lambda *_: Text(_IDS, _IDS[:0]))
+    job = Job(Source("model", "model"), Path("out"), {})
     with pytest.raises((RuntimeError, MemoryError)) as raised:
-        objective_of(model, None, _IDS)
+        gather(job, Choice("wanda", "own"), model)
     assert is_out_of_memory(raised.value)
 
 
@@ -88,7 +90,7 @@ def test_windows_that_do_not_fit_are_no_refusal(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(text_module, "own_text", _on_cuda)
     job = Job(Source("model", "model"), Path("out"), {})
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"), Progress())
+        gather(job, Choice("wanda", "own"), tiny.build("llama-gqa"))
 
 
 def test_inputs_that_do_not_fit_are_no_inputs_that_do_not_run() -> None:

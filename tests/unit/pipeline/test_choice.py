@@ -47,24 +47,22 @@ def chosen(folder: Path, **settings: Any) -> Choice:
 class TestChosen:
     @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
     @pytest.mark.parametrize(
-        ("name", "settings", "importance", "origin", "refit", "asked"),
+        ("name", "settings", "importance", "origin", "refit"),
         [
-            ("llama-gqa", {}, "wanda", "shipped", True, False),
-            ("llama-gqa", {"refit": False}, "wanda", "shipped", False, False),
-            ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True, False),
-            ("llama-gqa", {"importance": "random"}, "random", "shipped", True, False),
-            ("llama-gqa", {"importance": "taylor"}, "taylor", "shipped", True, True),
-            ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True, True),
-            ("llama-gqa", {"recover": 3}, "wanda", "shipped", True, True),
-            ("llama-gqa", {"drop_layers": 1}, "wanda", "shipped", True, True),
-            ("llama-gqa", {"calibration": "own"}, "wanda", "own", True, True),
-            ("llama-gqa", {"calibration": FILE}, "wanda", "file", True, True),
+            ("llama-gqa", {}, "wanda", "shipped", True),
+            ("llama-gqa", {"refit": False}, "wanda", "shipped", False),
+            ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True),
+            ("llama-gqa", {"importance": "random"}, "random", "shipped", True),
+            ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True),
+            ("llama-gqa", {"recover": 3}, "wanda", "shipped", True),
+            ("llama-gqa", {"drop_layers": 1}, "wanda", "shipped", True),
+            ("llama-gqa", {"calibration": "own"}, "wanda", "own", True),
+            ("llama-gqa", {"calibration": FILE}, "wanda", "file", True),
             (
                 "llama-gqa",
                 {"importance": "magnitude", "refit": False},
                 "magnitude",
                 None,
-                False,
                 False,
             ),
             (
@@ -73,17 +71,16 @@ class TestChosen:
                 "magnitude",
                 "file",
                 False,
-                True,
             ),
-            ("no-tokenizer", {"calibration": "own"}, "wanda", "own", True, True),
-            ("bert", {}, "magnitude", None, False, False),
-            ("bert", {"calibration": FILE}, "wanda", "file", True, True),
-            ("roberta", {"importance": "random"}, "random", None, False, False),
-            ("roberta", {"calibration": FILE, "importance": "flap"}, "flap", "file", True, True),
-            ("t5", {}, "magnitude", None, False, False),
-            ("t5", {"calibration": FILE, "recover": 2}, "wanda", "file", True, True),
-            ("vit", {}, "magnitude", None, False, False),
-            ("vit", {"importance": "random"}, "random", None, False, False),
+            ("no-tokenizer", {"calibration": "own"}, "wanda", "own", True),
+            ("bert", {}, "magnitude", None, False),
+            ("bert", {"calibration": FILE}, "wanda", "file", True),
+            ("roberta", {"importance": "random"}, "random", None, False),
+            ("roberta", {"calibration": FILE, "importance": "flap"}, "flap", "file", True),
+            ("t5", {}, "magnitude", None, False),
+            ("t5", {"calibration": FILE, "recover": 2}, "wanda", "file", True),
+            ("vit", {}, "magnitude", None, False),
+            ("vit", {"importance": "random"}, "random", None, False),
         ],
     )
     def test_by_class_and_arguments(
@@ -94,36 +91,27 @@ class TestChosen:
         importance: str,
         origin: str | None,
         refit: bool,
-        asked: bool,
     ) -> None:
         found = chosen(models / name, **settings)
-        assert (found.importance, found.origin, found.refit, found.asked) == (
-            importance,
-            origin,
-            refit,
-            asked,
-        )
+        assert (found.importance, found.origin, found.refit) == (importance, origin, refit)
         text = {"shipped": shipped_text(), "file": "w1 w2"}.get(str(origin), "")
         assert found.text == text
         assert (found.tokenizer is None) == (origin is None or name == "no-tokenizer")
-        assert found.notes == ()
 
     @pytest.mark.filterwarnings("ignore:--importance magnitude ranks")
     @pytest.mark.parametrize(
-        ("settings", "calibrates"),
+        ("settings", "measures"),
         [
             ({}, True),
             ({"refit": False}, True),
-            ({"importance": "taylor"}, True),
-            ({"importance": "taylor", "refit": False}, False),
             ({"importance": "magnitude", "refit": False}, False),
             ({"importance": "magnitude"}, True),
         ],
     )
     def test_whether_it_is_calibrated(
-        self, models: Path, settings: dict[str, Any], calibrates: bool
+        self, models: Path, settings: dict[str, Any], measures: bool
     ) -> None:
-        assert chosen(models / "llama-gqa", **settings).calibrates is calibrates
+        assert chosen(models / "llama-gqa", **settings).measures is measures
 
     def test_a_language_model_that_is_ranked_by_magnitude_and_cut(self, models: Path) -> None:
         message = (
@@ -135,17 +123,16 @@ class TestChosen:
             chosen(models / "llama-gqa", importance="magnitude", refit=False)
         assert [str(one.message) for one in warned] == [message]
 
-    @pytest.mark.parametrize("importance", [None, "magnitude", "random"])
-    def test_a_language_model_without_a_tokenizer(self, models: Path, importance: Any) -> None:
-        """Nobody asked for a text, so it goes without, and a note says so."""
-        found = chosen(models / "no-tokenizer", importance=importance)
-        ranked = importance or "magnitude"
-        assert (found.importance, found.origin, found.calibrates) == (ranked, None, False)
-        (note,) = found.notes
-        assert note.startswith(
-            f"channels are ranked by {ranked}, and no weight is refitted: "
-            f"{models / 'no-tokenizer'}: its tokenizer cannot be loaded: "
+    def test_a_language_model_without_a_tokenizer(self, models: Path) -> None:
+        """It is not ranked by magnitude unasked."""
+        with pytest.raises(PipelineError) as refused:
+            chosen(models / "no-tokenizer")
+        assert "no-tokenizer: its tokenizer cannot be loaded: " in str(refused.value)
+        assert str(refused.value).endswith(
+            ". To prune without a text, use --importance magnitude or random with --no-refit"
         )
+        found = chosen(models / "no-tokenizer", importance="random", refit=False)
+        assert (found.importance, found.origin, found.measures) == ("random", None, False)
 
 
 class TestRefused:
@@ -157,12 +144,6 @@ class TestRefused:
                 {"importance": "wanda"},
                 "--importance wanda needs text to run BertModel on (the shipped text is only for "
                 f"causal language models). {''.join(_ADD)}",
-            ),
-            (
-                "t5",
-                {"importance": "taylor"},
-                "--importance taylor needs text to run T5ForConditionalGeneration on (the shipped "
-                f"text is only for causal language models). {''.join(_ADD)}",
             ),
             (
                 "roberta",
@@ -203,6 +184,8 @@ class TestRefused:
             ({"calibration": "own"}, "--calibration"),
             ({"importance": "flap"}, "--importance flap"),
             ({"recover": 1, "calibration": FILE}, "--recover"),
+            ({"drop_layers": 1}, "--drop-layers"),
+            ({"allocate": True}, "--allocate"),
         ],
     )
     def test_a_model_of_images(self, models: Path, settings: dict[str, Any], what: str) -> None:
@@ -210,24 +193,17 @@ class TestRefused:
             chosen(models / "vit", **settings)
         assert str(refused.value) == (
             f"ViTForImageClassification takes no text, so {what} cannot be used. Leave "
-            "--calibration and --recover out, and use --importance magnitude or random (in "
-            "Python: tp_hf_config.calibrate(model, batches))"
+            "--calibration, --recover, --allocate and --drop-layers out, and use --importance "
+            "magnitude or random with --no-refit (in Python: the hook, drop_layers and allocate "
+            "take tp_hf_config.calibrate(model, batches))"
         )
-
-    def test_layers_of_a_model_of_images(self, models: Path) -> None:
-        message = "ViTForImageClassification takes no text, so --drop-layers cannot find the layers"
-        with pytest.raises(UnsupportedModelError, match=message):
-            chosen(models / "vit", drop_layers=1)
-        message = "ViTForImageClassification takes no text, so --allocate cannot compare its layers"
-        with pytest.raises(UnsupportedModelError, match=message):
-            chosen(models / "vit", allocate=True)
 
     def test_an_importance_that_tells_nothing_of_layers(self, models: Path) -> None:
         with pytest.raises(PipelineError) as refused:
-            chosen(models / "llama-gqa", allocate=True, importance="taylor")
+            chosen(models / "llama-gqa", allocate=True, importance="random")
         assert str(refused.value) == (
             "--allocate needs an importance that is measured by calibration, and --importance "
-            "taylor is not: leave it out, or use one of wanda, activation, flap, obs"
+            "random is not: leave it out, or use one of wanda, activation, flap, obs"
         )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])

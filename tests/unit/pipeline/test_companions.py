@@ -15,27 +15,14 @@ import small
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 
-from tp_hf_config.pipeline.card import _metadata, base_model
 from tp_hf_config.pipeline.companions import (
     Copied,
+    _metadata,
+    base_model,
     code_files,
     copy_companions,
-    notes_on_uncopied,
 )
 from tp_hf_config.pipeline.source import Source
-
-
-def test_a_number_in_a_file_that_was_left_is_told(tmp_path: Path) -> None:
-    """A field may hold a list; that is no number in another file, and it cannot be looked up."""
-    (tmp_path / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 64, "sizes": [8, 16]}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    changed = {"hidden_sizes": ([8, 16], [8, 12]), "hidden_size": (64, 48)}
-    left = Copied((), ("1_Pooling/config.json",))
-    assert notes_on_uncopied(Source("model", str(tmp_path)), left, changed) == (
-        "1_Pooling/config.json was not copied. Its word_embedding_dimension is 64, like the old "
-        "hidden_size. If you copy the file and the two mean the same, change it to 48",
-    )
 
 
 def test_weights_in_a_subfolder_are_weights(tmp_path: Path) -> None:

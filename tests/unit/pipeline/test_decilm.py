@@ -55,11 +55,7 @@ def served(folder: Path) -> hf.LlamaForCausalLM:
     model = hf.LlamaForCausalLM(config)
     for number, block in enumerate(blocks):
         own = copy.deepcopy(config)
-        if "ffn_mult" in block["ffn"]:  # vLLM's _ffn_mult_to_intermediate_size
-            width = int(2 * block["ffn"]["ffn_mult"] * config.hidden_size / 3)
-            own.intermediate_size = width + -width % 256
-        else:
-            own.intermediate_size = block["ffn"]["intermediate_size"]
+        own.intermediate_size = block["ffn"]["intermediate_size"]
         own.num_key_value_heads = (
             config.num_attention_heads // block["attention"]["n_heads_in_group"]
         )
@@ -79,13 +75,10 @@ def assert_served_the_same(model: Any, folder: Path) -> None:
     assert (expected - found).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize(
-    ("name", "multiple_of"),
-    [("llama_tied", None), ("qwen2", None), ("mistral_all", None), ("llama", 256)],
-)
-def test_a_llama_of_several_widths(name: str, multiple_of: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "mistral_all"])
+def test_a_llama_of_several_widths(name: str, tmp_path: Path) -> None:
     model = differing.pruned(name, FFN)
-    report = export(model, tmp_path / "out", to="decilm", multiple_of=multiple_of)
+    report = export(model, tmp_path / "out", to="decilm")
     assert_served_the_same(model, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "config.json").read_text())
     assert data["architectures"] == ["DeciLMForCausalLM"]
@@ -93,20 +86,13 @@ def test_a_llama_of_several_widths(name: str, multiple_of: int | None, tmp_path:
     assert data["dtype"] == "float32"
     assert data["rope_theta"] == 10000.0
     ffn = [block["ffn"] for block in data["block_configs"]]
-    if multiple_of is None:
-        assert [entry["intermediate_size"] for entry in ffn] == [72, 48]
-        assert not any("ffn_mult" in entry for entry in ffn)
-        weights = load_file(tmp_path / "out" / "model.safetensors")
-        for key, value in weights.items():
-            same = (
-                torch.equal(value, model.state_dict()[key]) if key in model.state_dict() else None
-            )
-            assert same or (name == "qwen2" and key.endswith("o_proj.bias") and not value.any())
-    else:
-        assert [entry["ffn_mult"] for entry in ffn] == [1.5 * 128 / 64] * 2
-        assert not any("intermediate_size" in entry for entry in ffn)
-    after = (72, 48) if multiple_of is None else (256, 256)
-    assert report.fields == {"intermediate_size": ((72, 48), after)}
+    assert [entry["intermediate_size"] for entry in ffn] == [72, 48]
+    assert not any("ffn_mult" in entry for entry in ffn)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in weights.items():
+        same = torch.equal(value, model.state_dict()[key]) if key in model.state_dict() else None
+        assert same or (name == "qwen2" and key.endswith("o_proj.bias") and not value.any())
+    assert report.fields == {"intermediate_size": ((72, 48), (72, 48))}
 
 
 def test_key_value_heads_by_layer_with_the_same_query_heads(tmp_path: Path) -> None:
@@ -165,23 +151,22 @@ def test_the_config_loads_with_its_entries_as_attributes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "multiple_of", "reason"),
+    ("name", "fields", "reason"),
     [
-        ("llama", ("num_attention_heads",), None, r"its layers have 2 or 4 query heads, and Deci"),
-        ("llama", FFN, 64, r"multiple_of=64: DeciLM's ratios stand for multiples of 256"),
-        ("gemma2", FFN, None, r"a Llama has other tensors: model\.layers\.0\.post_feedforward"),
-        ("phi3", FFN, None, r"a Llama has other tensors: model\.layers\.0\.mlp\.gate_proj"),
-        ("smollm3", FFN, None, r"a Llama with its weights computes something else: outputs are"),
-        ("mistral_40", FFN, None, r"sliding_window 40 can change what it computes, and a Llama h"),
-        ("mixtral", ("num_local_experts",), None, r"zeros are not neutral in num_local_experts"),
+        ("llama", ("num_attention_heads",), r"its layers have 2 or 4 query heads, and Deci"),
+        ("gemma2", FFN, r"a Llama has other tensors: model\.layers\.0\.post_feedforward"),
+        ("phi3", FFN, r"a Llama has other tensors: model\.layers\.0\.mlp\.gate_proj"),
+        ("smollm3", FFN, r"a Llama with its weights computes something else: outputs are"),
+        ("mistral_40", FFN, r"sliding_window 40 can change what it computes, and a Llama h"),
+        ("mixtral", ("num_local_experts",), r"zeros are not neutral in num_local_experts"),
     ],
 )
 def test_what_decilm_does_not_express_is_refused(
-    name: str, fields: tuple[str, ...], multiple_of: int | None, reason: str, tmp_path: Path
+    name: str, fields: tuple[str, ...], reason: str, tmp_path: Path
 ) -> None:
     model = differing.pruned(name, fields)
     with pytest.raises(PipelineError, match=rf"^to='decilm': this .* written so: {reason}"):
-        export(model, tmp_path / "out", to="decilm", multiple_of=multiple_of)
+        export(model, tmp_path / "out", to="decilm")
     assert not list(tmp_path.iterdir())
 
 

@@ -158,15 +158,6 @@ class TestPadded:
         assert not new.mlp.down_proj.weight[:, width:].any()
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
-    @pytest.mark.usefixtures("without_fresh_process")
-    def test_a_multiple_is_of_channels_and_not_of_heads(self, tmp_path: Path) -> None:
-        model = differing.pruned("llama", FFN_AND_HEADS)
-        export(model, tmp_path / "out", to="padded", multiple_of=50)
-        loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
-        assert loaded.config.intermediate_size == 100
-        assert loaded.config.num_attention_heads == 4
-        assert_same_outputs(model, loaded)
-
     def test_a_folder_with_its_tokenizer_and_the_same_tokens(self, tmp_path: Path) -> None:
         folder = saved("llama", tmp_path)
         model = differing.pruned("llama", FFN_AND_HEADS)
@@ -278,12 +269,12 @@ def saved(name: str, root: Path) -> Path:
 class TestCommand:
     def test_it_writes_a_folder(self, capsys: Any, tmp_path: Path) -> None:
         folder, out = saved("llama", tmp_path), tmp_path / "out"
-        typed = ("export", folder, "--to", "padded", "--out", out, "--multiple-of", 64, "--json")
+        typed = ("export", folder, "--to", "padded", "--out", out, "--json")
         code, printed, errors = shell(capsys, *typed, "--trust-remote-code")
         found = json.loads(printed)
         assert code == 0, errors
         assert found["fields"] == {
-            "intermediate_size": {"old": [72, 48], "new": [128, 128]},
+            "intermediate_size": {"old": [72, 48], "new": [72, 72]},
             "num_attention_heads": {"old": [4, 2], "new": [4, 4]},
         }
         assert found["copied"]["files"] == ["tokenizer.json", "tokenizer_config.json"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -16,20 +17,18 @@ from transformers import PreTrainedTokenizerFast
 
 from tp_hf_config.calibration.batches import second_text, shipped_text
 from tp_hf_config.errors import UnsupportedModelError
-from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import prune
+from tp_hf_config.pipeline import prune, text
 from tp_hf_config.pipeline.companions import Copied
-from tp_hf_config.pipeline.job import Job, Progress, Pruned
+from tp_hf_config.pipeline.job import HELD_OUT, SECOND_TEXT, Job, Pruned
 from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.pipeline.prune import _seeded
 from tp_hf_config.pipeline.source import Source
 from tp_hf_config.pipeline.text import (
     Choice,
     Material,
-    Objective,
     batch_of,
     gather,
-    objective_of,
+    perplexity,
 )
 from tp_hf_config.planning.plan import Plan, Size
 from tp_hf_config.planning.settings import PruneSettings
@@ -52,25 +51,15 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="\0")
 
 
-class Said(Progress):
-    """Remembers what is shown."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, what: object) -> None:
-        self.lines.append(str(what))
-
-
 def job(**settings: Any) -> Job:
     return Job(Source("model", "model"), Path("out"), {}, **settings)
 
 
 def gathered(model: Any, choice: Choice, **settings: Any) -> tuple[Material, list[str]]:
-    said = Said()
-    material = gather(job(**settings), choice, model, said)
-    assert isinstance(material, Material)
-    return material, said.lines
+    said: list[str] = []
+    with patch.object(text, "show", lambda what: said.append(str(what))):
+        material = gather(job(**settings), choice, model)
+    return material, said
 
 
 def read(tokenizer: Any, windows: Iterable[torch.Tensor]) -> list[str]:
@@ -94,7 +83,7 @@ class TestShippedText:
 
     def test_it_is_calibrated_on_and_the_second_is_asked_about(self, tokenizer: Any) -> None:
         model = tiny.build("llama-gqa")
-        choice = Choice("wanda", "shipped", shipped_text(), tokenizer, refit=True)
+        choice = Choice("wanda", "shipped", shipped_text(), tokenizer, refit=True, writes=True)
         material, said = gathered(model, choice)
         calibration = material.calibration
         assert calibration is not None
@@ -117,7 +106,7 @@ class TestWindows:
 
     def test_a_file_keeps_windows_that_decide_nothing(self, tokenizer: Any) -> None:
         model = tiny.build("llama-gqa")
-        choice = Choice("wanda", "file", self.text, tokenizer, refit=True)
+        choice = Choice("wanda", "file", self.text, tokenizer, refit=True, writes=True)
         material, _ = gathered(model, choice)
         assert material.calibration is not None
         held_out = set(read(tokenizer, material.held_out))
@@ -128,67 +117,62 @@ class TestWindows:
         assert not held_out & set(read(tokenizer, drawn))
         second = {*windows_in(second_text())}
         assert set(read(tokenizer, material.second)) <= second
-        first, other = material.perplexities(model)
-        assert first == material.objective.perplexity(model, material.held_out)
-        assert other == material.objective.perplexity(model, material.second)
+        assert material.perplexities(model) == {
+            HELD_OUT: perplexity(model, material.held_out),
+            SECOND_TEXT: perplexity(model, material.second),
+        }
 
     def test_own(self) -> None:
         """It needs no tokenizer; then there is no second text."""
         model = tiny.build("llama-gqa")
-        one, said = gathered(model, Choice("obs", "own", refit=True), seed=3, tokens=620)
-        other, _ = gathered(model, Choice("obs", "own", refit=True), seed=3, tokens=620)
+        own = Choice("obs", "own", refit=True, writes=True)
+        one, said = gathered(model, own, seed=3, tokens=620)
+        other, _ = gathered(model, own, seed=3, tokens=620)
         assert one.calibration is not None
         assert other.calibration is not None
         assert one.calibration.train[0]["input_ids"].shape == (1, SIZE)
         for mine, same in zip(one.calibration.train, other.calibration.train, strict=True):
             assert torch.equal(mine["input_ids"], same["input_ids"])
         assert said[0] == "the model writes the text that it is calibrated on"
-        assert one.perplexities(model) == (None, None)
+        assert one.perplexities(model) == {}
 
     def test_what_is_not_needed_is_not_made(self, tokenizer: Any) -> None:
         model = tiny.build("llama-gqa")
-        material, said = gathered(model, Choice("taylor", "file", self.text, tokenizer))
+        random = Choice("random", "file", self.text, tokenizer, writes=True)
+        material, said = gathered(model, random)
         assert (material.calibration, material.teacher, said) == (None, None, [])
-        material, _ = gathered(model, Choice("taylor", "file", self.text, tokenizer), recover=2)
+        material, _ = gathered(model, random, recover=2)
         assert material.teacher is not None
         assert material.teacher is not model
 
     @pytest.mark.parametrize(
-        ("name", "task", "arguments"),
+        ("name", "arguments"),
         [
-            ("t5", "second half", {"input_ids": (1, 128), "decoder_input_ids": (1, 128)}),
-            ("roberta", "own answer", {"input_ids": (1, SIZE)}),
-            ("bert-cls", "own answer", {"input_ids": (1, SIZE)}),
-            ("bert", "nothing", {"input_ids": (1, SIZE)}),
+            ("t5", {"input_ids": (1, 128), "decoder_input_ids": (1, 128)}),
+            ("roberta", {"input_ids": (1, SIZE)}),
+            ("bert-cls", {"input_ids": (1, SIZE)}),
+            ("bert", {"input_ids": (1, SIZE)}),
         ],
     )
     def test_other_models_of_text(
-        self, tokenizer: Any, name: str, task: str, arguments: dict[str, tuple[int, int]]
+        self, tokenizer: Any, name: str, arguments: dict[str, tuple[int, int]]
     ) -> None:
-        """They are calibrated on the file, and asked about no second text."""
+        """They are calibrated on the file, and have no perplexity."""
         model = tiny.build(name)
         material, _ = gathered(model, Choice("wanda", "file", self.text, tokenizer), tokens=620)
         assert material.calibration is not None
         (batch, *_) = material.calibration.train
         assert {key: tuple(value.shape) for key, value in batch.items()} == arguments
-        assert material.objective.task == task
-        assert len(material.second) == 0
-        assert (material.perplexities(model)[0] is None) == (name != "t5")
+        assert material.perplexities(model) == {}
 
-    @pytest.mark.parametrize(("importance", "recover"), [("taylor", 0), ("wanda", 2)])
-    def test_no_logits_where_they_are_needed(
-        self, tokenizer: Any, importance: Any, recover: int
-    ) -> None:
-        choice = Choice(importance, "file", self.text, tokenizer)
-        with pytest.raises(UnsupportedModelError) as refused:
-            gather(job(recover=recover), choice, tiny.build("bert"), Progress())
-        assert str(refused.value) == (
-            "BertModel has no logits, so no loss on a text can be computed: leave --recover "
-            "out, and do not use --importance taylor"
-        )
+    def test_no_logits_where_they_are_needed(self, tokenizer: Any) -> None:
+        choice = Choice("wanda", "file", self.text, tokenizer)
+        message = "^BertModel has no logits to recover: leave --recover out$"
+        with pytest.raises(UnsupportedModelError, match=message):
+            gather(job(recover=2), choice, tiny.build("bert"))
 
 
-class TestObjective:
+class TestBatches:
     def test_an_encoder_taken_out_of_an_encoder_decoder(self) -> None:
         """Its config says that there is a decoder."""
         ids = torch.arange(10)[None]
@@ -197,38 +181,31 @@ class TestObjective:
         encoder = model.encoder
         encoder.config.is_encoder_decoder = True
         assert set(batch_of(encoder, ids)) == {"input_ids"}
-        assert objective_of(encoder, None, ids) == Objective("nothing")
 
-    def test_a_model_that_wants_more_than_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_model_that_wants_more_than_text(
+        self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model = tiny.build("llama-gqa")
 
         def forward(input_ids: Any = None, pixel_values: Any = None) -> None:
             raise ValueError("no\nimage")
 
         monkeypatch.setattr(model, "forward", forward)
-        reason = "LlamaForCausalLM does not run on text alone (ValueError: no image)"
-        assert objective_of(model, None, torch.zeros(1, 8, dtype=torch.long)) == Refusal(reason)
-        choice = Choice("wanda", "own", refit=True)
-        monkeypatch.setattr(prune, "gather", lambda *_: Refusal(reason))
-        note = f"channels are ranked by magnitude, and no weight is refitted: {reason}"
-        found = prune._gathered(job(), choice, model, Progress())
-        assert found == (Choice("magnitude", notes=(note,)), None)
-        asked = Choice("wanda", "own", refit=True, asked=True)
         with pytest.raises(UnsupportedModelError) as refused:
-            prune._gathered(job(), asked, model, Progress())
+            gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model)
         assert str(refused.value) == (
-            f"{reason}: leave --calibration, --recover, --allocate and --drop-layers out, and use "
-            "--importance magnitude or random"
+            "LlamaForCausalLM cannot be run on text alone (ValueError: no image). Leave "
+            "--calibration, --recover, --allocate and --drop-layers out, and use --importance "
+            "magnitude or random with --no-refit"
         )
 
 
 def test_a_class_without_embeddings_of_tokens(tokenizer: Any) -> None:
     config = transformers.CanineConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     model = transformers.CanineForTokenClassification(config)
-    refusal = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model, Said())
-    assert isinstance(refusal, Refusal)
-    start = "CanineForTokenClassification cannot be run on windows of text alone (NotImplementedErr"
-    assert refusal.reason.startswith(start)
+    start = r"^CanineForTokenClassification cannot be run on text alone \(NotImplementedError"
+    with pytest.raises(UnsupportedModelError, match=start):
+        gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model)
 
 
 def test_a_class_that_says_it_has_fewer_than_no_positions(tokenizer: Any) -> None:
@@ -236,8 +213,8 @@ def test_a_class_that_says_it_has_fewer_than_no_positions(tokenizer: Any) -> Non
     sizes = {"d_model": 8, "n_head": 2, "d_inner": 8, "n_layer": 1, "vocab_size": 99}
     model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
     assert model.config.max_position_embeddings == -1
-    material = gather(job(), Choice("wanda", "file", "a text " * 99, tokenizer), model, Said())
-    assert isinstance(material, Material)
+    choice = Choice("wanda", "file", "a text " * 99, tokenizer, writes=True)
+    material = gather(job(), choice, model)
     assert material.held_out.shape == (1, 256)
 
 
@@ -245,21 +222,20 @@ def test_the_result_says_which_text_is_which() -> None:
     size = Size(1, 2, None, None)
     plan = Plan("Model", PruneSettings(), (), {}, size, size, None)
 
-    def lines(**perplexities: tuple[float, float]) -> list[str]:
+    def lines(perplexity: dict[str, tuple[float, float]]) -> list[str]:
         result = Pruned("Model", Path("o"), plan, (), (2, 1), Proof(1, 1), Copied(()))
-        return str(replace(result, **perplexities)).splitlines()  # type: ignore[arg-type]
+        return str(replace(result, perplexity=perplexity)).splitlines()
 
     held_out = "perplexity on held-out text of the calibration file: 1.5 -> 2.5"
     second = "perplexity on a second text, not used for calibration: 3.0 -> 4.2"
     parameters = "parameters: 2 -> 1 (50.0%)"
-    both = lines(perplexity=(1.5, 2.5), perplexity_second_text=(3, 4.21))
+    both = lines({HELD_OUT: (1.5, 2.5), SECOND_TEXT: (3, 4.21)})
     assert both[1:4] == [parameters, held_out, second]
-    assert lines(perplexity_second_text=(3, 4.21))[1:3] == [parameters, second]
-    assert [line for line in lines() if "perplexity" in line] == []
-    result = Pruned("Model", Path("o"), plan, (), (2, 1), Proof(1, 1), Copied(()), None, (3.0, 4.2))
-    data = result.to_dict()
-    assert data["perplexity"] is None
-    assert data["perplexity_second_text"] == {"before": 3.0, "after": 4.2}
+    assert lines({SECOND_TEXT: (3, 4.21)})[1:3] == [parameters, second]
+    assert [line for line in lines({}) if "perplexity" in line] == []
+    result = Pruned("Model", Path("o"), plan, (), (2, 1), Proof(1, 1), Copied(()))
+    data = replace(result, perplexity={HELD_OUT: (3, 4)}).to_dict()
+    assert data["perplexity"] == {HELD_OUT: {"before": 3, "after": 4}}
 
 
 def test_a_seed_is_that_of_a_job_and_of_no_device_that_it_does_not_use(
