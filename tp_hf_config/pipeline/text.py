@@ -81,7 +81,7 @@ class Choice:
             "importance": self.importance if widths else None,
             "calibration": text,
             "tokens": job.tokens,
-            "refit": self.refit if self.origin and (widths or self.drops) else None,
+            "refit": self.refit if self.origin else None,
             "recover": job.recover or None,
             "device": job.device,
             "dtype": job.dtype,
