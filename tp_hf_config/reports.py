@@ -119,8 +119,8 @@ def as_json(value: Any) -> Any:
 def _field(name: str, value: Any) -> Any:
     if name == "fields" and isinstance(value, Mapping):
         return old_and_new(value)
-    if name == "parameters" and isinstance(value, tuple):
-        return dict(zip(("before", "after"), value, strict=True))
+    if name in ("parameters", "speed") and isinstance(value, tuple):
+        return dict(zip(("before", "after"), map(as_json, value), strict=True))
     return as_json(value)
 
 

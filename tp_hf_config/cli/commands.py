@@ -325,6 +325,9 @@ def prune(
     device: Annotated[str, Option(metavar="D", help="where to compute (cpu, cuda)")] = "cpu",
     dtype: Annotated[Dtypes | None, Option(help="dtype of the weights; default: as stored")] = None,
     stream: Stream = None,
+    measure_speed: Annotated[
+        bool, Option("--measure-speed", help="tokens per second and memory, before and after")
+    ] = False,
     seed: Annotated[int, _number("random seed", 0)] = 0,
     max_shard_size: Shards = None,
     trust_remote_code: Trust = False,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
     from .proofs import Proof, SameOutputs, SameTensors
+    from .speed import Speed
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
@@ -72,6 +73,7 @@ class Job:
     ranking: Ranking = "local"  # rank units by layer, globally, or across layers of one structure
     allocate: bool = False  # find each layer's width by sensitivity, for the target in widths
     tokens: int | None = None  # to measure on; None: the default of calibrate
+    measure_speed: bool = False  # before and after
     command: str = ""  # the typed command line, for the model card
 
     @property
@@ -141,6 +143,7 @@ class Pruned(Report):
     copied: Copied
     # text, of those measured -> before and after
     perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    speed: tuple[Speed, Speed] | None = None  # before and after, if it was asked for
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
@@ -168,6 +171,8 @@ class Pruned(Report):
         yield f"parameters: {before:,} -> {after:,} ({after / before:.1%})"
         for text, (old, new) in self.perplexity.items():
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
+        if self.speed is not None:
+            yield self.speed[0].then(self.speed[1])
         yield f"proof: {self.proof}"
         if left := self.copied.not_copied:
             yield f"not copied: {', '.join(left)}"

@@ -16,7 +16,12 @@ import torch
 import torch_pruning as tp
 
 from ..calibration.passes import shown_by
-from ..errors import CalibrationWarning, ConfigSyncError, PipelineError
+from ..errors import (
+    CalibrationWarning,
+    ConfigSyncError,
+    PipelineError,
+    UnsupportedModelError,
+)
 from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
 from ..forward.run_recipe import RunRecipe
@@ -36,6 +41,7 @@ from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, tra
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
+from .speed import Speed, measure_speed
 from .text import Choice, Material, choose, gather, measure, recover
 
 if TYPE_CHECKING:
@@ -89,16 +95,33 @@ def prune_checkpoint(job: Job) -> Pruned:
             _check_ranking(model, planned, job)
         material = gather(job, choice, model)
         parameters, before = model.num_parameters(), material.perplexities(model)
+        slow = _speed(job, model)
 
         # cut: layers first, then widths
         cut = _cut(job, model, planned, choice, material)
         after = material.perplexities(model)
+        fast = _speed(job, model)
         del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
         perplexity = {text: (old, after.get(text)) for text, old in before.items()}
-        result = _write(job, model, choice, cut, parameters, perplexity, notes, work)
+        speed = None if slow is None or fast is None else (slow, fast)
+        result = _write(job, model, choice, cut, parameters, perplexity, speed, notes, work)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _speed(job: Job, model: PreTrainedModel) -> Speed | None:
+    """Return how fast the model is, if that is asked for."""
+    if not job.measure_speed:
+        return None
+    show("measuring the speed")
+    try:
+        return measure_speed(model)
+    except (UnsupportedModelError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{error}. Leave --measure-speed out; in Python, tp_hf_config.measure_speed measures "
+            "the model with other inputs"
+        ) from error
 
 
 def _streams(job: Job) -> bool:
@@ -335,6 +358,7 @@ def _write(
     cut: Cut,
     parameters: int,  # before
     perplexity: Mapping[str, tuple[float, float | None]],
+    speed: tuple[Speed, Speed] | None,
     load_notes: Sequence[str],
     work: Path,
 ) -> Pruned:
@@ -365,6 +389,7 @@ def _write(
         proof,
         copied,
         {text: (old, new) for text, (old, new) in perplexity.items() if new is not None},
+        speed,
         tuple(dict.fromkeys(notes)),
         settings=choice.settings(job),
         dropped_layers=cut.dropped,

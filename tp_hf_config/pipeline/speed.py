@@ -22,7 +22,7 @@ from ..reports import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT, NEW_TOKENS, RUNS = 128, 32, 5  # defaults
+_PROMPT, _NEW_TOKENS, _RUNS = 128, 32, 5  # defaults
 _STATUS, _PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
@@ -64,10 +64,9 @@ class Speed(Report):
 
     def title(self) -> str:
         """Return the model, the device and what it was given."""
-        device = self.device if self.threads is None else f"{self.device} ({self.threads} threads)"
         return (
-            f"{self.model} in {self.dtype} on {device}: {self.inputs}, median of {self.runs} runs "
-            "(lowest to highest)"
+            f"{self.model} in {self.dtype} on {self._where()}: {self.inputs}, median of "
+            f"{self.runs} runs (lowest to highest)"
         )
 
     def lines(self) -> Iterator[str]:
@@ -77,13 +76,21 @@ class Speed(Report):
         if self.memory is not None:
             yield f"peak memory in MiB: {self.memory / 2**20:,.1f}"
 
-    def then(self, other: Speed) -> Iterator[str]:
-        """Yield each number before and after: of this measurement, and of a later one."""
+    def then(self, other: Speed) -> str:
+        """Return one line with each number before and after; the other was measured later."""
         pairs = zip(self._spreads(), other._spreads(), strict=True)
-        for (name, old, factor), (_, new, _) in pairs:
-            yield f"{name}: {old.median * factor:,.1f} -> {new.median * factor:,.1f}"
+        changes = [
+            f"{name} {old.median * factor:,.1f} -> {new.median * factor:,.1f}"
+            for (name, old, factor), (_, new, _) in pairs
+        ]
         if self.memory is not None and other.memory is not None:
-            yield f"peak memory in MiB: {self.memory / 2**20:,.1f} -> {other.memory / 2**20:,.1f}"
+            changes.append(
+                f"peak memory in MiB {self.memory / 2**20:,.1f} -> {other.memory / 2**20:,.1f}"
+            )
+        return f"speed on {self._where()} ({self.inputs}): {', '.join(changes)}"
+
+    def _where(self) -> str:
+        return self.device if self.threads is None else f"{self.device}, {self.threads} threads"
 
     def _spreads(self) -> Iterator[tuple[str, Spread, float]]:
         """Yield what each measured number is, the number, and how many of its units are one."""
@@ -100,9 +107,9 @@ def measure_speed(
     model: PreTrainedModel,
     *,
     batch: Count = 1,
-    prompt: Count = PROMPT,
-    new_tokens: Count = NEW_TOKENS,
-    runs: Count = RUNS,
+    prompt: Count | None = None,
+    new_tokens: Count = _NEW_TOKENS,
+    runs: Count = _RUNS,
     inputs: Mapping[str, Any] | None = None,
 ) -> Speed:
     """Measure a model's speed and memory where it is: on its device, in its dtype.
@@ -113,7 +120,7 @@ def measure_speed(
     Args:
         model: a loaded model.
         batch: sequences at a time.
-        prompt: tokens of each.
+        prompt: tokens of each; default: 128, or as many as the model has positions for.
         new_tokens: tokens to generate after each prompt, at least 2 to measure their rate.
         runs: measured runs, after one that warms up.
         inputs: arguments of the forward pass, for a model that does not read tokens alone (images,
@@ -123,8 +130,9 @@ def measure_speed(
         UnsupportedModelError: the model does not run on tokens alone, and there are no ``inputs``.
         ValueError: prompt and new tokens are more than the model has positions for.
     """
-    ids = None if inputs is not None else _random_tokens(model, batch, prompt, new_tokens)
-    given: Mapping[str, Any] = {"input_ids": ids} if inputs is None else inputs
+    if inputs is None:
+        prompt = _fitting(model, prompt, new_tokens)
+    given = {"input_ids": _random_tokens(model, batch, prompt or 1)} if inputs is None else inputs
     generates = inputs is None and model.can_generate()
     with evaluating(model), torch.inference_mode(), quiet_transformers():
         run = _generating(model, given, new_tokens) if generates else _running(model, given)
@@ -146,7 +154,7 @@ def measure_speed(
     rate = None
     if generates and new_tokens > 1:
         rate = Spread.of([batch * (new_tokens - 1) / seconds for seconds in later])
-    elif inputs is None and not generates:
+    elif prompt is not None and inputs is None and not generates:
         rate = Spread.of([batch * prompt / seconds for seconds in first])
     asked = f"batch {batch}, prompt of {prompt} tokens" if inputs is None else "given inputs"
     return Speed(
@@ -163,15 +171,22 @@ def measure_speed(
     )
 
 
-def _random_tokens(model: PreTrainedModel, batch: int, prompt: int, new_tokens: int) -> Tensor:
-    text = model.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    needed = prompt if model.config.is_encoder_decoder else prompt + new_tokens
-    if type(positions) is int and 0 < positions < needed:
+def _fitting(model: PreTrainedModel, prompt: int | None, new_tokens: int) -> int:
+    """Return a prompt's length for which the model has positions; raise if none was left to it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    beside = 0 if model.config.is_encoder_decoder or not model.can_generate() else new_tokens
+    if type(positions) is not int or positions < 1:
+        return prompt or _PROMPT
+    if positions < beside + (prompt or 1):
         raise ValueError(
-            f"prompt={prompt} and new_tokens={new_tokens}: {type(model).__name__} has "
+            f"prompt={prompt or 1} and new_tokens={new_tokens}: {type(model).__name__} has "
             f"{positions} positions"
         )
+    return prompt or min(_PROMPT, positions - beside)
+
+
+def _random_tokens(model: PreTrainedModel, batch: int, prompt: int) -> Tensor:
+    text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     entries = int(getattr(text, "vocab_size", 0) or 2)
     ids = torch.randint(entries // 2, entries, (batch, prompt), generator=generator)

@@ -294,6 +294,31 @@ class TestWhatIsWritten:
 
 
 @pytest.mark.usefixtures("unproved")
+class TestSpeed:
+    def test_before_and_after(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        typed = ("prune", models / "llama-gqa", *QUARTER, "--json", "--out")
+        code, printed, errors = shell(capsys, *typed, tmp_path / "timed", "--measure-speed")
+        assert code == 0, errors
+        speed = json.loads(printed)["speed"]
+        assert list(speed) == ["before", "after"]
+        for measured in speed.values():
+            assert measured["inputs"] == "batch 1, prompt of 32 tokens, 32 new tokens"
+            assert measured["tokens_per_second"]["median"] > 0
+        card = (tmp_path / "timed" / "README.md").read_text()
+        assert "- Speed on cpu, 1 threads (batch 1, prompt of 32 tokens, 32 new tokens): " in card
+        assert shell(capsys, *typed, tmp_path / "out")[0] == 0  # what is written is the same
+        timed, out = (tmp_path / name / "model.safetensors" for name in ("timed", "out"))
+        assert timed.read_bytes() == out.read_bytes()
+
+    def test_a_model_that_reads_no_tokens(self, capsys: Any, models: Path, tmp_path: Path) -> None:
+        typed = ("prune", models / "vit", *QUARTER, "--out", tmp_path / "out", "--measure-speed")
+        code, _, errors = shell(capsys, *typed)
+        assert code != 0
+        assert "does not run on tokens alone" in errors
+        assert "Leave --measure-speed out" in errors
+        assert not (tmp_path / "out").exists()
+
+
 class TestCalibrated:
     """What channels carry decides which go, and the weights that read them are refitted."""
 
