@@ -222,8 +222,6 @@ class TestExamples:
             )
         assert report.fields == {"intermediate_size": (64, 32)}
         assert said(caught) == [
-            "hidden_size is kept at 32: ignored_layers= keeps the outputs of pooler.dense, and one "
-            "config field sets this width everywhere.",
             "num_attention_heads + hidden_size is kept at 4 + 32: ignored_layers= keeps the "
             "outputs of pooler.dense, and one config field sets this width everywhere.",
         ]

@@ -14,8 +14,7 @@ import torch_pruning as tp
 from planned import SMOLLM2
 
 from tp_hf_config import HFConfigSyncHook, SyncReport, calibrate, drop_layers, plan
-from tp_hf_config.pipeline.companions import Copied
-from tp_hf_config.pipeline.job import Layerwise, Pruned
+from tp_hf_config.pipeline.job import HELD_OUT, SECOND_TEXT, Copied, Layerwise, Pruned
 from tp_hf_config.pipeline.proofs import Proof
 from tp_hf_config.reports import MOST_LINES, Report
 
@@ -31,8 +30,7 @@ PRUNED = Pruned(
     (134_515_008, 118_548_288),
     Proof(1, 8 * 49_152),
     Copied(("tokenizer.json", "tokenizer_config.json")),
-    (16.2, 17.8),
-    (14.1, 15.2),
+    {HELD_OUT: (16.2, 17.8), SECOND_TEXT: (14.1, 15.2)},
     layers_differ=Layerwise(
         {"intermediate_size": (1000, 1200)}, "AutoModelForCausalLM", "modeling_layerwise.py"
     ),

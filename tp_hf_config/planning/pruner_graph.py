@@ -79,6 +79,9 @@ def _chosen(
         try:
             wanted = replace(wanted, stays=[width.fields for width in kept])
             chosen = choose(view, wanted)
+            now_kept = _kept(view, chosen, arguments)
+            if not now_kept:
+                check_apart(view, chosen)
         except UnsupportedModelError as error:
             nothing_else = wanted.fields == () and not wanted.heads
             # prune_head_dims is true by default, so the user may not have asked for it
@@ -86,11 +89,9 @@ def _chosen(
                 raise
             wanted, head_dims = replace(wanted, head_dims=False), str(error)
             continue
-        now_kept = _kept(view, chosen, arguments)
         if not now_kept:
             break
         kept |= now_kept
-    check_apart(view, chosen)
     if head_dims:
         graph = _graph_of(view, chosen)
         names = (name for group in graph.graph_groups for name in graph.outputs_of(group))

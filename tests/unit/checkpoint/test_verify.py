@@ -183,7 +183,7 @@ def test_the_command_against_itself_and_against_another_folder(
     tensors = load_file(other / "model.safetensors")
     tensors["classifier.bias"] += 1.0
     save_file(tensors, other / "model.safetensors")
-    code, out, _ = shell(capsys, "verify", one, "--against", other)
+    code, out, _ = shell(capsys, "verify", one, other)
     assert code == 1
     head, line = out.splitlines()
     assert head == f"{one}: not the same as {other} (ViTForImageClassification, fresh process)"

@@ -347,7 +347,7 @@ class TestCalibrated:
         assert settings["importance"] == "wanda"
         assert settings["calibration"] == "shipped text"
         assert settings["refit"] is True
-        assert "calibrating: 196 windows" in errors
+        assert "calibrating: 226 windows" in errors
         assert self.refitted(found) == [self.DOWN]
         assert list(found["perplexity"]) == [SECOND_TEXT]
         before, after = found["perplexity"][SECOND_TEXT].values()
@@ -595,7 +595,7 @@ class TestDroppedLayers:
         code, _, errors = shell(capsys, *typed)
         assert code == 0, errors
         assert seen == measured
-        assert ("calibrating: 196 windows" in errors.splitlines()) is bool(measured)
+        assert ("calibrating: 226 windows" in errors.splitlines()) is bool(measured)
 
     def test_a_target_that_is_only_met_without_the_layers(
         self, capsys: Any, deep: Path, tmp_path: Path, unproved: None

@@ -98,7 +98,6 @@ def esm(intermediate_size: int) -> Any:
 CACHES = {
     "fieldmap.learn_field_map._learned",  # by the class and the config's JSON
     "fieldmap.model_view._cached_views",  # by the module, its config and its parts
-    "model.meta_run._result_shapes",  # by an operation and the shapes of its arguments
 }
 
 

@@ -251,6 +251,7 @@ def test_the_settings_of_the_card(models: Path) -> None:
     assert settings("llama-gqa", drop_layers=2, drop_from="model.layers") == {
         "drop_layers": "model.layers=2",
         "calibration": "shipped text",
+        "refit": True,
         **plain,
     }
     recovered = settings("llama-gqa", recover=4, dtype="bfloat16", command="typed")

@@ -12,7 +12,6 @@ import torch
 import transformers as hf
 
 from tp_hf_config.errors import UnsupportedModelError
-from tp_hf_config.pipeline import gguf_file
 from tp_hf_config.pipeline.companions import Copied, copy_companions
 from tp_hf_config.pipeline.source import (
     Source,
@@ -39,15 +38,18 @@ def write(path: Path, seed: int = 0, scaled: bool = False) -> hf.LlamaForCausalL
         "attention.head_count": 2,
         "attention.head_count_kv": 2,
     }
-    kind = gguf.GGUFValueType.UINT32
-    fields = {f"llama.{name}": (value, kind, None) for name, value in widths.items()}
+    writer: Any = gguf.GGUFWriter(path, "llama")
+    for name, value in widths.items():
+        writer.add_uint32(f"llama.{name}", value)
+    if scaled:
+        writer.add_tensor("rope_freqs.weight", torch.ones(1).numpy())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    tensors = [
-        (names.get_name(key, try_suffixes=(".weight",)), value)
-        for key, value in model.state_dict().items()
-    ]
-    factors = [("rope_freqs.weight", torch.ones(1))] if scaled else []
-    gguf_file.write_file(path, "llama", fields, [*factors, *tensors])
+    for key, values in model.state_dict().items():
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return model
 
 
