@@ -224,6 +224,8 @@ class TestExamples:
         assert said(caught) == [
             "num_attention_heads + hidden_size is kept at 4 + 32: ignored_layers= keeps the "
             "outputs of pooler.dense, and one config field sets this width everywhere.",
+            "hidden_size is kept at 32: ignored_layers= keeps the outputs of pooler.dense, and one "
+            "config field sets this width everywhere.",
         ]
         assert_same_again(model, text(), tmp_path)
 

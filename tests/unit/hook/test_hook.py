@@ -307,8 +307,8 @@ def test_groups_that_are_listed_and_not_pruned():
     assert str(report).startswith(
         "sync 1: 0 groups pruned (config graph); no config field changes\n"
         f"  parameters: {parameters} -> {parameters} (100.0%)\n"
-        "  note: nothing was pruned: the ratios ask for less than one unit of each group, or no group "
-        "that the step yielded was pruned\n"
+        "  note: nothing was pruned: the ratios ask for less than one unit of each group, or no "
+        "group that the step yielded was pruned\n"
         "  nothing else updated; proved: "
     )
     small.assert_same(before, small.state_of(model))
