@@ -59,7 +59,7 @@ from tp_hf_config import (
     prunable,
     save_sharded,
 )
-from tp_hf_config.hook import sharded_model
+from tp_hf_config.hook import ranks
 from tp_hf_config.model import sharded as shards
 
 
@@ -308,11 +308,11 @@ def held() -> dict[str, Any]:
         most = max(most, sum(not weight.expired() for weight in weights))
         return result
 
-    shards.whole = sharded_model.whole = gathered
+    shards.whole = ranks.whole = gathered
     hook = HFConfigSyncHook(shard=shard)
     pruner = pruner_of(model, hook)
     pruner.step()
-    shards.whole = sharded_model.whole = gather
+    shards.whole = ranks.whole = gather
     del model
     gc.collect()
     return {"gathered": len(weights), "at once": most, "old model": old() is not None}
