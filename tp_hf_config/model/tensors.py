@@ -69,8 +69,8 @@ class Tie:
         """The name whose Parameter all names get: the first pruned one, or the first."""
         return next(iter(self.pruned(model)), self.names[0])
 
-    def conflict(self, model: nn.Module, alike: bool = False) -> Refusal | None:
-        """Return why the names cannot share one Parameter again; ``alike``: compare shapes only."""
+    def conflict(self, model: nn.Module) -> Refusal | None:
+        """Return why the names cannot share one Parameter again; ``None`` if they can."""
         first, *others = self.pruned(model) or self.names[:1]
         weight = model.get_parameter(first)
         refusal = shapes_apart({n: tuple(model.get_parameter(n).shape) for n in (first, *others)})
@@ -78,7 +78,7 @@ class Tie:
             return refusal
         for name in others:
             other = model.get_parameter(name)
-            if other is not weight and not alike and not torch.equal(other, weight):
+            if other is not weight and not torch.equal(other, weight):
                 return channels_apart(first, name)
         return None
 
