@@ -117,9 +117,15 @@ def _held_out(count: int) -> list[int]:
     return list(range(every - 1, count, every)) if every > 1 else []
 
 
-def window_size(model: PreTrainedModel) -> int:
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model's config has; None: it sets no limit (XLNet says -1)."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 2:  # XLNet says -1
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def window_size(model: PreTrainedModel) -> int:
+    positions = positions_of(model)
+    if positions is None or positions <= 2:
         return WINDOW
     return min(WINDOW, positions - 2)  # RoBERTa never uses its first two positions
 

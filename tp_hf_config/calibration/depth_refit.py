@@ -10,7 +10,7 @@ token, whose states are often very large, does not decide everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..forward.layer_passes import hidden_in, hidden_out
+from ..model.config_json import runs
 from ..model.tensors import parameter_names
 from .batches import Batch
 from .linear_ops import Consumer, LinearOp, WatchedOps
@@ -114,11 +115,13 @@ def depth_refits(
     """Return the refits for dropped layers of a list, and why some of them have none."""
     refits: list[DepthRefit] = []
     notes: list[str] = []
-    runs: list[_Run] = []
-    for numbers in neighbours(sorted(dropped)):
-        writer = None
-        if numbers[0]:
-            writer = _writer(calibration, layers[numbers[0] - 1], layers[numbers[0]])
+    found: list[_Run] = []
+    together = runs(sorted(dropped))
+    # the layer in front of the dropped ones, and the first of these
+    fronts = [(layers[n - 1], layers[n]) if n else None for n, *_ in together]
+    calls = _first_calls(calibration, [layer for front in fronts if front for layer in front])
+    for numbers, front in zip(together, fronts, strict=True):
+        writer = None if front is None else _writer(calibration.model, calls, *front)
         if writer is None:
             several = len(numbers) > 1
             notes.append(
@@ -127,8 +130,8 @@ def depth_refits(
                 "last"
             )
         else:
-            runs.append(_Run([layers[number] for number in numbers], *writer))
-    for run, train, held_out in zip(runs, *_measured(calibration, runs), strict=True):
+            found.append(_Run([layers[number] for number in numbers], *writer))
+    for run, train, held_out in zip(found, *_measured(calibration, found), strict=True):
         refit = _refit(calibration.model, run, train, held_out)
         if refit is None:
             notes.append(f"{run.writer.parameter} is not refitted: it changes held-out data more")
@@ -137,20 +140,9 @@ def depth_refits(
     return refits, notes
 
 
-def neighbours(numbers: Iterable[int]) -> list[list[int]]:
-    """Return rising numbers as lists of such that follow each other: 1, 2, 5 as [[1, 2], [5]]."""
-    result: list[list[int]] = []
-    for number in numbers:
-        if result and result[-1][-1] == number - 1:
-            result[-1].append(number)
-        else:
-            result.append([number])
-    return result
-
-
-def _measured(calibration: MeasuredModel, runs: Sequence[_Run]) -> tuple[list[_Sums], list[_Sums]]:
+def _measured(calibration: MeasuredModel, found: Sequence[_Run]) -> tuple[list[_Sums], list[_Sums]]:
     """Return the sums of every run, on the calibration data and on held-out data."""
-    by_consumer = {run.writer: run for run in runs}
+    by_consumer = {run.writer: run for run in found}
 
     def visit(op: LinearOp) -> Any:
         run = by_consumer.get(op.consumer)
@@ -159,17 +151,17 @@ def _measured(calibration: MeasuredModel, runs: Sequence[_Run]) -> tuple[list[_S
         return op.run()
 
     def over(batches: Sequence[Batch], what: str) -> list[_Sums]:
-        for run in runs:
+        for run in found:
             run.sums = _Sums()
         with ExitStack() as stack:
-            for run in runs:
+            for run in found:
                 stack.enter_context(run.watched())
             watched_pass(calibration.model, batches, visit, what=what, ranks=calibration.ranks)
-        for run in runs:
+        for run in found:
             run.sums.over(calibration.ranks)
-        return [run.sums for run in runs]
+        return [run.sums for run in found]
 
-    if not runs:
+    if not found:
         return [], []
     train = over(calibration.train, "refits of dropped layers")
     return train, over(calibration.held_out, "")
@@ -190,32 +182,36 @@ def _refit(model: nn.Module, run: _Run, train: _Sums, held_out: _Sums) -> DepthR
     return DepthRefit(run.writer.parameter, change.float().to(weight.device), explained)
 
 
+_Calls = dict[nn.Module, tuple[Any, Any]]  # layer -> its arguments and keyword arguments
+
+
+def _first_calls(calibration: MeasuredModel, layers: Sequence[nn.Module]) -> _Calls:
+    """Run the model on one batch; return the first call of each layer that runs."""
+    calls: _Calls = {}
+
+    def catch(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(layer, (args, kwargs))
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+            stack.callback(handle.remove)
+        if layers:
+            watched_pass(calibration.model, calibration.train[:1], ranks=calibration.ranks)
+    return calls
+
+
 def _writer(
-    calibration: MeasuredModel, layer: nn.Module, following: nn.Module
+    model: nn.Module, calls: _Calls, layer: nn.Module, following: nn.Module
 ) -> tuple[Consumer, float] | None:
     """Return the weight whose result is added last to the states that leave a layer, and its scale.
 
     Found by experiment: noise is added to the result of each linear operation of the layer. Where
     the layer's output changes by just that noise, times a number, nothing comes after it.
     """
-    model = calibration.model
-    calls: list[tuple[Any, Any]] = []
-    given: list[Tensor | None] = []
-
-    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append((args, kwargs))
-
-    def receive(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append(hidden_in(args, kwargs))
-
-    with ExitStack() as stack:
-        for part, note in ((layer, catch), (following, receive)):
-            handle = part.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
-        watched_pass(model, calibration.train[:1], ranks=calibration.ranks)
-    if not calls or not given:
-        return None  # neither layer runs on this data
-    args, kwargs = calls[0]
+    if layer not in calls or following not in calls:
+        return None  # one of them does not run on this data
+    args, kwargs = calls[layer]
     own = {id(parameter) for parameter in layer.parameters()}
     # not a weight that other layers have too
     alone = {
@@ -225,21 +221,19 @@ def _writer(
     }
     seen: list[tuple[Consumer, torch.Size]] = []
 
-    def output(noise: Mapping[int, Tensor] | None = None) -> Tensor | None:
-        """Run the layer, with noise added to the results of some operations, by their number."""
+    def output(noisy: int | None = None, noise: Tensor | None = None) -> Tensor | None:
+        """Run the layer, with noise added to the result of the operation of this number."""
         seen.clear()
 
         def visit(op: LinearOp) -> Any:
-            result = op.run()
-            added = (noise or {}).get(len(seen))
+            result, number = op.run(), len(seen)
             seen.append((op.consumer, result.shape))
-            return result if added is None else result + added.view(result.shape)
+            return result if noise is None or number != noisy else result + noise.view(result.shape)
 
         with undisturbed(model), WatchedOps(model, visit):
             return hidden_out(layer(*args, **kwargs))
 
-    plain = output()
-    states = given[0]
+    plain, states = output(), hidden_in(*calls[following])
     if plain is None or states is None or plain.shape != states.shape:
         return None
     close = _CLOSE.get(plain.dtype, _ROUGH)
@@ -253,7 +247,7 @@ def _writer(
             continue
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(plain.shape, generator=generator).to(plain) * plain.std()
-        changed = output({number: noise})
+        changed = output(number, noise)
         if changed is None:
             continue
         moved, noise = changed.double() - plain.double(), noise.double()

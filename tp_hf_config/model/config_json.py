@@ -52,11 +52,15 @@ class EntryOfKind:
         return "+".join(ranges(self.places[max(self.places)]))
 
 
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Return ascending numbers as lists of such that follow each other: ``[[0, 1, 2], [5]]``."""
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    return [[number for _, number in group] for _, group in groups]
+
+
 def ranges(numbers: Iterable[int]) -> list[str]:
     """Return ascending numbers as ranges: ``["0-3", "5"]``."""
-    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs(numbers)]
 
 
 # keys that lead to a field: ("text_config", "hidden_size")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Count, check_arguments
+from ..calibration.batches import positions_of
 from ..errors import UnsupportedModelError, in_one_line
 from ..model.shortage import raise_shortage
 from ..model.surroundings import evaluating, quiet_transformers
@@ -130,9 +131,11 @@ def measure_speed(
         UnsupportedModelError: the model does not run on tokens alone, and there are no ``inputs``.
         ValueError: prompt and new tokens are more than the model has positions for.
     """
-    if inputs is None:
-        prompt = _fitting(model, prompt, new_tokens)
-    given = {"input_ids": _random_tokens(model, batch, prompt or 1)} if inputs is None else inputs
+    length, asked, given = 0, "given inputs", inputs
+    if given is None:
+        length = _fitting(model, prompt, new_tokens)
+        asked = f"batch {batch}, prompt of {length} tokens"
+        given = {"input_ids": _random_tokens(model, batch, length)}
     generates = inputs is None and model.can_generate()
     with evaluating(model), torch.inference_mode(), quiet_transformers():
         run = _generating(model, given, new_tokens) if generates else _running(model, given)
@@ -154,9 +157,8 @@ def measure_speed(
     rate = None
     if generates and new_tokens > 1:
         rate = Spread.of([batch * (new_tokens - 1) / seconds for seconds in later])
-    elif prompt is not None and inputs is None and not generates:
-        rate = Spread.of([batch * prompt / seconds for seconds in first])
-    asked = f"batch {batch}, prompt of {prompt} tokens" if inputs is None else "given inputs"
+    elif length and not generates:
+        rate = Spread.of([batch * length / seconds for seconds in first])
     return Speed(
         type(model).__name__,
         str(model.device),
@@ -173,9 +175,9 @@ def measure_speed(
 
 def _fitting(model: PreTrainedModel, prompt: int | None, new_tokens: int) -> int:
     """Return a prompt's length for which the model has positions; raise if none was left to it."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     beside = 0 if model.config.is_encoder_decoder or not model.can_generate() else new_tokens
-    if type(positions) is not int or positions < 1:
+    if positions is None:
         return prompt or _PROMPT
     if positions < beside + (prompt or 1):
         raise ValueError(

@@ -10,9 +10,10 @@ import torch
 import transformers as hf
 
 from tp_hf_config import ConfigSyncError, calibrate, drop_layers
-from tp_hf_config.calibration.depth_refit import depth_refits, neighbours
+from tp_hf_config.calibration.depth_refit import depth_refits
 from tp_hf_config.forward.layer_passes import hidden_in, hidden_out
 from tp_hf_config.hook import drop_layers as dropping
+from tp_hf_config.model.config_json import runs
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -167,8 +168,8 @@ def test_a_weight_of_two_layers_stays() -> None:
     assert len(notes) == 1
 
 
-def test_neighbours() -> None:
-    assert neighbours([1, 2, 5, 7, 8, 9]) == [[1, 2], [5], [7, 8, 9]]
+def test_runs_of_numbers() -> None:
+    assert runs([1, 2, 5, 7, 8, 9]) == [[1, 2], [5], [7, 8, 9]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
