@@ -255,13 +255,20 @@ def _has_layers_of(
     built = without_data(candidate, model.config)
     if isinstance(built, Refusal):
         return False
+    # BartForConditionalGeneration would not find BartForCausalLM's encoder
+    if not _lists_in(built.base_model).keys() <= _lists_in(model.base_model).keys():
+        return False
     classes = {cls for layers in lists.values() for cls in layers}
     found = {
-        name: tuple(dict.fromkeys(type(layer) for layer in module))
-        for name, module in built.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and classes & {type(layer) for layer in module}
+        name: tuple(dict.fromkeys(map(type, layers)))
+        for name, layers in _lists_in(built.base_model).items()
+        if classes & {type(layer) for layer in layers}
     }
     return bool(found) and found.items() <= lists.items()
+
+
+def _lists_in(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
 
 
 def auto_map(model_class: type[PreTrainedModel]) -> dict[str, str]:

@@ -36,6 +36,16 @@ pytestmark = pytest.mark.skipif(
 _ROBERTA = {**zoo._TEXT, "pad_token_id": 1}
 _MORE: dict[str, Any] = {
     "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ROBERTA)),
+    "bart_decoder": lambda: hf.BartForCausalLM(
+        hf.BartConfig(
+            vocab_size=96,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            encoder_layers=1,
+        )
+    ),
     "bert_body": lambda: hf.BertModel(hf.BertConfig(**zoo._TEXT)),
     "llava": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
@@ -129,6 +139,14 @@ def test_every_auto_class_loads_it_without_this_library(name: str, saved: dict[s
         assert found["attention"] == model.config._attn_implementation
         assert found["experts"] == model.config._experts_implementation
     assert any(found["same_body"] for found in loaded.values())
+
+
+def test_a_class_with_layers_that_the_folder_lacks_is_not_beside() -> None:
+    """A decoder's folder has no encoder for BartForConditionalGeneration."""
+    model = _MORE["bart_decoder"]()
+    generated = layerwise_class(model, {each.name: each.classes for each in layer_lists_of(model)})
+    named = auto_map(generated)
+    assert named.keys() == {"AutoModelForCausalLM", "AutoModel"}
 
 
 def test_a_class_beside_that_reads_the_value_of_all_layers_loads_too(tmp_path: Path) -> None:
