@@ -21,6 +21,7 @@ import zoo
 
 import tp_hf_config
 from tp_hf_config.cli.commands import app
+from tp_hf_config.planning import targets
 
 DOCS = small.ROOT / "docs"
 ELSEWHERE = ("upstream.md", "quickstart.md")  # tested by test_upstream_doc.py, test_quickstart.py
@@ -92,6 +93,13 @@ def test_no_block_is_passed_over() -> None:
     assert [block.where for block in found if block.reason is not None] == []
 
 
+def test_every_target_has_a_row() -> None:
+    """The page's table is the package's."""
+    page = (DOCS / "targets.md").read_text(encoding="utf-8")
+    for name, needs, otherwise, source in targets.rows():
+        assert f"\n| `{name}` | {needs} | {otherwise} | {source} |\n" in page, name
+
+
 class TestErrors:
     def test_every_exception_has_a_section(self) -> None:
         headings = re.findall(r"^## (\w+)", ERRORS, re.MULTILINE)
@@ -132,7 +140,7 @@ class TestReference:
             function: Any = command.callback
             options = [name for name in inspect.signature(function).parameters if name != "ctx"]
             for option in options:
-                shown = option.replace("_", "-")
+                shown = "for" if option == "target" else option.replace("_", "-")
                 assert f"`--{shown}" in sections[function.__name__] or (
                     f"`{option.upper()}" in sections[function.__name__]
                 ), (function, option)

@@ -154,7 +154,17 @@ Target = Annotated[
     float | None, _value("parameters to keep (100M), or a share (0.8)", "N", values.amount)
 ]
 Steps = Annotated[int, _number("pruning steps")]
-RoundTo = Annotated[int | None, _number("make widths multiples of N (64)")]
+RoundTo = Annotated[
+    int | None, _number("make widths multiples of N; default: 64, 32, 16 or 8, if near; 1: exact")
+]
+For = Annotated[
+    str | None,
+    Option(
+        "--for",
+        metavar="TARGET,...",
+        help="make widths that tools take: gguf-k, gguf-32, w4a16, marlin, fp8, tp=2, ...",
+    ),
+]
 MaxRatio = Annotated[
     float | None, _value("the largest share to prune in a layer", "R", values.share)
 ]
@@ -192,6 +202,11 @@ Shards = Annotated[str | None, _value("largest size of a weight file (5GB)", "S"
 Given = Annotated[Any, _value("fields no shape shows: head_dim=64", "FIELD=N,...", values.sizes)]
 To = Annotated[
     Format, Option(help="padded: the stock class, with zeros; decilm: vLLM; gguf: llama.cpp")
+]
+
+
+MultipleOf = Annotated[
+    int | None, _number("with padded: pad the widths of feed-forward layers to multiples of N")
 ]
 
 
@@ -269,6 +284,7 @@ def plan(
     target_params: Target = None,
     steps: Steps = 1,
     round_to: RoundTo = None,
+    target: For = None,
     max_pruning_ratio: MaxRatio = None,
     trust_remote_code: Trust = False,
     json: AsJson = False,
@@ -313,6 +329,7 @@ def prune(
     target_params: Target = None,
     steps: Steps = 1,
     round_to: RoundTo = None,
+    target: For = None,
     max_pruning_ratio: MaxRatio = None,
     ranking: Together = "local",
     allocate: Allocate = False,
@@ -355,18 +372,20 @@ def export(
     folder: Layered,
     to: To,
     out: Out,
+    multiple_of: MultipleOf = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Answer:
-    """Write a model whose layers differ in a format that needs no code of its own."""
+    """Write a model whose layers differ without code of its own, or pad any model's widths."""
     source = _found(folder, trust_remote_code)
     with could_not_tell():
         check_target(out, source=source.folder, overwrite=overwrite)
     from ..pipeline.export import export
 
-    may = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    may: Any = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    may |= {"multiple_of": multiple_of}
     with quiet_transformers():
         return export(folder, out, to=to, **may), DONE
 

@@ -16,8 +16,8 @@ _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 # options that say how much of a width to prune
 _AMOUNTS = {"pruning_ratio", "ratios", "target_params", "head_pruning_ratio"}
 # options that tp_hf_config.plan takes unchanged
-_OF_WIDTHS = (*_AMOUNTS, "prune", "gqa", "round_to", "max_pruning_ratio")
-_NEED_AMOUNT = {"per_layer", "ranking", "steps", "round_to", "max_pruning_ratio"}
+_OF_WIDTHS = (*_AMOUNTS, "prune", "gqa", "round_to", "target", "max_pruning_ratio")
+_NEED_AMOUNT = {"per_layer", "ranking", "steps", "round_to", "target", "max_pruning_ratio"}
 _ALLOCATED = {"pruning_ratio", "ratios", "head_pruning_ratio", "gqa", "max_pruning_ratio"}
 _ALLOCATED |= {"ranking", "no_refit"}
 
@@ -156,6 +156,8 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
                 "--head-pruning-ratio 0.25 or --target-params 0.8"
                 + "".join(f"; or leave {option} out" for option in no_effect)
             )
+    if "round_to" in given and "target" in given:
+        yield "--for and --round-to both say what widths are multiples of: leave one out"
     if ratio and target:
         yield "--target-params finds the ratio by itself: leave --pruning-ratio out"
     if "gqa" in given and not target and "head_pruning_ratio" not in given:
@@ -170,4 +172,4 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _typed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return "--for" if name == "target" else f"--{name.replace('_', '-')}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd, lcm
+from math import gcd
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from ..twin.group import Finding, TinyGroup
 from ..twin.layout import TensorDim, UnitLayout, places_of, share_positions
 from ..twin.prove import counted_by, parts_counted_by
 from ..twin.tiny.tiny_model import TinyModel
+from .unit_count import UnitCount
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -400,85 +401,3 @@ def _numbers(node: Any, field: FieldPath = ()) -> Iterator[tuple[FieldPath, int]
             yield from _numbers(value, (*field, key))
         elif isinstance(value, int) and not isinstance(value, bool):
             yield (*field, key), value
-
-
-@dataclass(frozen=True)
-class UnitCount:
-    """The unit count of one group, and its limits."""
-
-    units: int  # before pruning
-    channel_groups: int = 1  # equal runs of units, each of which loses the same number
-    multiple: int = 1  # the class accepts only multiples of this
-    # (channels, channels per unit) of each side that loses units; limited by ``max_pruning_ratio``
-    layers: tuple[tuple[int, int], ...] = ()
-    per_field_unit: int = 1  # units per unit of the group's fields
-    minimum: int = 1  # fewest units with which the class runs
-    run: int = 1  # adjacent channels per unit (a head's); rounding counts channels
-
-    def in_multiples_of(self, multiple: int) -> UnitCount:
-        return replace(self, multiple=multiple * self.per_field_unit)
-
-    def step(self, round_to: int) -> int:
-        """Return the number that divides every later unit count; ``round_to`` counts channels."""
-        return lcm(self.channel_groups, self.multiple, multiple_for_round_to(round_to, self.run))
-
-    def after(
-        self,
-        ratios: Sequence[float],  # cumulative shares of ``units``
-        round_to: int = 1,  # the pruner's, in channels
-        max_ratio: float = 1.0,  # the pruner's max_pruning_ratio
-    ) -> list[int]:
-        now, result = self.units, []
-        for ratio in ratios:
-            now = self.next(now, ratio, round_to, max_ratio)
-            result.append(now)
-        return result
-
-    def next(self, now: int, ratio: float, round_to: int, max_ratio: float) -> int:
-        """Return how many of ``now`` units remain after one step."""
-        wanted = int(self.units // self.channel_groups * (1 - ratio)) * self.channel_groups
-        if wanted >= now or self.exhausted(now, max_ratio):
-            return now
-        return self.rounded(wanted, now, round_to) or now  # a group is never emptied
-
-    def rounded(self, wanted: int, now: int, round_to: int) -> int:
-        """Return the largest valid count up to ``wanted`` units, but at least the minimum."""
-        multiple = _per_channel_group(
-            self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
-        )
-        wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
-        if self.minimum > 1 and wanted < self.minimum:
-            grid = self.step(round_to)
-            wanted = min(now, -(-self.minimum // grid) * grid)
-        return wanted
-
-    def exhausted(self, now: int, max_ratio: float) -> bool:
-        """True if a layer has lost more than ``max_ratio``; the pruner then skips the group."""
-        gone = self.units - now
-        sizes = [(size, size - gone * channels) for size, channels in self.layers]
-        return any(size < start * (1 - max_ratio) for start, size in sizes)
-
-    def ratio_for(self, kept: int, nearest: bool = False) -> float:
-        """Return a ratio that keeps ``kept`` units in one step, with few digits if possible."""
-        start, wanted = self.units // self.channel_groups, kept // self.channel_groups
-        for digits in (2, 3, 4, 5):
-            ratio = round(1 - wanted / start, digits)
-            remaining = start * (1 - ratio)
-            # head counts are rounded to the nearest number, others down
-            if (round(remaining) if nearest else int(remaining)) == wanted:
-                return ratio
-        return 1 - wanted / start if nearest else 1 - (wanted + 0.5) / start
-
-
-def multiple_for_round_to(round_to: int, run: int) -> int:
-    """Return the divisor of a unit count so that ``round_to`` divides ``run`` times that count."""
-    return round_to // gcd(round_to, run)
-
-
-def _per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
-    together = lcm(multiple, round_to)  # divides the units of all channel groups together
-    return together // gcd(together, channel_groups)
-
-
-def multiple_below(kept: int, multiple: int) -> int:
-    return kept // multiple * multiple

@@ -15,7 +15,8 @@ from torch_pruning.pruner import function
 from ..model.config_json import FieldPath
 from ..model.sharded import whole_tensor
 from ..twin.layout import TensorDim, UnitLayout
-from .full_size import Group, UnitCount
+from .full_size import Group
+from .unit_count import UnitCount
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
 

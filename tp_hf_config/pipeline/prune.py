@@ -296,7 +296,8 @@ def _allocated(
             target_params=target,
             prune=settings.get("prune"),
             importance=kind,
-            round_to=settings.get("round_to", 1),
+            round_to=settings.get("round_to"),
+            target=settings.get("target"),
         )
     except ValueError as error:
         raise PipelineError(f"--allocate: {error}") from error

@@ -25,16 +25,17 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
-from ..graph.full_size import multiple_for_round_to
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.prunable import Width, widths_of
+from ..graph.unit_count import EXACT, Grid, multiple_for_round_to
 from ..model.config_json import field_name
 from ..model.layer_class import stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers
 from ..model.locate import find_pretrained
 from ..reports import Report
+from .rounding import in_multiples
 from .settings import PruneSettings
-from .trajectory import in_multiples
+from .targets import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,12 +76,12 @@ class Allocation(Report):
         return {name: 1 - share for name, share in left if share < 1}
 
     @check_arguments
-    def at(self, target_params: Count, round_to: Count = 1) -> Allocation:
+    def at(self, target_params: Count, round_to: Count | None = None) -> Allocation:
         """Return the allocation for another number of parameters, from the same measurements.
 
         Args:
             target_params: how many parameters may be left: a number, not a share.
-            round_to: a multiple that widths keep.
+            round_to: a multiple that widths keep; default: see :func:`~tp_hf_config.allocate`.
 
         Raises:
             ValueError: the number cannot be reached with the largest share that was measured.
@@ -96,8 +97,8 @@ class Allocation(Report):
         return PruneSettings(tuple(ratios), ratios=ratios, per_layer=True)
 
     def of_pruner(self) -> dict[str, Any]:
-        """Return the pruner's arguments that carry the allocation out: none, steps are free."""
-        return {}
+        """Return the pruner's arguments that carry the allocation out; steps are free."""
+        return {"round_to": 1}  # exactly these widths
 
     def check_fits(self, model: nn.Module) -> None:
         """Check that the allocation was made for a model of this class.
@@ -158,7 +159,8 @@ def allocate(
     importance: Kind = "wanda",
     shares: Sequence[Share] = SHARES,
     batches: Count = 4,
-    round_to: Count = 1,
+    round_to: Count | None = None,
+    target: str | None = None,
 ) -> Allocation:
     """Find a width for every layer, so that a model of a given size changes as little as possible.
 
@@ -172,7 +174,10 @@ def allocate(
         shares: the shares of a layer's units whose removal is measured (default: 0.2, 0.4 and 0.6);
             no layer loses more than the largest.
         batches: number of held-out batches on which outputs are compared.
-        round_to: a multiple that widths keep.
+        round_to: a multiple that widths keep. Default: the largest of 64, 32, 16 and 8 channels
+            that moves no width by more than 2 % of the original.
+        target: tools that the widths have to suit, instead of ``round_to``: see
+            :func:`~tp_hf_config.plan`.
 
     Returns:
         The allocation. ``HFConfigSyncHook(plan=allocation, refit=calibration)`` carries it out.
@@ -182,6 +187,7 @@ def allocate(
             batch is held out.
         ValueError: the target cannot be reached with the largest share.
     """
+    PruneSettings(target=target).check_round_to(round_to)
     if not calibration.holds_out():
         raise UnsupportedModelError(
             "allocate compares layers on held-out batches, and the calibration has none. Pass at "
@@ -190,11 +196,11 @@ def allocate(
     with layers_listed(model):
         view = view_of(model)
         widths = _widths(view, prune)
-        sensitivity = _Sensitivity(view, calibration, importance, batches)
+        sensitivity = _Sensitivity(view, calibration, importance, batches, Target.of(target))
         curves = tuple(sensitivity.curve(width, shares) for width in widths)
     before = view.model.num_parameters()
-    target = int(target_params * (before if target_params <= 1 else 1))
-    left, after = _lagrangian(curves, before, target, round_to)
+    goal = int(target_params * (before if target_params <= 1 else 1))
+    left, after = _lagrangian(curves, before, goal, round_to)
     return Allocation(
         stock_class(type(view.model)).__name__,
         sensitivity.measure,
@@ -232,7 +238,15 @@ def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
 
 
 class _Sensitivity:
-    def __init__(self, view: ModelView, calibration: Calibration, kind: Kind, batches: int):
+    def __init__(
+        self,
+        view: ModelView,
+        calibration: Calibration,
+        kind: Kind,
+        batches: int,
+        target: Target,
+    ):
+        self._target = target
         self._view, self._importance = view, calibration.importance(kind)
         self._calibration = calibration.comparing_on(calibration.held_out[:batches])
         self._outputs = Difference(calibration.ranks)
@@ -244,7 +258,7 @@ class _Sensitivity:
 
     def curve(self, width: Width, shares: Iterable[float]) -> LayerCurve:
         """Return how the output changes when shares of a width's units are removed, with refits."""
-        model, width = self._view.model, in_multiples(self._view, width)
+        model, width = self._view.model, in_multiples(self._view, width, self._target)
         graph = ConfigGraph(model, width.groups)
         graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
@@ -269,11 +283,12 @@ class _Sensitivity:
             multiple=count.step(1) // each,
             minimum=-(-count.minimum // each),
             run=count.run * each,
+            grid=count.grid,
         )
 
 
 def _lagrangian(
-    curves: Sequence[LayerCurve], before: int, target: int, round_to: int
+    curves: Sequence[LayerCurve], before: int, target: int, round_to: int | None
 ) -> tuple[dict[str, int], int]:
     """Return the widths and parameters that are left; the cheapest steps are taken first."""
     left = {curve.field: curve.units for curve in curves}
@@ -292,7 +307,9 @@ def _lagrangian(
     return left, parameters
 
 
-def _steps(curves: Sequence[LayerCurve], round_to: int) -> Iterator[tuple[float, LayerCurve, int]]:
+def _steps(
+    curves: Sequence[LayerCurve], round_to: int | None
+) -> Iterator[tuple[float, LayerCurve, int]]:
     """Yield cost per parameter, layer and the units left; within a layer, costs never fall."""
     for curve in curves:
         sizes = curve.sizes(round_to)
@@ -316,6 +333,7 @@ class LayerCurve:
         multiple: the class accepts only multiples of this number of units.
         minimum: the fewest units with which the class runs.
         run: neighbouring channels per unit (those of a head).
+        grid: the multiples that its width goes to without ``round_to``.
     """
 
     field: str
@@ -325,10 +343,13 @@ class LayerCurve:
     multiple: int = 1
     minimum: int = 1
     run: int = 1
+    grid: Grid = EXACT
 
-    def sizes(self, round_to: int) -> list[int]:
+    def sizes(self, round_to: int | None) -> list[int]:
         """Return about 64 sizes to choose from, all units first; then ever fewer."""
-        grid = lcm(self.multiple, multiple_for_round_to(round_to, self.run))
+        near = (m for m in self.grid.multiples if m / 2 < self.grid.near * self.units)
+        own = next(near, 1) if round_to is None else multiple_for_round_to(round_to, self.run)
+        grid = lcm(self.multiple, own)
         step = max(grid, self.units // 64 // grid * grid)
         least = max(int(self.units * (1 - max(self.changes))), self.minimum)
         return [self.units, *range((self.units - 1) // step * step, least - 1, -step)]

@@ -29,8 +29,10 @@ from .plan import (
     size_of,
     working_time,
 )
+from .rounding import unmet
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
+from .targets import Target
 from .trajectory import MovingWidth, Trajectory, by_name
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def plan(
     gqa: Gqa | None = None,
     iterative_steps: Count = 1,
     round_to: Count | None = None,
+    target: str | None = None,
     max_pruning_ratio: Share = 1.0,
     iterative_pruning_ratio_scheduler: Scheduler | None = None,
     target_params: Positive | None = None,
@@ -79,7 +82,12 @@ def plan(
         gqa: ``"query"``: the same number of query heads from every key/value group; ``"group"``:
             whole key/value groups; default: query heads if a group has several.
         iterative_steps: the number of steps.
-        round_to: a multiple that widths keep, besides what the class requires.
+        round_to: a multiple that widths keep, besides what the class requires; 1: exactly the
+            ratios. Default: the nearest multiple of 64, else of 32, 16 or 8 channels, that moves a
+            width by less than 2 % of the original.
+        target: tools that run or quantise the model, instead of ``round_to``: ``"gguf-k"``,
+            ``"w4a16,tp=2"``, ... (see the page "Targets"). Widths then go to the nearest numbers
+            that all of them take.
         max_pruning_ratio: the largest share of a layer's channels that may be removed.
         iterative_pruning_ratio_scheduler: (final ratio, number of steps) -> the ratios of the
             steps; default: linear.
@@ -113,6 +121,7 @@ def plan(
         pruning_ratio=0.5 if pruning_ratio is None else pruning_ratio,
         iterative_steps=iterative_steps,
         round_to=round_to,
+        target=target,
         max_pruning_ratio=max_pruning_ratio,
         iterative_pruning_ratio_scheduler=iterative_pruning_ratio_scheduler,
         per_layer=per_layer,
@@ -121,7 +130,9 @@ def plan(
     with layers_listed(model, per_layer):
         view = view_of(model, make_inputs, weights=False)
         settings = settings.in_every_layer(fields_named(view.field_map))
-        chosen = choose(view, Wanted(settings.prune, settings.prune_num_heads, gqa))
+        of = Target.of(target)
+        wanted = Wanted(settings.prune, settings.prune_num_heads, gqa, target=of)
+        chosen = choose(view, wanted)
         check_apart(view, chosen)
         trajectory = _trajectory(view, chosen, settings)
         if pruning_ratio:
@@ -174,7 +185,7 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         field_map,
         tuple(moving_widths),
         lambda ratio: schedule(ratio, settings.iterative_steps),
-        settings.round_to or 1,
+        settings.round_to,
         settings.max_pruning_ratio,
     )
 
@@ -206,7 +217,9 @@ def _plan(
             settings = replace(settings, head_pruning_ratio=ratio)
         fewer = target - count.at(trajectory.steps()[-1])
         if fewer:
-            missed = f"{fewer:,} fewer, because only whole units are removed"
+            rounded = trajectory.grid_note(settings.iterative_steps) is not None
+            why = "widths are rounded" if rounded else "only whole units are removed"
+            missed = f"{fewer:,} fewer, because {why}"
     values = trajectory.steps()[-1]
     full_after, after, _ = _build_and_measure(field_map, values)
     names = {width.name for width in chosen.widths}
@@ -232,6 +245,8 @@ def _plan(
         after=after,
         refusal=trajectory.refusal(),
         adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
+        grid=trajectory.grid_note(settings.iterative_steps),
+        unmet=tuple(unmet(view, every_width, values, Target.of(settings.target))),
         target=target,
         why_not_exactly=missed,
         time=time,

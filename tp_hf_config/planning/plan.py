@@ -84,6 +84,10 @@ class Plan(Report):
         refusal: why the settings cannot be carried out; ``None`` if they can.
         adjusted: lines on steps at which the class refuses what is asked for, with what is done
             instead, and on widths that lose less than their ratio asks for, with the reason.
+        grid: the widths that end at a multiple of 64, 32, 16 or 8 near what is asked for; ``None``
+            if none does.
+        unmet: for each tool of ``target=`` that does not take all widths, what happens, and which
+            widths near it would do.
         target: the number of parameters asked for; ``None`` if none was.
         why_not_exactly: why fewer are left; ``None`` if they are not.
         tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).
@@ -100,6 +104,8 @@ class Plan(Report):
     after: Size | None
     refusal: PlannedRefusal | None
     adjusted: tuple[str, ...] = ()
+    grid: str | None = None
+    unmet: tuple[str, ...] = ()
     target: int | None = None
     why_not_exactly: str | None = None
     tokens: bool = True
@@ -158,7 +164,9 @@ class Plan(Report):
         refused = [] if self.refusal is None else [str(self.refusal)]
         notes = (f"note: {note}" for note in self.notes)
         time = [] if self.time is None else [f"estimated time on two CPU cores: {self.time}"]
-        return [*refused, *_target(self), parameters, *self.adjusted, *notes, size, flops, *time]
+        grid = [] if self.grid is None else [self.grid]
+        told = [*self.adjusted, *grid, *self.unmet, *notes]
+        return [*refused, *_target(self), parameters, *told, size, flops, *time]
 
     def details(self) -> Iterator[str]:
         """Yield the memory to calibrate, and why the other widths are kept."""

@@ -10,11 +10,14 @@ from typing import Any
 from ..errors import ConfigSyncError, listed
 from ..fieldmap.model_view import ModelView
 from ..graph.config_graph import ConfigGraph
-from ..graph.full_size import UnitCount
+from ..graph.prunable import widths_of
 from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
+from ..graph.unit_count import UnitCount
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
+from .rounding import ANY, unmet
+from .targets import Target
 from .trajectory import MovingWidth, Trajectory
 
 
@@ -24,11 +27,14 @@ class Preflight:
 
     trajectory: Trajectory
     units: dict[int, list[int]]  # id of a group -> its units now and after each step
+    unmet: tuple[str, ...] = ()  # what the target's tools do not take of the widths in the end
 
     def notes(self, step: int) -> list[str]:
         lines = [line for at, line in self.trajectory.adjusted if at == step]
         last = step == len(self.trajectory.units_by_step)
-        return lines + (self.trajectory.shortfalls if last else [])
+        if step <= len(self.trajectory.units_by_step) and (note := self.trajectory.grid_note(step)):
+            lines.append(note)
+        return lines + ([*self.trajectory.shortfalls, *self.unmet] if last else [])
 
     def changes(self, step: int) -> bool:
         return any(len(n) > step >= 1 and n[step - 1] != n[step] for n in self.units.values())
@@ -41,7 +47,7 @@ class Preflight:
         return units[step]
 
 
-def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
+def preflight(pruner: Any, view: ModelView, strict: bool, target: Target = ANY) -> Preflight | None:
     """Return the widths after each step of a pruner; raise if no config describes them.
 
     ``strict``: also raise if the class accepts only something near what is asked for. ``None``:
@@ -54,6 +60,10 @@ def preflight(pruner: Any, view: ModelView, strict: bool) -> Preflight | None:
         lines = "; ".join(line for _, line in outcome.trajectory.adjusted)
         problem = f"{lines}. HFConfigSyncHook() uses the nearest; strict=True refuses them."
     if problem is None:
+        if outcome is not None and target.name:
+            widths = widths_of(view.model, view.field_map)
+            left = outcome.trajectory.steps()[-1]
+            return replace(outcome, unmet=tuple(unmet(view, widths, left, target)))
         return outcome
     raise ConfigSyncError(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "

@@ -22,6 +22,7 @@ from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import PruneSettings
+from .targets import Target
 
 
 def graph_for(
@@ -37,6 +38,7 @@ def graph_for(
     model: nn.Module = arguments["model"]
     view = view_of(model, make_inputs)
     check_values(arguments)
+    settings.check_round_to(arguments.get("round_to"))
     settings = settings.in_every_layer(fields_named(view.field_map))
     heads = bool(arguments.get("prune_num_heads") or settings.prune_num_heads)
     arguments["prune_num_heads"] = heads
@@ -59,8 +61,6 @@ def graph_for(
     arguments |= {
         "ignored_layers": list({id(layer): layer for layer in ignored}.values()),
         "pruning_ratio_dict": by_layer | (arguments.get("pruning_ratio_dict") or {}),
-        # hook.unit_choice rounds each group to what the class accepts
-        "round_to": arguments.get("round_to") or 1,
     }
     _adapt_arguments(view, graph, arguments)
     return graph, why
@@ -339,7 +339,8 @@ def _wanted_by(arguments: Mapping[str, Any], settings: PruneSettings, cheapest: 
     heads = heads and (named or _largest_head_ratio(arguments) > 0)
     # as in Torch-Pruning, head dims need layers in num_heads=
     dims = bool(arguments.get("prune_head_dims") and arguments.get("num_heads"))
-    return Wanted(settings.prune, heads, settings.gqa, dims, cheapest=cheapest)
+    target = Target.of(settings.target)
+    return Wanted(settings.prune, heads, settings.gqa, dims, cheapest=cheapest, target=target)
 
 
 def _kept(view: ModelView, chosen: Chosen, arguments: Mapping[str, Any]) -> dict[Width, str]:

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..errors import UnknownFieldError, UnsupportedModelError, closest
 from ..fieldmap.model_view import ModelView
 from ..graph.experiments import experiments_of
@@ -16,8 +14,9 @@ from ..graph.prunable import Width, widths_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import tensor
+from .rounding import ANY, Layers, in_multiples
 from .settings import Gqa
-from .trajectory import in_multiples
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Wanted:
     # If no field is named: prune only inner widths, if there are any. False: every width inside the
     # model, as Torch-Pruning's own arguments mean.
     cheapest: bool = True
+    target: Target = ANY  # tools that the widths have to suit
 
     def free(self, widths: Iterable[Width]) -> list[Width]:
         return [width for width in widths if width.fields not in self.stays]
@@ -70,7 +70,7 @@ def choose(view: ModelView, wanted: Wanted) -> Chosen:
     if wanted.fields is None:
         rest, left_out = _sharing_nothing(rest, heads + dims)
     widths = tuple(dict.fromkeys(heads + dims + rest))
-    adapted = {width: in_multiples(view, width) for width in widths}
+    adapted = {width: in_multiples(view, width, wanted.target) for width in widths}
     of_heads = tuple(adapted[width] for width in heads)
     return Chosen(tuple(adapted.values()), of_heads, _in_words(view, heads), left_out)
 
@@ -294,7 +294,7 @@ def check_apart(view: ModelView, chosen: Chosen) -> None:
 
 def inner_widths_of(view: ModelView) -> tuple[Width, ...]:
     """Return the proved widths inside single layers, of feed-forward layers and experts."""
-    layers = _Layers(view)
+    layers = Layers(view)
     widths = widths_of(view.model, view.field_map)
     local = [width for width in widths if width.groups and all(map(layers.hold, width.groups))]
     streams = layers.fields_outside() - {field for width in local for field in width.fields}
@@ -305,43 +305,6 @@ def inner_widths_of(view: ModelView) -> tuple[Width, ...]:
         if inside >= set(width.fields)
         and all(_is_joined(view, group, streams) for group in width.groups)
     )
-
-
-class _Layers:
-    """The layers of a model: elements of module lists that have submodules."""
-
-    def __init__(self, view: ModelView):
-        self._view = view
-        self._names = {
-            f"{name}.{key}"
-            for name, module in view.model.named_modules()
-            if isinstance(module, (nn.ModuleList, nn.Sequential))
-            for key, layer in module.named_children()
-            if any(True for _ in layer.children())
-        }
-
-    def hold(self, group: Group) -> bool:
-        """True if all tensors of a group are in one layer, or are siblings outside of layers."""
-        return len({self._of(dim.name) or _around(dim.name) for dim in group.dims}) == 1
-
-    def fields_outside(self) -> set[FieldPath]:
-        """Return the fields that set a dimension outside of all layers."""
-        return {
-            field
-            for name, parameter in self._view.model.named_parameters()
-            if not self._of(name)
-            for dim in range(parameter.ndim)
-            for field in self._view.field_map.fields_of(name, dim)
-        }
-
-    def _of(self, name: str) -> str:
-        while name and name not in self._names:
-            name = name.rpartition(".")[0]
-        return name
-
-
-def _around(name: str) -> str:
-    return ".".join(name.split(".")[:-2])
 
 
 def _is_joined(view: ModelView, group: Group, streams: set[FieldPath]) -> bool:

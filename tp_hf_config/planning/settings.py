@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .targets import Target
+
 # how grouped heads are pruned: as many query heads from every group, or whole groups
 Gqa = Literal["query", "group"]
 
@@ -31,6 +33,7 @@ class PruneSettings:
     max_pruning_ratio: float = 1.0
     iterative_pruning_ratio_scheduler: Scheduler | None = None
     per_layer: bool = False
+    target: str | None = None  # tools that the widths have to suit
 
     def __post_init__(self) -> None:
         ratio = self.head_pruning_ratio
@@ -39,6 +42,16 @@ class PruneSettings:
             raise ValueError(
                 f"{how} asks for attention heads to be pruned, but prune_num_heads=False keeps all "
                 "of them. Leave one of the two out"
+            )
+        self.check_round_to(self.round_to)
+        Target.of(self.target)  # raises
+
+    def check_round_to(self, round_to: int | None) -> None:
+        """Raise if both a target and ``round_to`` say what widths are multiples of."""
+        if round_to is not None and self.target is not None:
+            raise ValueError(
+                f"round_to={round_to} and target={self.target!r}: both say what widths are "
+                "multiples of. Leave one of the two out"
             )
 
     @classmethod
@@ -79,7 +92,7 @@ class PruneSettings:
 
     def of_pruner(self) -> dict[str, Any]:
         """Return the settings that a pruner's constructor takes, without those that are None."""
-        own = ("prune", "ratios", "gqa", "per_layer")
+        own = ("prune", "ratios", "gqa", "per_layer", "target")
         return {k: v for k, v in vars(self).items() if k not in own and v is not None}
 
     def to_dict(self) -> dict[str, Any]:

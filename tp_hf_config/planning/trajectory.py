@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, product
-from math import gcd, lcm
+from math import lcm
 
 from ..fieldmap.field_map import (
     FieldMap,
     build_mismatch,
     count_at_zero,
-    multiple_of,
     run_failure,
 )
-from ..fieldmap.model_view import ModelView
-from ..graph.full_size import UnitCount, multiple_below
-from ..graph.prunable import Width
+from ..graph.unit_count import MULTIPLES, UnitCount, multiple_below
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
-from ..model.tensors import is_matrix_stack, tensor
+from ..model.layer_entries import name_in_all_layers
 
 Values = dict[FieldPath, int]
 # fields of a width -> units left in each kind of its groups (one per unit count)
@@ -83,7 +80,7 @@ class Trajectory:
     moving_widths: tuple[MovingWidth, ...]  # those that are pruned
     # final ratio -> ratios from step 0 on: Torch-Pruning's scheduler
     schedule: Callable[[float], Sequence[float]]
-    round_to: int = 1  # the pruner's round_to
+    round_to: int | None = 1  # the pruner's round_to; None: the widths' grids
     max_ratio: float = 1.0  # the pruner's max_pruning_ratio
     # Limits the search for widths that the class accepts: no step searches on after ``patience *
     # (_PATIENT + steps)`` sets of values.
@@ -293,6 +290,7 @@ class Trajectory:
             remaining, ratio = left[moving.fields][0], moving.ratio
             # ``adjusted`` has the head counts, and what the class refuses
             told = moving.counts_heads or rounded[moving.fields] != left[moving.fields]
+            told |= self._to_grid(moving, len(self._steps) - 1) is not None
             if not told and remaining > moving.unit_counts[0].units * (1 - ratio) + 1e-6:
                 field = moving.fields[0]
                 value = self.field_map.values[field]
@@ -302,6 +300,45 @@ class Trajectory:
                     f"{value * (1 - ratio):g}: {self._why_wider(moving, remaining)}"
                 )
         return result
+
+    def grid_note(self, step: int) -> str | None:
+        """Say which widths a step, from 1, leaves on their grids instead of what is asked for."""
+        moved: dict[str, list[tuple[int, int, int]]] = {}
+        for moving in self.moving_widths:
+            if (found := self._to_grid(moving, step - 1)) is not None:
+                moved.setdefault(name_in_all_layers(moving.name), []).append(found)
+        if not moved:
+            return None
+        parts = []
+        for name, layers in moved.items():
+            number, exact, _ = layers[0]
+            of = f" of {len(layers)} layers" if len(layers) > 1 else ""
+            alike = f" {number:,} for {exact:,}" if len({*layers}) == 1 else ""
+            parts.append(f"{name}{of}{alike}")
+        multiples = sorted({multiple for layers in moved.values() for *_, multiple in layers})
+        of = " or ".join(map(str, multiples))
+        targets = {w.unit_counts[0].grid.target for w in self.moving_widths} - {""}
+        why = f"for {targets.pop()}" if targets else "round_to=1: exactly the ratios"
+        return f"to multiples of {of} ({why}): {', '.join(parts)}"
+
+    def _to_grid(self, moving: MovingWidth, step: int) -> tuple[int, int, int] | None:
+        """Return the first field's value on the grid, the exact value and the multiple, if any."""
+        before = self.start if step == 0 else self._steps[step - 1][1]
+        asked_for, left = (state[moving.fields][0] for state in self._steps[step])
+        count, now = moving.unit_counts[0], before[moving.fields][0]
+        multiple = count.grid.multiple_of(left // count.per_field_unit)
+        # ``adjusted`` has what the class refuses
+        if self.round_to is not None or moving.counts_heads or left != asked_for:
+            return None
+        exact = count.next(now, self.ratios[moving.fields][step], 1, self.max_ratio)
+        if left == exact:
+            return None
+        value = self.field_map.values[moving.fields[0]]
+        number, asked = (value * each // count.units for each in (left, exact))
+        channels = multiple * count.per_field_unit * count.run
+        if not count.grid.target:  # without the class's own multiple
+            channels = next(n for n in MULTIPLES if channels % n == 0)
+        return number, asked, channels
 
     def _why_wider(self, moving: MovingWidth, remaining: int) -> str:
         count, fewest = moving.unit_counts[0], self.reachable(moving)[0]
@@ -384,22 +421,3 @@ class Trajectory:
         grid = count.step(self.round_to)
         rounded = range(-(-count.minimum // grid) * grid, count.units + 1, grid)
         return rounded or range(count.units, count.units + 1)
-
-
-def in_multiples(view: ModelView, width: Width) -> Width:
-    """Return a width in the multiples that class, kernels and channel groups demand."""
-    multiple = 1  # in units of its fields
-    for group in width.groups:
-        own = group.count.channel_groups  # all groups of a width lose the same number
-        for dim in group.dims:
-            if dim.dim > 0 and is_matrix_stack(view.model, dim.name):
-                # stacked experts' grouped matrix product takes only rows of whole 16 bytes
-                own = lcm(own, 16 // tensor(view.model, dim.name).element_size())
-        multiple = lcm(multiple, own // gcd(own, group.count.per_field_unit))
-    field = width.fields[0]
-    if len(width.fields) == 1 and field not in view.field_map.count_fields():
-        own = multiple_of(view.field_map, field)
-        multiple = lcm(multiple, own // gcd(own, view.field_map.values[field] // width.units))
-    counts = (group.count.in_multiples_of(multiple) for group in width.groups)
-    groups = zip(width.groups, counts, strict=True)
-    return replace(width, groups=tuple(replace(group, count=count) for group, count in groups))

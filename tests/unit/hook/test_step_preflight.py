@@ -77,7 +77,7 @@ def test_a_choice_that_the_class_does_not_take() -> None:
     small.assert_same(before, small.state_of(model))
     assert (pruner.current_step, hook.reports, pruner.DG._pruning_history) == (0, [], [])
     pruner.step()
-    assert model.config.hidden_size == 20
+    assert model.config.hidden_size == 24
 
 
 def test_a_pruner_that_is_told_later_to_round_nothing() -> None:

@@ -64,7 +64,11 @@ def pruned(hooks: list[Any], cls: Any, importance: Any, settings: dict[str, Any]
         output_transform=lambda output: output.pooler_output,
         ignored_layers=others,
         pruning_ratio_dict=ratios,
-        **{"pruning_ratio": 0.3, **{k: v for k, v in settings.items() if k != "by_layer"}},
+        **{
+            "pruning_ratio": 0.3,
+            "round_to": 1,
+            **{k: v for k, v in settings.items() if k != "by_layer"},
+        },
         **given,
     )
     for _ in range(settings.get("iterative_steps", 1)):

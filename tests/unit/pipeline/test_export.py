@@ -21,6 +21,7 @@ from shell import shell
 from tp_hf_config import PipelineError, export, verify_checkpoint
 from tp_hf_config.checkpoint import loading
 from tp_hf_config.pipeline import padding as padding_module
+from tp_hf_config.pipeline import source
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -204,6 +205,77 @@ class TestPadded:
         ):
             export(model, tmp_path / "out", to="padded")
         assert not list(tmp_path.iterdir())
+
+
+class TestMultiples:
+    """Any model, with inner widths that a tool takes."""
+
+    @pytest.mark.usefixtures("without_fresh_process")
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("llama", {"intermediate_size": 128}),
+            ("gpt2", {"n_inner": 128}),
+            ("mixtral", {"intermediate_size": 128}),
+            ("bert", {"intermediate_size": 128}),
+            ("t5", {"d_ff": 128}),
+            ("vit", {"intermediate_size": 128}),
+        ],
+    )
+    def test_a_uniform_model(self, name: str, values: dict[str, int], tmp_path: Path) -> None:
+        model = layer_zoo.build(name)
+        before = model.num_parameters()
+        report = export(model, tmp_path / "out", to="padded", multiple_of=64)
+        loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values())
+        assert {field: getattr(loaded.config, field) for field in values} == values
+        assert_same_outputs(eager(copy.deepcopy(model)), eager(loaded))
+        assert report.proof.difference <= 1e-9
+        assert report.parameters == (before, loaded.num_parameters())
+        assert loaded.num_parameters() > before
+
+    @pytest.mark.usefixtures("without_fresh_process")
+    def test_layers_that_differ(self, tmp_path: Path) -> None:
+        model = differing.pruned("llama", ("intermediate_size",), 0.25, 0.5)
+        export(model, tmp_path / "out", to="padded", multiple_of=64)
+        loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+        assert loaded.config.intermediate_size == 128
+        assert_same_outputs(model, loaded)
+
+    @pytest.mark.usefixtures("without_fresh_process")
+    def test_a_folder_larger_than_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its weights are mapped, and a tiny model of the class is compared: no copy in float64."""
+        folder = tmp_path / "model"
+        layer_zoo.build("llama").save_pretrained(folder)
+        monkeypatch.setattr(source, "free_memory", lambda: 1)
+        compared: list[int] = []
+        in_float64 = padding_module.in_float64
+
+        def noted(model: Any, recipe: Any) -> Any:
+            compared.append(model.num_parameters())
+            return in_float64(model, recipe)
+
+        monkeypatch.setattr(padding_module, "in_float64", noted)
+        report = export(folder, tmp_path / "out", to="padded", multiple_of=64)
+        assert report.widths == {"intermediate_size": ("96", "128")}
+        stored = hf.LlamaForCausalLM.from_pretrained(folder)
+        assert compared
+        assert all(number < stored.num_parameters() for number in compared)
+        assert_same_outputs(stored, hf.LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+
+    def test_mistakes(self, tmp_path: Path, capsys: Any) -> None:
+        model = layer_zoo.build("llama")
+        with pytest.raises(PipelineError, match="intermediate_size 96 is a multiple of 32 already"):
+            export(model, tmp_path / "out", to="padded", multiple_of=32)
+        with pytest.raises(PipelineError, match="multiple_of=64 is for to='padded'"):
+            export(model, tmp_path / "out", to="decilm", multiple_of=64)
+        model.save_pretrained(tmp_path / "model")
+        typed = ("export", tmp_path / "model", "--to", "padded", "--out", tmp_path / "out")
+        code, out, _ = shell(capsys, *typed, "--multiple-of", 64)
+        assert code == 0
+        assert "intermediate_size" in out
 
 
 class TestRefused:

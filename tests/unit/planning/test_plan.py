@@ -25,7 +25,7 @@ from tp_hf_config import (
     plan,
     prunable,
 )
-from tp_hf_config.graph.full_size import UnitCount
+from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Refusal, class_of
 from tp_hf_config.planning.trajectory import MovingWidth, Trajectory
 
@@ -95,19 +95,19 @@ class TestNumbers:
     def test_smollm2(self) -> None:
         result = plan(SMOLLM2, pruning_ratio=0.2, iterative_steps=3)
         assert steps(result) == [
-            {"hidden_size": 531, "intermediate_size": 1433},
-            {"hidden_size": 495, "intermediate_size": 1331},
-            {"hidden_size": 459, "intermediate_size": 1228},
+            {"hidden_size": 531, "intermediate_size": 1408},
+            {"hidden_size": 504, "intermediate_size": 1344},
+            {"hidden_size": 459, "intermediate_size": 1216},
         ]
         hidden, ffn = result.widths
         assert (hidden.asked, hidden.reached) == (0.2, 1 - 459 / 576)
         assert (hidden.reachable, ffn.reachable) == (range(9, 585, 9), range(1, 1537))
         assert (hidden.multiples, hidden.ranks) == ((), ())
-        assert (ffn.multiples, ffn.ranks) == ((), (2, 4))
+        assert (ffn.multiples, ffn.ranks) == ((64,), (2, 4, 8))
         assert result.before.parameters == 134_515_008
         assert result.before.bytes == 4 * 134_515_008
         assert result.after is not None
-        assert result.after.parameters == 94_468_167
+        assert result.after.parameters == 93_972_447
         assert result.refusal is None
 
     def test_llama_70b(self) -> None:
@@ -333,7 +333,7 @@ class TestAdjusted:
         assert result.values == {
             "num_attention_heads": 6,
             "hidden_size": 450,
-            "intermediate_size": 1228,
+            "intermediate_size": 1216,
         }
         assert result.widths[0].reached == 1 - 6 / 9
         assert result.adjusted == (
@@ -349,7 +349,7 @@ class TestAdjusted:
             "num_key_value_heads": 2,
             "num_attention_heads": 6,
             "hidden_size": 450,
-            "intermediate_size": 1228,
+            "intermediate_size": 1216,
         }
         assert result.adjusted == (
             f"step 1: the ratios ask for hidden_size 459 {NOT_A_MULTIPLE.format(459, 6)}; "
@@ -456,7 +456,7 @@ class TestAdjusted:
         assert result.values == {
             "num_attention_heads": 3,
             "hidden_size": 48,
-            "intermediate_size": 89,
+            "intermediate_size": 88,
         }
         assert result.widths[0].before == {"num_attention_heads": 4, "hidden_size": 64}
         assert result.adjusted == ()
@@ -537,16 +537,22 @@ class TestTarget:
         assert f"target of {result.target:,} parameters" in str(result)
 
     @pytest.mark.parametrize(
-        ("settings", "fewer"),
+        ("settings", "why"),
         [
-            ({"target_params": 60_000}, "2,160"),
-            ({"target_params": 70_000, "prune": ["intermediate_size"]}, "176"),
+            ({"target_params": 60_000}, "1,872 fewer, because widths are rounded"),
+            (
+                {"target_params": 60_000, "round_to": 1},
+                "2,160 fewer, because only whole units are removed",
+            ),
+            (
+                {"target_params": 70_000, "prune": ["intermediate_size"]},
+                "176 fewer, because only whole units are removed",
+            ),
         ],
     )
-    def test_why_it_is_not_the_number(self, settings: dict[str, Any], fewer: str) -> None:
+    def test_why_it_is_not_the_number(self, settings: dict[str, Any], why: str) -> None:
         result = plan(tiny.build("llama-gqa"), **settings)
         assert result.after is not None
-        why = f"{fewer} fewer, because only whole units are removed"
         assert result.why_not_exactly == why
         line = next(one for one in str(result).splitlines() if one.startswith("target of"))
         assert line.startswith(
@@ -573,7 +579,7 @@ class TestTarget:
             "num_key_value_heads": 7,
             "num_attention_heads": 56,
             "hidden_size": 7168,
-            "intermediate_size": 26364,
+            "intermediate_size": 26304,
         }
         assert result.settings.head_pruning_ratio == result.settings.pruning_ratio
         assert result.after is not None
@@ -667,8 +673,8 @@ class TestOutput:
         lines = str(plan(SMOLLM2, pruning_ratio=0.2, iterative_steps=3)).splitlines()
         assert lines[0] == "LlamaForCausalLM"
         assert "576" in lines[2]
-        assert "531 -> 495 -> 459" in lines[2]
-        assert "parameters: 134,515,008 -> 94,468,167 (70.2%)" in lines
+        assert "531 -> 504 -> 459" in lines[2]
+        assert "parameters: 134,515,008 -> 93,972,447 (69.9%)" in lines
 
     def test_text_of_heads(self) -> None:
         result = plan(SMOLLM2, pruning_ratio=0.2, head_pruning_ratio=0.2)

@@ -295,9 +295,12 @@ class TestGlobalRanking:
             hook = HFConfigSyncHook(strict=True, prune=("hidden_size", "intermediate_size"))
             pruner = pruner_of(model, hook, global_pruning=True)
         pruner.step()
-        assert (model.config.hidden_size, model.config.intermediate_size) == (16, 31)
+        assert (model.config.hidden_size, model.config.intermediate_size) == (16, 32)
         assert hook.last_report is not None
-        assert hook.last_report.notes == []
+        assert hook.last_report.notes == [
+            "widths are rounded to multiples of 64, 32, 16 or 8 that are near (round_to=1: exactly "
+            "the ranking)"
+        ]
 
     def test_heads_are_ranked_by_themselves(self) -> None:
         model = small.llama(num_key_value_heads=2)

@@ -16,8 +16,9 @@ from torch import nn
 from tp_hf_config import HFConfigSyncHook, prunable
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.inputs import example_inputs
-from tp_hf_config.graph.full_size import Group, UnitCount, _uneven_heads
+from tp_hf_config.graph.full_size import Group, _uneven_heads
 from tp_hf_config.graph.prunable import Width, widths_of
+from tp_hf_config.graph.unit_count import UnitCount
 from tp_hf_config.model.build import Builder, Refusal, module_of
 from tp_hf_config.model.config_json import config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
