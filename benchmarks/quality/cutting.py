@@ -15,7 +15,7 @@ from tp_hf_config.calibration.readings import Readings
 
 MakeImportance = Callable[[Model, Calibration], Any]
 """Gets the copy that is about to be pruned, and what its weights read."""
-_OF_HOOK = ("prune", "ratios", "gqa")
+_OF_HOOK = ("prune", "ratios", "gqa", "target")
 """Those of a cut's settings that are the hook's; the others are the pruner's."""
 
 
@@ -52,7 +52,8 @@ def pruned(
         example_inputs=None,
         importance=importance(cut, calibration),
         hooks=[hook],
-        **{name: value for name, value in settings.items() if name not in _OF_HOOK},
+        # exactly the widths that the tables have
+        **{"round_to": 1, **{n: v for n, v in settings.items() if n not in _OF_HOOK}},
     )
     pruner.step()
     cut.zero_grad()

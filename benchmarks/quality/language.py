@@ -30,6 +30,11 @@ CUTS: dict[str, dict[str, Any]] = {
     "groups": {"prune": (), "gqa": "group", "head_pruning_ratio": 1 / 3},
     "both": {"ratios": {"intermediate_size": 0.2, "hidden_size": 0.03125}},
 }
+# The same feed-forward cut on the default grid, and for llama.cpp's K-quants.
+ON_GRID: dict[str, dict[str, Any]] = {
+    "grid": {**CUTS["ffn20"], "round_to": None},
+    "gguf-k": {**CUTS["ffn20"], "round_to": None, "target": "gguf-k"},
+}
 OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 # The first are measured first: a run that is stopped has what matters most.
 IMPORTANCES = ("wanda", "magnitude", "taylor", "obs", "activation", "flap", "hessian", "random")
@@ -52,6 +57,7 @@ class Language:
             for name in IMPORTANCES
             for cut in CUTS
         ]
+        jobs += [Job("smollm2", cut, "wanda", partial(self._cut, cut, "wanda")) for cut in ON_GRID]
         jobs += [
             Job("text", text, str(tokens), partial(self._text, text, tokens))
             for tokens in self.scale.tokens
@@ -175,7 +181,7 @@ class Language:
         measured = calibration or self.calibration
         return both_ways(
             self.loaded[0],
-            CUTS[cut],
+            {**CUTS, **ON_GRID}[cut],
             self.importance(name),
             measured,
             self.perplexities,
@@ -205,7 +211,7 @@ class Language:
         model = self.loaded[0]
         target = self._parameters_at(MEANS[-1])
         return allocate(
-            model, self.calibration, target_params=target, shares=(0.2, 0.45), batches=2
+            model, self.calibration, target_params=target, shares=(0.2, 0.45), batches=2, round_to=1
         )
 
     def _parameters_at(self, mean: int) -> int:
@@ -216,7 +222,7 @@ class Language:
 
     def _layers(self, mean: int, way: str) -> Row:
         """Feed-forward widths by sensitivity, and one for all, at the same size; refitted."""
-        allocation = self.allocation.at(self._parameters_at(mean))
+        allocation = self.allocation.at(self._parameters_at(mean), round_to=1)
         if way == "uniform":
             allocation = replace(allocation, widths=dict.fromkeys(allocation.widths, mean))
         model = copy.deepcopy(self.loaded[0])
