@@ -31,6 +31,7 @@ from .batches import (
     writes_text,
 )
 from .importance import CalibratedImportance, Kind
+from .linear_ops import Consumer
 from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
 from .passes import agreed_ranks
 from .readings import TOKENS_PER_CHANNEL, Readings
@@ -73,6 +74,8 @@ class Calibration(MeasuredModel):
                 ``"obs"``: channels are removed in small blocks, always those that cost the least
                 loss after the remaining weights are refitted (SlimGPT, arXiv 2412.18110; OSSCAR,
                 arXiv 2403.12983).
+                Whole experts are ranked by what each adds to the output of its layer, whatever the
+                kind (REAP, arXiv 2510.13999).
             normalizer: as in Torch-Pruning's ``GroupMagnitudeImportance``.
 
         Raises:
@@ -252,19 +255,20 @@ def _check_writes(model: Any, data: Any) -> None:
 
 
 def _warn_of_experts(model: nn.Module, readings: Readings) -> None:
-    for (name, dim), consumers in readings.by_place().items():
-        reached = {consumer.part for consumer in consumers}
-        if None in reached:
-            continue
+    measured = {consumer: readings.of(consumer) for consumer in readings.leaders}
+    tokens = {one: each.tokens for one, each in (measured | readings.experts).items() if each}
+    for name, dim in dict.fromkeys(
+        (each.parameter, each.dim) for each in tokens if each.part is not None
+    ):
         parameter = model.get_parameter(name)
         parts = parameter.shape[stack_dim(parameter, dim)]
-        missing = [part for part in range(parts) if part not in reached]
+        missing = [n for n in range(parts) if not tokens.get(Consumer(name, dim, n))]
         if not missing:
             continue
         warn(
             f"{name}: no token reached {len(missing)} of {parts} experts (number "
-            f"{listed(missing)}), so they are pruned without a refit. Pass more data, or data that "
-            "reaches them",
+            f"{listed(missing)}), so they are pruned without a refit, and removed first where "
+            "whole experts are pruned. Pass more data, or data that reaches them",
             CalibrationWarning,
         )
         return

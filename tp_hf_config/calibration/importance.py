@@ -14,10 +14,11 @@ from torch_pruning.pruner import function
 from ..errors import CalibrationError, CalibrationWarning, warn
 from ..forward.layer_passes import hidden_in, hidden_out
 from ..graph.sides import ParameterView
+from ..model.tensors import is_matrix_stack
 from .batches import Batch, writes_text
-from .linear_ops import Consumer
+from .linear_ops import Consumer, Contribution
 from .passes import ALONE, Ranks, watched_pass
-from .readings import InputStatistics
+from .readings import InputStatistics, Readings
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel
@@ -43,7 +44,9 @@ class _Reader:
 class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[misc]
     """Ranks any Torch-Pruning group.
 
-    If no measured weight reads the group, it is ranked by magnitude, with a warning.
+    Whole experts are ranked by what they add to the outputs of their layer, whatever the kind. If
+    that was not found, or no measured weight reads the group, it is ranked by magnitude, with a
+    warning.
     """
 
     def __init__(
@@ -55,16 +58,22 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
     @torch.no_grad()
     def __call__(self, group: Any) -> Any:
         """Return one value per root channel; ``None``: the group has no weights."""
+        roots = 1 + max(max(item.root_idxs) for item in group if len(item.root_idxs))
+        first = sorted(set(group[0].root_idxs))
+        scores = torch.zeros(roots)
+        readings = self.calibration.current()
+        for *_, root, contribution in experts_in(group, self.calibration.model, readings):
+            scores[root] += contribution.score
+        if scores.any():
+            return self._normalize(scores[first], self.normalizer)
         readers = list(self._readers(group))
         if not readers:
             self._warn_unread(group)
             return super().__call__(group)
-        roots = 1 + max(max(item.root_idxs) for item in group if len(item.root_idxs))
         width = roots // len(group.units) if hasattr(group, "units") else 1  # channels of a head
         units = roots // max(1, width)
         scores = self._scores(readers, units, max(1, width))
         scores = scores.repeat_interleave(max(1, width))
-        first = sorted(set(group[0].root_idxs))
         return self._normalize(scores[first], self.normalizer)
 
     def _scores(self, readers: list[_Reader], units: int, width: int) -> Tensor:
@@ -129,11 +138,51 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
                     yield _Reader(consumer, statistics, weight, channels, roots)
 
     def _warn_unread(self, group: Any) -> None:
-        warn(
-            f"{group[0].dep.target.name}: no measured weight reads the output of this group's "
-            "layers, so the group is ranked by magnitude",
-            CalibrationWarning,
-        )
+        why = "no measured weight reads the output of this group's layers"
+        if holds_experts(group, self.calibration.model):
+            why = "what each expert adds to its layer's output was not found"
+        name = group[0].dep.target.name
+        warn(f"{name}: {why}, so the group is ranked by magnitude", CalibrationWarning)
+
+
+def holds_experts(group: Any, model: nn.Module) -> bool:
+    """True if a group's units are whole matrices of a stack: experts."""
+    return any(True for _ in _stacks_in(group, model))
+
+
+def _stacks_in(group: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each stack whose matrices are a group's units: its name, and the group's item."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for item in group:
+        view = item.dep.target.module
+        if isinstance(view, ParameterView) and view.dim == 0:
+            name = names.get(id(view.parameter))
+            if name is not None and is_matrix_stack(model, name):
+                yield name, item
+
+
+def experts_in(
+    group: Any, model: nn.Module, readings: Readings
+) -> Iterator[tuple[str, int, int, Contribution]]:
+    """Yield stack, number, root channel and contribution of each expert that is a group's unit."""
+    measured: dict[str, dict[int | None, Contribution]] = {}
+    for consumer, contribution in readings.experts.items():
+        measured.setdefault(consumer.parameter, {})[consumer.part] = contribution
+    items = dict(_stacks_in(group, model))
+    # of several stacks in a module, the last one: others compute what it reads (JetMoE's queries)
+    last = {name.rpartition(".")[0].rpartition(".")[0]: name for name in measured if name in items}
+    for name in last.values():
+        for root, number in zip(items[name].root_idxs, items[name].idxs, strict=True):
+            yield name, number, root, measured[name].get(number, Contribution())
+
+
+def unreached_experts(group: Any, importance: Any) -> list[str]:
+    """Return the experts of a group that were ranked without any token."""
+    calibration = getattr(importance, "calibration", None)
+    if calibration is None:
+        return []
+    experts = experts_in(group, calibration.model, calibration.readings)
+    return [f"{name}[{number}]" for name, number, _, each in experts if not each.tokens]
 
 
 def _warn_of_memory(reader: Consumer) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..graph.edits import matrix_of
 from ..model.sharded import is_dtensor
@@ -69,6 +70,7 @@ class WatchedOps(TorchFunctionMode):
     """Passes each linear operation on a model's parameters to ``visit``, which returns the result.
 
     ``selected`` gets each selection of rows: function, arguments, keyword arguments, result.
+    ``experts`` follows every call.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class WatchedOps(TorchFunctionMode):
         model: nn.Module,
         visit: Callable[[LinearOp], Any],
         selected: Callable[[Select, Sequence[Any], Mapping[str, Any], Any], None] | None = None,
+        experts: ExpertOutputs | None = None,
     ):
         super().__init__()
-        self.visit, self._selected = visit, selected
+        self.visit, self._selected, self._experts = visit, selected, experts
         self._tables: set[str] = set()
         self._model = model
         self._owners = [(name, *owner(model, name)) for name, _ in model.named_parameters()]
@@ -116,7 +119,7 @@ class WatchedOps(TorchFunctionMode):
             result = func(*args, **given)
             if func in _SELECTIONS and self._selected is not None:
                 self._selected(func, args, given, result)
-            return result
+            return self._followed(func, args, given, result)
         values = [*args[: len(names)]]
         while len(values) < len(names) and names[len(values)] in given:
             values.append(given.pop(names[len(values)]))
@@ -133,8 +136,27 @@ class WatchedOps(TorchFunctionMode):
                     return func(*now, *rest, **given)
 
                 axis, table = reads.axis % inputs.ndim, consumer.parameter in self._tables
-                return self.visit(LinearOp(consumer, inputs, axis, run, table))
-        return func(*values, *rest, **given)
+                result = self.visit(LinearOp(consumer, inputs, axis, run, table))
+                return self._followed(func, values, given, result, [consumer])
+        stack = self._stack(values[-1]) if func in _BATCH_PRODUCTS else []
+        return self._followed(func, values, given, func(*values, *rest, **given), stack)
+
+    def _followed(
+        self, func: Any, args: Any, kwargs: Any, result: Any, consumers: Sequence[Consumer] = ()
+    ) -> Any:
+        if self._experts is not None:
+            self._experts.follow(func, args, kwargs, result, consumers)
+        return result
+
+    def _stack(self, weight: Tensor) -> list[Consumer]:
+        """Return a consumer for each matrix, if a weight is a whole stack; else nothing."""
+        for name, parameter in self._parameters_at(weight):
+            view = _view_of(weight, parameter)
+            if view is not None and weight.ndim == 3 and weight.numel() == parameter.numel():
+                stacked, dim, _ = view.dims
+                if stacked == 0 and dim is not None:
+                    return [Consumer(name, dim, part) for part in range(len(weight))]
+        return []
 
     def _note_table(self, table: Any) -> None:
         if isinstance(table, Tensor):
@@ -155,6 +177,90 @@ class WatchedOps(TorchFunctionMode):
             if len(stacked) <= 1:
                 return Consumer(name, dim, view.begins[stacked[0]] if stacked else None)
         return None
+
+
+@dataclass
+class Contribution:
+    """What an expert added to the outputs of its layer, its routing weights included."""
+
+    norms: float = 0.0  # sum over its tokens of the norm of what it added
+    tokens: int = 0
+
+    def add(self, other: Contribution) -> None:
+        self.norms += other.norms
+        self.tokens += other.tokens
+
+    @property
+    def score(self) -> float:
+        """REAP's saliency: the mean norm; 0 without tokens."""
+        return self.norms / self.tokens if self.tokens else 0.0
+
+
+class ExpertOutputs:
+    """Measures what each expert adds to the output of its layer (REAP, arXiv 2510.13999).
+
+    Layers add up their experts with a few functions of torch. The rows that such a function adds
+    are followed from the linear operation that computed them, through operations that keep rows and
+    size: a product with routing weights, a bias, a cast.
+    """
+
+    def __init__(self, contributions: dict[Consumer, Contribution]):
+        self._contributions = contributions
+        # tensor -> the consumers that computed its rows, in order, and the number of their rows
+        self._rows: Any = WeakTensorKeyDictionary()
+
+    def follow(
+        self, func: Any, args: Any, kwargs: Any, output: Any, consumers: Sequence[Consumer]
+    ) -> None:
+        """Follow one call. ``consumers`` computed the output, each as many of its rows."""
+        if not isinstance(output, Tensor) or not args:
+            return
+        first = args[0]
+        if consumers:
+            count = output.shape[:-1].numel() // len(consumers)
+            self._rows[output] = [(consumer, count) for consumer in consumers]
+        elif func in _ROW_ADDITIONS:
+            added = args[3] if len(args) > 3 else kwargs["source"]
+            self._add(added, self._rows_of(added))
+        elif func in _SUMS and _dim(args, kwargs) in (0, (0,), [0]):
+            rows = self._rows_of(first)
+            if len({count for _, count in rows}) == 1 and len(rows) == len(first) > 1:
+                self._add(first, rows, only_nonzero=True)  # each expert has a row for every token
+        elif func in _JOINS and _dim(args, kwargs) in (None, 0):
+            parts = [self._rows_of(part) for part in first]
+            if all(parts):
+                self._rows[output] = [rows for part in parts for rows in part]
+        else:
+            same = (v for v in args if isinstance(v, Tensor) and _same_rows(v, output))
+            rows = next(filter(None, map(self._rows_of, same)), [])
+            # rows of several experts have to keep their order
+            if len(rows) == 1 or (rows and func not in _REORDERS and output.is_contiguous()):
+                self._rows[output] = rows
+
+    def _rows_of(self, values: Tensor) -> list[tuple[Consumer, int]]:
+        rows: list[tuple[Consumer, int]] = self._rows.get(values, [])
+        return rows
+
+    def _add(
+        self, values: Tensor, rows: Sequence[tuple[Consumer, int]], only_nonzero: bool = False
+    ) -> None:
+        counts = [count for _, count in rows]
+        if not rows or sum(counts) != values.shape[:-1].numel():
+            return
+        exact = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+        norms = exact.flatten(0, -2).norm(dim=-1).double()
+        for (consumer, _), some in zip(rows, norms.split(counts), strict=True):
+            tokens = int(some.count_nonzero()) if only_nonzero else len(some)
+            expert = self._contributions.setdefault(consumer, Contribution())
+            expert.add(Contribution(float(some.sum()), tokens))
+
+
+def _dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("dim")
+
+
+def _same_rows(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and one.shape[-1:] == other.shape[-1:]
 
 
 def _input_tables(model: nn.Module) -> Iterator[Tensor]:
@@ -203,13 +309,19 @@ _MATRIX_PRODUCTS = (
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
 )
+_BATCH_PRODUCTS = (torch.bmm, torch.Tensor.bmm, *_MATRIX_PRODUCTS[2:])
 _ADDED_PRODUCTS = (torch.addmm, torch.Tensor.addmm)
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _SELECTIONS = (torch.Tensor.__getitem__, torch.Tensor.index_select, torch.index_select)
+_REORDERS = (*_SELECTIONS, torch.gather, torch.Tensor.gather)
+_ROW_ADDITIONS = (torch.index_add, torch.Tensor.index_add, torch.Tensor.index_add_)
+_SUMS = (torch.sum, torch.Tensor.sum)
+_JOINS = (torch.cat, torch.concat)
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight"),
     torch.einsum: ("equation", "first", "second"),
+    **dict.fromkeys(_BATCH_PRODUCTS, ("input", "mat2")),
     **dict.fromkeys(_MATRIX_PRODUCTS, ("input", "other")),
     **dict.fromkeys(_ADDED_PRODUCTS, ("input", "mat1", "mat2")),
     **dict.fromkeys(_CONVOLUTIONS, ("input", "weight")),

@@ -22,7 +22,7 @@ from ..model.sharded import behind, reshard
 from ..model.tensors import state_of
 from ..reports import short
 from .batches import Batch, tokens_in
-from .linear_ops import Consumer, LinearOp
+from .linear_ops import Consumer, ExpertOutputs, LinearOp
 from .passes import ALONE, Ranks, memory_limit, watched_pass
 from .readings import InputStatistics, Readings, added_up
 from .sources import Sources, use_of
@@ -49,6 +49,7 @@ class Measuring:
 
     def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
         self.readings = Readings()
+        self.experts = ExpertOutputs(self.readings.experts)
         self._sources, self._limit, self._only = sources, limit, only
         self._grams: dict[Consumer, int] = {}  # their bytes
         self._recent: deque[_Read] = deque(maxlen=_REMEMBERED)
@@ -163,7 +164,8 @@ def _measured(
 ) -> Readings:
     sources = Sources(model)
     measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only)
-    watched_pass(model, batches, measuring.visit, sources, what=what, ranks=ranks)
+    visit, experts = measuring.visit, measuring.experts
+    watched_pass(model, batches, visit, sources, what=what, ranks=ranks, experts=experts)
     return measuring.complete(ranks)
 
 

@@ -20,7 +20,7 @@ from ..model.sharded import Passes, behind, plain_class
 from ..model.shortage import is_out_of_memory
 from ..model.surroundings import evaluating, free_memory, same_random_state
 from .batches import Batch, models_in, on_device
-from .linear_ops import LinearOp, WatchedOps
+from .linear_ops import ExpertOutputs, LinearOp, WatchedOps
 from .sources import Sources
 
 _T = TypeVar("_T")
@@ -115,6 +115,7 @@ def watched_pass(
     after_batch: Callable[[int, Any], None] | None = None,
     what: str = "",
     ranks: Ranks = ALONE,
+    experts: ExpertOutputs | None = None,
 ) -> None:
     """Run a model over batches, calling ``visit`` instead of each linear operation on a parameter.
 
@@ -125,7 +126,7 @@ def watched_pass(
     model = behind(model)  # a meta copy's sharded model
     after = after_batch or (lambda number, result: None)
     selected = None if sources is None else sources.note_selection
-    ops = None if visit is None else WatchedOps(model, visit, selected)
+    ops = None if visit is None else WatchedOps(model, visit, selected, experts)
     passes = Passes(model, lambda part: None if ops is None else ops.locate(part))
 
     def run(number: int, batch: Batch) -> None:

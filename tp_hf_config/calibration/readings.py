@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .linear_ops import Consumer
+from .linear_ops import Consumer, Contribution
 from .passes import Ranks
 from .sources import Chain
 
@@ -98,6 +98,8 @@ class Readings:
     # Leader -> the layers from a norm to what it reads; only leaders behind a norm.
     chains: dict[Consumer, Chain] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)  # weights that embed tokens too (tied heads)
+    # Of consumers whose outputs are added up row by row, as experts' are; the last layer's last.
+    experts: dict[Consumer, Contribution] = field(default_factory=dict)
 
     def of(self, consumer: Consumer) -> InputStatistics | None:
         leader = self.leaders.get(consumer)
@@ -130,6 +132,8 @@ def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> R
     unsure = {consumer for _, some, _ in everyone for consumer in some}
     for readings, _, theirs in everyone:
         merged.tables |= readings.tables
+        for consumer, contribution in readings.experts.items():
+            merged.experts.setdefault(consumer, Contribution()).add(contribution)
         for consumer, leader in readings.leaders.items():
             if merged.leaders.setdefault(consumer, leader) != leader:
                 unsure.add(consumer)

@@ -18,6 +18,8 @@ from torch_pruning import _helpers
 from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import OBDCImportance
 
+from ..calibration.importance import holds_experts, unreached_experts
+from ..errors import listed
 from ..graph.config_group import ConfigGroup
 from ..graph.pruner_access import Importance, Pruner, scope_of
 from ..graph.pruner_classes import BasePruner
@@ -44,9 +46,9 @@ def is_unmodified(pruner: Any) -> bool:
 @dataclass
 class _Ranked:
     group: ConfigGroup  # with all of its units
-    parts: int  # equal runs of units; each loses the same places
+    places: Tensor  # units that are removed together, ``(channel groups, places)``
     ratio: float  # share of the units removed by the end of this step
-    values: Tensor  # importance of each place, mean over the runs, on the CPU
+    values: Tensor  # importance of each place, mean over the channel groups, on the CPU
 
 
 class UnitChoice:
@@ -55,7 +57,7 @@ class UnitChoice:
     Scopes, thresholds and amounts are the same. Amounts are rounded per channel group to what the
     class accepts; Torch-Pruning compares them with the channels of all groups. Groups of whole
     heads are ranked alone, by the head ratios. If every key/value group has to lose the same number
-    of heads, each loses its own least important ones.
+    of heads, or every group of a router as many experts, each loses its own least important ones.
     """
 
     def __init__(self, pruner: Pruner):
@@ -63,6 +65,7 @@ class UnitChoice:
         self.preflight: Preflight | None = None  # the units that each step leaves, if known
         self.valued = False  # the importance has given some group a value
         self.to_grid = False  # ranked together, some group has lost a rounded number of units
+        self._unreached: list[str] = []  # experts that this step removes and no token reached
 
     @torch.no_grad()
     def groups(self) -> Iterator[ConfigGroup]:
@@ -72,6 +75,7 @@ class UnitChoice:
                 stacklevel=2,
             )
             return
+        self._unreached = []
         for name, members in self._scopes().items():
             yield from self._of_scope(name, members)
 
@@ -85,12 +89,14 @@ class UnitChoice:
             values = self._importance_of(group)
             if values is None:
                 continue
-            parts = graph_group.count.channel_groups
-            if self._ranks_each_part(graph_group):
-                values, parts = _ranks(values, parts), 1
-            values = values.view(parts, -1).mean(dim=0).cpu() if parts > 1 else values.cpu()
+            by_group = values.view(graph_group.count.channel_groups, -1)
+            places = torch.arange(values.numel()).view(by_group.shape)
+            if self._ranks_each_channel_group(group):
+                by_group, order = by_group.sort(dim=1, stable=True)
+                places = places.gather(1, order.cpu())
+            values = by_group.mean(dim=0).cpu() if len(by_group) > 1 else by_group[0].cpu()
             name, ratios = scope_of(pruner, group)
-            ranked = _Ranked(group, parts, ratios[pruner.current_step], values)
+            ranked = _Ranked(group, places, ratios[pruner.current_step], values)
             scopes.setdefault(name, []).append(ranked)
         return scopes
 
@@ -103,45 +109,42 @@ class UnitChoice:
             return
         lowest = torch.topk(together, k=lost, largest=False)
         for ranked in members:
+            wanted = lost
             if len(members) > 1 or pruner.global_pruning:
-                places = (ranked.values <= lowest.values[-1]).nonzero().flatten()
-            else:
-                places = lowest.indices
-            if len(places):
-                count = self._rounded(ranked.group.graph_group, ranked.parts, len(places))
-                places = torch.argsort(ranked.values)[:count]
-            size = len(ranked.values)
-            units = torch.cat([places + part * size for part in range(ranked.parts)]).sort().values
+                wanted = int((ranked.values <= lowest.values[-1]).sum())
+            count = self._rounded(ranked.group.graph_group, wanted) if wanted else 0
+            units = ranked.places[:, ranked.values.argsort()[:count]].flatten().sort().values
             chosen = graph.group_at(ranked.group.graph_group, units.tolist())
             if isinstance(pruner.importance, OBDCImportance):
                 pruner.importance.adjust_fisher(ranked.group, chosen[0].idxs)
             if graph.check_pruning_group(chosen):
+                self._unreached += unreached_experts(chosen, pruner.importance)
                 yield chosen
 
-    def _rounded(self, graph_group: GraphGroup, parts: int, lost: int) -> int:
+    def _rounded(self, graph_group: GraphGroup, lost: int) -> int:
         """Return how many of ``lost`` places are removed so that the class accepts the rest."""
         count, now = graph_group.count, graph_group.units.count
-        of_place = parts if self._ranks_each_part(graph_group) else count.channel_groups
         units = None
         if self.preflight is not None:
             units = self.preflight.units_left(graph_group, self.pruner.current_step)
         if units is None:
-            per_part = (now // of_place - lost) * of_place // count.channel_groups
-            wanted = per_part * count.channel_groups
+            wanted = now - lost * count.channel_groups
             if self.pruner.round_to is None:
                 units = count.near(wanted / count.per_field_unit, now)
                 self.to_grid |= units not in (None, wanted)
             if units is None:
                 units = count.rounded(wanted, now, self.pruner.round_to or 1)
-        return max(0, (now - units) // of_place)
+        return max(0, (now - units) // count.channel_groups)
 
-    def _ranks_each_part(self, graph_group: GraphGroup) -> bool:
+    def _ranks_each_channel_group(self, group: ConfigGroup) -> bool:
         """True if each channel group loses its own least important units, not the same places."""
         # Torch-Pruning ranks places of grouped channels by their mean over the groups, but
         # grouped-query heads within each key/value group
-        pruner = self.pruner
+        pruner, graph_group = self.pruner, group.graph_group
         alone = graph_group.heads or not (pruner.global_pruning or pruner.isomorphic)
-        return graph_group.count.channel_groups > 1 and graph_group.root is None and alone
+        return graph_group.count.channel_groups > 1 and (
+            (graph_group.root is None and alone) or holds_experts(group, pruner.DG.pretrained)
+        )
 
     def _importance_of(self, group: ConfigGroup) -> Tensor | None:
         """Return the importance of a group's units, ``(units,)``; ``None`` if it has none."""
@@ -176,6 +179,8 @@ class UnitChoice:
                 "widths are rounded to multiples of 64, 32, 16 or 8 that are near "
                 "(round_to=1: exactly the ranking)"
             )
+        unreached = f"no calibration token reached the removed {listed(self._unreached)}"
+        lines = [*lines, unreached] if pruned and self._unreached else lines
         return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
 
     def _why_nothing(self) -> str:
@@ -201,11 +206,6 @@ class UnitChoice:
             "the ratios ask for less than one unit of each group, or no group that the step "
             "yielded was pruned"
         )
-
-
-def _ranks(values: Tensor, parts: int) -> Tensor:
-    """Return each unit's rank within its part, ``(units,)``: all parts then lose equally many."""
-    return values.view(parts, -1).argsort(1).argsort(1).to(values.dtype).flatten()
 
 
 _CHANNEL_BY_CHANNEL = {

@@ -149,9 +149,10 @@ def test_greedy_removal_wants_what_all_readers_of_a_group_get(matrices: float) -
 
 
 def test_groups_that_nothing_reads_are_ranked_by_magnitude() -> None:
-    model = zoo.build("mixtral")
+    model = zoo.build("llama")
     calibration = calibrate(model, calibrated.batches(model, 10))
-    arguments = {"prune": "num_local_experts", "pruning_ratio": 0.5}
+    calibration.readings.leaders.clear()  # as of layers that the data never reached
+    arguments = {"prune": "intermediate_size", "pruning_ratio": 0.5}
     with pytest.warns(CalibrationWarning, match="no measured weight reads the output of this"):
         values = values_of(model, calibration.importance(), **arguments)
     plain = values_of(

@@ -54,7 +54,7 @@ def test_shapes_known_before_are_those_of_after(name: str, monkeypatch: pytest.M
 
 def not_rounded(patched: pytest.MonkeyPatch) -> None:
     """As if a choice of units were wrong: 23 channels stay, which is no multiple of 4 heads."""
-    patched.setattr(unit_choice.UnitChoice, "_rounded", lambda self, group, parts, lost: lost)
+    patched.setattr(unit_choice.UnitChoice, "_rounded", lambda self, group, lost: lost)
 
 
 def test_a_choice_that_the_class_does_not_take() -> None:
