@@ -18,7 +18,7 @@ from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
 from ..model.tensors import is_matrix_stack, tensor
 from ..twin.layout import TensorDim
-from .targets import RULES, Rule, Target
+from .targets import Rule, Target
 
 ANY = Target()
 
@@ -112,13 +112,15 @@ def unmet(
     """Yield a line for each tool whose rule some width does not keep, with near ones that do."""
     named: set[str] = set()  # by a line of another tool
     found = {**view.field_map.values, **values}
-    parts = [part.strip() for part in target.name.split(",")] if target.name else []
-    for part in sorted(parts, key=lambda part: part not in RULES):  # ranks last
-        rule = RULES.get(part, Rule(else_="these cannot be divided among the ranks"))
+    parts = sorted(target.parts.items(), key=lambda part: part[1] is None)  # ranks last
+    for part, of_tool in parts:
+        rule = of_tool or Rule(else_="these cannot be divided among the ranks")
+        if rule == Rule():
+            continue  # a format that takes every width
         lines: dict[str, None] = {}
         for width in _largest(widths):
             said = _unmet(view, width, found, rule, target.ranks)
-            if said is not None and (part in RULES or width.name not in named):
+            if said is not None and (of_tool or width.name not in named):
                 lines[said] = None
                 named.add(width.name)
         if lines:
@@ -141,7 +143,7 @@ def _unmet(
     of_head = field in view.head_fields() - view.field_map.count_fields()
     if of_head and rule.head_dims and value not in rule.head_dims:
         return f"{shared} {value:,} is none of {', '.join(map(str, rule.head_dims))}"
-    if not width.groups:
+    if not width.groups or (rule.source and _needed(view, width, [rule], 1) == 1):
         return None
     each = most // width.units
     needed = _needed(view, width, [rule], ranks) * each

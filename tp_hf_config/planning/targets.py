@@ -88,6 +88,18 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+# A format of quantised files -> the rule of its rows; its size is computed (``quantised.py``).
+_RULE_OF_FORMAT = {
+    **dict.fromkeys(("gguf-q4_k_m", "gguf-q5_k_m", "gguf-q6_k"), "gguf-k"),
+    **dict.fromkeys(("gguf-q4_0", "gguf-q8_0"), "gguf-32"),
+    "w4a16": "w4a16",
+    "int4": "w4a16",  # torchao skips other rows
+    "int8": "",
+    "gguf-f16": "",
+}
+_FORMAT_OF_RULE = {"gguf-k": "gguf-q4_k_m", "gguf-32": "gguf-q8_0", "marlin": "w4a16"}
+
+
 @dataclass(frozen=True)
 class Target:
     """Tools that a pruned model is made for.
@@ -96,11 +108,19 @@ class Target:
         name: as the user wrote it: ``"gguf-k"``, ``"w4a16,tp=2"``.
         rules: those of the tools.
         ranks: tensor-parallel ranks that the model runs on.
+        formats: those of quantised files whose sizes are of interest.
     """
 
     name: str = ""
     rules: tuple[Rule, ...] = ()
     ranks: int = 1
+    formats: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Rule | None]:
+        """Each name -> its rule; ``None``: the number of ranks."""
+        names = [part.strip() for part in self.name.split(",")] if self.name else []
+        return {name: None if name.startswith("tp=") else rule_of(name) for name in names}
 
     def least(self, attribute: str) -> int:
         """Return the least common multiple of one number of all rules."""
@@ -114,18 +134,26 @@ class Target:
             ValueError: a name is unknown, or ``tp=`` is not a number.
         """
         rules: list[Rule] = []
+        formats: list[str] = []
         ranks = 1
         for part in (each.strip() for each in name.split(",")) if name is not None else ():
             key, _, number = part.partition("=")
             if key == "tp" and number.isdigit() and int(number):
                 ranks = int(number)
-            elif part in RULES:
-                rules.append(RULES[part])
+            elif part in RULES or part in _RULE_OF_FORMAT:
+                rules.append(rule_of(part))
+                found = part if part in _RULE_OF_FORMAT else _FORMAT_OF_RULE.get(part)
+                formats += [] if found is None else [found]
             else:
-                known = ", ".join((*RULES, "tp=N"))
+                known = ", ".join(dict.fromkeys((*RULES, *_RULE_OF_FORMAT, "tp=N")))
                 near = closest(part, RULES)
                 raise ValueError(f"target={name!r}: {part!r} is no target{near}. Targets: {known}")
-        return cls(name or "", tuple(rules), ranks)
+        return cls(name or "", tuple(rules), ranks, tuple(dict.fromkeys(formats)))
+
+
+def rule_of(name: str) -> Rule:
+    """Return the rule of a tool, or of a format of quantised files."""
+    return RULES.get(_RULE_OF_FORMAT.get(name, name), Rule())
 
 
 def rows() -> Iterator[tuple[str, str, str, str]]:

@@ -175,6 +175,10 @@ class TestRules:
             "these cannot be divided among the ranks"
         )
 
+    def test_a_rank_is_not_another_tools_concern(self) -> None:
+        (line,) = plan(LLAMA, pruning_ratio=0.2, target="attention,int8,tp=3").unmet
+        assert line.startswith("tp=3: num_key_value_heads + num_attention_heads 8 is no multiple")
+
     def test_the_hook_keeps_and_says_it(self) -> None:
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
         hook = HFConfigSyncHook(prune="intermediate_size", target="gguf-k")
