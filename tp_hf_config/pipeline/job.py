@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..hook.report import SyncReport
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
+    from ..planning.quantised import QuantisedSize
     from .proofs import Proof, SameOutputs, SameTensors
     from .speed import Speed
 
@@ -145,6 +146,8 @@ class Pruned(Report):
     perplexity: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     speed: tuple[Speed, Speed] | None = None  # before and after, if it was asked for
     notes: tuple[str, ...] = ()
+    # in the target's formats; without one, in GGUF's Q4_K_M if pruning makes the file larger
+    quantised: tuple[QuantisedSize, ...] = ()
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was done, by name
     dropped_layers: DroppedLayers | None = None
@@ -173,6 +176,8 @@ class Pruned(Report):
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
         if self.speed is not None:
             yield self.speed[0].then(self.speed[1])
+        for size in self.quantised:
+            yield str(size).replace("target=", "--for ").replace("'", "")
         yield f"proof: {self.proof}"
         if left := self.copied.not_copied:
             yield f"not copied: {', '.join(left)}"

@@ -36,6 +36,8 @@ from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
 from ..planning.plan import Plan
+from ..planning.quantised import sizes_compared, sizes_now
+from ..planning.targets import Target
 from .companions import card, copy_companions, snapshot
 from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
@@ -95,7 +97,8 @@ def prune_checkpoint(job: Job) -> Pruned:
             _check_ranking(model, planned, job)
         material = gather(job, choice, model)
         parameters, before = model.num_parameters(), material.perplexities(model)
-        slow = _speed(job, model)
+        slow, target = _speed(job, model), Target.of(job.widths.get("target"))
+        sizes = sizes_now(model, target, source.folder)
 
         # cut: layers first, then widths
         cut = _cut(job, model, planned, choice, material)
@@ -107,6 +110,9 @@ def prune_checkpoint(job: Job) -> Pruned:
         perplexity = {text: (old, after.get(text)) for text, old in before.items()}
         speed = None if slow is None or fast is None else (slow, fast)
         result = _write(job, model, choice, cut, parameters, perplexity, speed, notes, work)
+        quantised = sizes_compared(sizes, sizes_now(model, target, source.folder), target)
+        result = replace(result, quantised=quantised)
+        (work / "README.md").write_text(card(source, result), encoding="utf-8")
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -381,7 +387,7 @@ def _write(
     notes += [*rotary_notes, *copied.notes]
     if job.per_layer and layerwise is None:
         notes.append("all layers have the same widths after pruning, so the stock class is used")
-    result = Pruned(
+    return Pruned(
         type(model).__name__,
         job.out,
         planned,
@@ -397,8 +403,6 @@ def _write(
         allocation=cut.widths if isinstance(cut.widths, Allocation) else None,
         layers_differ=layerwise,
     )
-    (work / "README.md").write_text(card(job.source, result), encoding="utf-8")
-    return result
 
 
 def _layerwise(model: PreTrainedModel) -> Layerwise | None:

@@ -29,6 +29,7 @@ from .plan import (
     size_of,
     working_time,
 )
+from .quantised import QuantisedSize, sizes_compared, sizes_now
 from .rounding import unmet
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose
 from .settings import Gqa, PruneSettings, Scheduler
@@ -229,6 +230,10 @@ def _plan(
     time = None
     if full_after is not None and tokens:
         time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
+    of = Target.of(settings.target)
+    quantised: tuple[QuantisedSize, ...] = ()
+    if full_after is not None and (tokens or of.formats):
+        quantised = sizes_compared(sizes_now(full, of), sizes_now(full_after, of), of)
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
@@ -246,7 +251,8 @@ def _plan(
         refusal=trajectory.refusal(),
         adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
         grid=trajectory.grid_note(settings.iterative_steps),
-        unmet=tuple(unmet(view, every_width, values, Target.of(settings.target))),
+        unmet=tuple(unmet(view, every_width, values, of)),
+        quantised=quantised,
         target=target,
         why_not_exactly=missed,
         time=time,

@@ -22,6 +22,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
 from ..reports import MOST_LINES, Report, Rows, fields_as_json, short
+from .quantised import QuantisedSize
 from .settings import PruneSettings
 from .trajectory import PlannedRefusal
 
@@ -88,6 +89,8 @@ class Plan(Report):
             if none does.
         unmet: for each tool of ``target=`` that does not take all widths, what happens, and which
             widths near it would do.
+        quantised: sizes of the files in the formats of ``target=``; without it, in GGUF's Q4_K_M,
+            if pruning makes them larger.
         target: the number of parameters asked for; ``None`` if none was.
         why_not_exactly: why fewer are left; ``None`` if they are not.
         tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).
@@ -106,6 +109,7 @@ class Plan(Report):
     adjusted: tuple[str, ...] = ()
     grid: str | None = None
     unmet: tuple[str, ...] = ()
+    quantised: tuple[QuantisedSize, ...] = ()
     target: int | None = None
     why_not_exactly: str | None = None
     tokens: bool = True
@@ -165,7 +169,8 @@ class Plan(Report):
         notes = (f"note: {note}" for note in self.notes)
         time = [] if self.time is None else [f"estimated time on two CPU cores: {self.time}"]
         grid = [] if self.grid is None else [self.grid]
-        told = [*self.adjusted, *grid, *self.unmet, *notes]
+        sizes = map(str, self.quantised)
+        told = [*self.adjusted, *grid, *sizes, *self.unmet, *notes]
         return [*refused, *_target(self), parameters, *told, size, flops, *time]
 
     def details(self) -> Iterator[str]:

@@ -14,11 +14,13 @@ from ..graph.prunable import widths_of
 from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
 from ..graph.unit_count import UnitCount
+from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
+from .quantised import QuantisedSize, sizes_compared, sizes_now
 from .rounding import ANY, unmet
 from .targets import Target
-from .trajectory import MovingWidth, Trajectory
+from .trajectory import MovingWidth, Trajectory, Values
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class Preflight:
 
     trajectory: Trajectory
     units: dict[int, list[int]]  # id of a group -> its units now and after each step
-    unmet: tuple[str, ...] = ()  # what the target's tools do not take of the widths in the end
+    of_target: tuple[str, ...] = ()  # quantised sizes, and widths that its tools do not take
 
     def notes(self, step: int) -> list[str]:
         lines = [line for at, line in self.trajectory.adjusted if at == step]
         last = step == len(self.trajectory.units_by_step)
         if step <= len(self.trajectory.units_by_step) and (note := self.trajectory.grid_note(step)):
             lines.append(note)
-        return lines + ([*self.trajectory.shortfalls, *self.unmet] if last else [])
+        return lines + ([*self.trajectory.shortfalls, *self.of_target] if last else [])
 
     def changes(self, step: int) -> bool:
         return any(len(n) > step >= 1 and n[step - 1] != n[step] for n in self.units.values())
@@ -63,12 +65,20 @@ def preflight(pruner: Any, view: ModelView, strict: bool, target: Target = ANY) 
         if outcome is not None and target.name:
             widths = widths_of(view.model, view.field_map)
             left = outcome.trajectory.steps()[-1]
-            return replace(outcome, unmet=tuple(unmet(view, widths, left, target)))
+            told = [*map(str, _sizes(view, left, target)), *unmet(view, widths, left, target)]
+            return replace(outcome, of_target=tuple(told))
         return outcome
     raise ConfigSyncError(
         f"{type(pruner).__name__} of {type(view.model).__name__}: {problem} Nothing is pruned yet. "
         "tp_hf_config.plan(model, ...) shows what settings lead to."
     )
+
+
+def _sizes(view: ModelView, left: Values, target: Target) -> tuple[QuantisedSize, ...]:
+    after = view.field_map.builder.build(view.field_map.config_at(left, shallow=False))
+    if isinstance(after, Refusal):
+        return ()
+    return sizes_compared(sizes_now(view.model, target), sizes_now(after, target), target)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.build import Refusal
+from .targets import Target
 
 if TYPE_CHECKING:
     import gguf
@@ -121,6 +122,63 @@ def quantised_bytes(
     return size
 
 
+@dataclass(frozen=True)
+class QuantisedSize:
+    """How large a model's files are in a quantised format, before and after pruning.
+
+    Attributes:
+        format: one of ``FORMATS``.
+        before: bytes; ``None``: not known.
+        after: bytes; ``None``: not known.
+        why: why one of them is not known.
+    """
+
+    format: str
+    before: int | None
+    after: int | None
+    why: str = ""
+
+    @property
+    def grows(self) -> bool:
+        """True if pruning makes the file larger."""
+        return self.before is not None and self.after is not None and self.after > self.before
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            return f"{self.format}: {self.why}"
+        way = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
+        grows = f", larger than before: target={self.format!r} keeps widths that fit its blocks"
+        return f"{self.format}: {way} ({self.after / self.before:.1%}){grows if self.grows else ''}"
+
+
+def sizes_now(
+    model: nn.Module, target: Target, folder: str | Path | None = None
+) -> dict[str, int | Refusal]:
+    """Return the size in each format of a target; without a target, in the most used one."""
+    formats = target.formats if target.name else (USUAL,)
+    return {format: quantised_bytes(model, format, folder) for format in formats}
+
+
+def sizes_compared(
+    before: Mapping[str, int | Refusal], after: Mapping[str, int | Refusal], target: Target
+) -> tuple[QuantisedSize, ...]:
+    """Return the sizes before and after; without a target, only one that grows."""
+    found = []
+    for format, old in before.items():
+        why = next((size.reason for size in (old, after[format]) if isinstance(size, Refusal)), "")
+        size = QuantisedSize(
+            format, _known(old), _known(after[format]), why.removeprefix(f"{format}: ")
+        )
+        if target.name or size.grows:
+            found.append(size)
+    return tuple(found)
+
+
+def _known(size: int | Refusal) -> int | None:
+    return None if isinstance(size, Refusal) else size
+
+
+USUAL = "gguf-q4_k_m"
 _HEADER = 24  # bytes: magic, version, two counts
 _ALIGNMENT = 32  # bytes, GGUF's default
 

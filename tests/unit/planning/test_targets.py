@@ -18,6 +18,7 @@ from planned import SMOLLM2
 
 from tp_hf_config import HFConfigSyncHook, plan
 from tp_hf_config.graph.unit_count import MULTIPLES, NEAR, Grid
+from tp_hf_config.planning.quantised import FORMATS
 from tp_hf_config.planning.targets import RULES, Target
 
 LLAMA = hf.LlamaConfig(
@@ -197,6 +198,46 @@ class TestRules:
         hook = HFConfigSyncHook(plan=planned)
         tp.pruner.BasePruner(model, None, tp.importance.RandomImportance(), hooks=[hook]).step()
         assert model.config.intermediate_size == planned.values["intermediate_size"] == 352
+
+
+class TestSizes:
+    def test_of_a_target(self) -> None:
+        """An eighth of the weights of 12 of 30 layers' down projections are in Q6_K."""
+        (size,) = plan(SMOLLM2, pruning_ratio=0.2, target="gguf-k").quantised
+        assert size.format == "gguf-q4_k_m"
+        assert str(size) == "gguf-q4_k_m: 103.7 MB -> 94.6 MB (91.2%)"
+        assert not size.grows
+
+    def test_what_grows_is_said_without_a_target(self) -> None:
+        settings: dict[str, Any] = {"pruning_ratio": 0.2, "prune": "intermediate_size"}
+        assert plan(SMOLLM2, **settings).quantised == ()  # on the grid: smaller
+        exact = plan(SMOLLM2, **settings, round_to=1)
+        (size,) = exact.quantised
+        assert size.grows
+        assert str(size) == (
+            "gguf-q4_k_m: 103.7 MB -> 120.7 MB (116.4%), larger than before: target='gguf-q4_k_m' "
+            "keeps widths that fit its blocks"
+        )
+        assert str(size) in str(exact)
+
+    def test_what_a_quantiser_refuses(self) -> None:
+        sizes = plan(SMOLLM2, pruning_ratio=0.2, target="w4a16,int8").quantised
+        assert [size.format for size in sizes] == ["w4a16", "int8"]
+        assert "576 inputs, which are no multiple of its groups of 128" in str(sizes[0])
+        assert str(sizes[1]) == "int8: 220.2 MB -> 206.8 MB (93.9%)"
+
+    def test_formats_have_rules(self) -> None:
+        for name in FORMATS:
+            assert Target.of(name).formats == (name,)
+
+    def test_in_the_report_of_a_step(self) -> None:
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
+        hook = HFConfigSyncHook(prune="intermediate_size", target="int8")
+        tp.pruner.BasePruner(
+            model, None, tp.importance.RandomImportance(), pruning_ratio=0.3, hooks=[hook]
+        ).step()
+        assert hook.last_report is not None
+        assert hook.last_report.notes[-1].startswith("int8: 0.3 MB -> 0.2 MB (78.0%)")
 
 
 class TestMistakes:
