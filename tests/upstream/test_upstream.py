@@ -17,7 +17,7 @@ from torch import nn
 
 
 def test_new_parameters_lose_their_requires_grad():
-    """pruner/function.py makes Parameters anew; ``graph.config_group.ConfigGroup.prune``."""
+    """pruner/function.py makes Parameters anew; ``graph.sides.ConfigGroup.prune``."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     pruner = tp.pruner.MetaPruner(
         model, torch.rand(1, 4), tp.importance.MagnitudeImportance(), ignored_layers=[model[2]]

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.config_group import ConfigGroup
 from ..graph.edits import Refit
-from ..graph.sides import ParameterView, Side
+from ..graph.sides import ConfigGroup, ParameterView, Side
 from ..model.paging import in_file
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp

@@ -20,11 +20,11 @@ from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import tensor
-from .config_group import ConfigGroup
 from .full_size import Group
 from .recorded_prunes import RecordedPrunes
 from .sides import (
     UNITS,
+    ConfigGroup,
     GraphGroup,
     ParameterView,
     Side,

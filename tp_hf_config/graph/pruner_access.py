@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..model.build import Refusal
 from .config_graph import ConfigGraph
-from .config_group import ConfigGroup
 from .pruner_classes import constructor_with
+from .sides import ConfigGroup
 
 
 class Graph(Protocol):

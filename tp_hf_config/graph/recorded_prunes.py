@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..model.config_json import field_name
 from ..model.tensors import tensor
-from .sides import GraphGroup, channels_of, is_output
-
-if TYPE_CHECKING:
-    from .config_group import ConfigGroup
+from .sides import ConfigGroup, GraphGroup, channels_of, is_output
 
 Place = tuple[str, int]  # name of a parameter or buffer, and a dimension
 

@@ -1,4 +1,4 @@
-"""Layers as the config graph sees them: sides, views of bare parameters, and units."""
+"""Layers as the config graph sees them: sides, views of bare parameters, units and groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch_pruning import ops
+from torch_pruning import dependency, ops
 from torch_pruning.pruner import function
 
 from ..model.config_json import FieldPath
@@ -158,6 +158,27 @@ class GraphGroup:
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
         ranked = [s for s in self.sides if isinstance(s.module, kinds) and not is_vector(s.module)]
         return sorted(ranked, key=lambda side: not side.out)
+
+
+class ConfigGroup(dependency.Group):  # type: ignore[misc]
+    """Whole units of one dependency group, as Torch-Pruning's ``Group``."""
+
+    def __init__(
+        self, graph: Any, graph_group: GraphGroup, units: Sequence[int], by_channel: bool = False
+    ):
+        super().__init__()
+        self.by_channel = by_channel  # every channel of the root is an index: for importances
+        self._DG = graph
+        self.graph_group = graph_group
+        self.units = list(units)
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        """Record the group's units, or those of the root's channels ``idxs``; a hook cuts them."""
+        group = self
+        if idxs is not None:
+            root = self[0].dep
+            group = self._DG.get_pruning_group(root.target.module, root.handler, idxs)
+        self._DG.recorded.add(group, record_history)
 
 
 def norms_of(group: GraphGroup, model: nn.Module) -> torch.Tensor:

@@ -12,8 +12,8 @@ from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refitting, in_words
 from ..errors import UnsupportedModelError
 from ..fieldmap.model_view import ModelView, view_of
 from ..graph.config_graph import ConfigGraph
-from ..graph.config_group import ConfigGroup
 from ..graph.prunable import Width
+from ..graph.sides import ConfigGroup
 from ..model.layer_entries import name_in_all_layers
 from ..model.shapes import Shapes
 from ..model.sharded import behind

@@ -14,11 +14,11 @@ from ..calibration.calibrate import Calibration
 from ..calibration.held_out import Refitting
 from ..errors import CalibrationWarning, ConfigSyncError, in_one_line, listed, warn
 from ..fieldmap.solve.explain import AGAIN
-from ..graph.config_group import ConfigGroup
 from ..graph.cut_list import CutList, edits_of, explained
 from ..graph.edits import Edit, NotKept, RefitInPlace
 from ..graph.layer_fields import layers_listed
 from ..graph.recorded_prunes import kept_positions
+from ..graph.sides import ConfigGroup
 from ..model.config_json import config_json
 from ..model.fill import LiveCut
 from ..model.layer_class import stock_class

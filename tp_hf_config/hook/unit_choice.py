@@ -20,10 +20,9 @@ from torch_pruning.pruner.importance import OBDCImportance
 
 from ..calibration.importance import holds_experts, unreached_experts
 from ..errors import listed
-from ..graph.config_group import ConfigGroup
 from ..graph.pruner_access import Importance, Pruner, scope_of
 from ..graph.pruner_classes import BasePruner
-from ..graph.sides import GraphGroup
+from ..graph.sides import ConfigGroup, GraphGroup
 from ..model.sharded import gathered
 from ..model.tensors import PIECE
 

@@ -22,7 +22,7 @@ from tp_hf_config import (
     PrunerHook,
 )
 from tp_hf_config.graph.config_graph import ConfigGraph
-from tp_hf_config.graph.config_group import ConfigGroup
+from tp_hf_config.graph.sides import ConfigGroup
 from tp_hf_config.hook.registration import register
 
 CLASSES = {
