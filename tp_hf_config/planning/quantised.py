@@ -72,8 +72,8 @@ FORMATS: Mapping[str, QuantisedFormat] = MappingProxyType(
         ),
         "int8": QuantisedFormat(
             "8 bits a weight of linear layers but the head, a float32 scale for each row",
-            "bitsandbytes, Linear8bitLt",
-            "0.50.2",
+            "torchao, Int8WeightOnlyConfig; bitsandbytes, Linear8bitLt",
+            "0.18.0; 0.50.2",
         ),
         "int4": QuantisedFormat(
             "4 bits a weight of linear layers but the head, a scale and a zero for each 128",
@@ -217,6 +217,7 @@ _KEPT = (
     *("time_mix_w0.", "time_mix_v0.", "time_mix_v1.", "time_mix_v2.", "time_mix_a0."),
     *("time_mix_a1.", "time_mix_a2.", "time_mix_g1.", "time_mix_g2.", "attn_rel_b."),
 )
+_DROPPED = "pooler.dense."  # BERT's, which the converter drops (`filter_tensors` in its bert.py)
 # Part of a name -> category, the first that fits (`tensor_get_category`)
 _CATEGORIES = {
     "attn_qkv.weight": "attn_v",
@@ -327,17 +328,19 @@ def _gguf_names(model: nn.Module, layers: int) -> dict[str, tuple[tuple[int, ...
     """Return the name in a GGUF file of each parameter -> its shape and the length of its rows."""
     unnamed = ""
     for table in _tables(model, layers):
-        named = {}
+        named: dict[str, tuple[tuple[int, ...], int]] = {}
         for parameter, value in model.named_parameters():
             name = _gguf_name(table, parameter)
-            if name is None:
+            if name is None and _DROPPED in parameter:
+                continue
+            if name is None or name in named:
                 unnamed = unnamed or parameter
                 break
             shape = tuple(value.shape)
             named[name] = shape, _row(model, parameter, shape)
         else:
             return named
-    return Refusal(f"gguf's tables have no name for {unnamed}")
+    return Refusal(f"gguf's tables have no name of its own for {unnamed}")
 
 
 def _gguf_name(table: gguf.TensorNameMap, parameter: str) -> str | None:
@@ -382,15 +385,16 @@ def _vocabulary_bytes(folder: Path, config: Any) -> int:
     if not file.is_file():
         return 0
     data = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary, merges = data["model"].get("vocab", ()), data["model"].get("merges") or ()
+    kind, vocabulary = data["model"].get("type"), data["model"].get("vocab", ())
     tokens = set(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
     tokens |= {added["content"] for added in data.get("added_tokens") or ()}
     missing = max(0, (config.get_text_config().vocab_size or 0) - len(tokens))
     strings = [*tokens, *(f"[PAD{len(tokens) + number}]" for number in range(missing))]
     numbers = len(strings)  # types
-    if (folder / "tokenizer.model").is_file() or not merges:
+    if kind == "Unigram" or (folder / "tokenizer.model").is_file():
         numbers += len(strings)  # scores
     else:
+        merges = data["model"].get("merges") or ()
         strings += [each if isinstance(each, str) else " ".join(each) for each in merges]
     return sum(8 + len(string.encode()) for string in strings) + 4 * numbers
 
@@ -398,12 +402,10 @@ def _vocabulary_bytes(folder: Path, config: Any) -> int:
 def _linear_bytes(model: nn.Module, format: str) -> int | Refusal:
     """Return the bytes of a state dict in which linear layers but the head are quantised."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    # a linear layer that is tied to a table is a head too
-    tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     linear = {
         id(module.weight): name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and id(module.weight) not in tables
+        if isinstance(module, nn.Linear) and module is not head
     }
     if not linear:
         return Refusal(f"{format}: it has no linear layers to quantise")

@@ -195,9 +195,19 @@ class TestGGUFByHand:
         assert mixtral(8) - mixtral(7) == router + expert + attention
         assert mixtral(7) - mixtral(6) == router + expert
 
+    def test_berts_pooler_is_dropped(self) -> None:
+        def bert(pooler: bool) -> int:
+            config = hf.BertConfig(
+                vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+            )
+            with torch.device("meta"):
+                return size(hf.BertModel(config, add_pooling_layer=pooler), "gguf-q8_0")
+
+        assert bert(pooler=True) == bert(pooler=False)
+
 
 class TestSmolLM2:
-    """docs/quantised.md has these as files; the figures are without the tokenizer."""
+    """docs/sizes.md has these as files; the figures are without the tokenizer."""
 
     @pytest.mark.parametrize(("ffn", "megabytes"), [(1536, 103.5), (1228, 120.5), (1280, 94.4)])
     def test_q4_k_m(self, ffn: int, megabytes: float) -> None:
@@ -242,6 +252,13 @@ class TestVocabulary:
 
     def test_scores_for_merges(self, folder: Path) -> None:
         (folder / "tokenizer.model").touch()
+        assert self.added(folder) == self.TOKENS + self.UNUSED + 2 * 4 * VOCABULARY
+
+    def test_a_vocabulary_with_scores(self, folder: Path) -> None:
+        vocabulary = [["a", -1.0], ["Ġb", -2.0], ["ab", -3.0]]
+        model = {"type": "Unigram", "vocab": vocabulary}
+        text = json.dumps({**self.DATA, "model": model})
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         assert self.added(folder) == self.TOKENS + self.UNUSED + 2 * 4 * VOCABULARY
 
     def test_a_folder_without_a_tokenizer(self, tmp_path: Path) -> None:
@@ -293,7 +310,7 @@ class TestNotTold:
         model: Any = llama()
         with torch.device("meta"):
             model.model.extra = nn.Linear(4, 4)
-        assert "no name for model.extra.weight" in reason(model, "gguf-q8_0")
+        assert "no name of its own for model.extra.weight" in reason(model, "gguf-q8_0")
 
     def test_falcon(self) -> None:
         config = hf.FalconConfig(
