@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -72,8 +73,10 @@ def _compared(way: Any, folder: Path, case: dict[str, Any]) -> str | None:
     )
     said = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if case["class"] not in [cls.__name__ for cls in type(model).__mro__]:
-        body = f"{model.base_model_prefix}."  # of another class only the head is another
-        wrong = [key for key in said.pop("missing_keys", []) if key.startswith(body)]
+        # of another class, only what stands before or behind the layers is another (a pooler), as
+        # it is of an unpruned model
+        body = re.compile(rf"{re.escape(model.base_model_prefix)}\..*\b\d+\.")
+        wrong = [key for key in said.pop("missing_keys", []) if body.match(key)]
         said.pop("unexpected_keys", None)
         said.update({"missing_keys": wrong} if wrong else {})
         return f"loading reports {said}" if said else None
