@@ -191,7 +191,7 @@ def card(source: Source, pruned: Pruned) -> str:
         lines.append(pruned.dropped_layers.title())
     for text, (old, new) in pruned.perplexity.items():
         lines.append(f"Perplexity on {text}: {old:.1f} before, {new:.1f} after")
-    lines += [f"Size as {size}" for size in pruned.quantised if size.after is not None]
+    lines += [f"Quantised as {size}" for size in pruned.quantised]
     if pruned.speed is not None:
         change = pruned.speed[0].then(pruned.speed[1])
         lines.append(change[:1].upper() + change[1:])

@@ -90,7 +90,7 @@ class Plan(Report):
         unmet: for each tool of ``target=`` that does not take all widths, what happens, and which
             widths near it would do.
         quantised: sizes of the files in the formats of ``target=``; without it, in GGUF's Q4_K_M,
-            if pruning makes them larger.
+            if pruning makes them larger, or the quantiser then refuses the model.
         target: the number of parameters asked for; ``None`` if none was.
         why_not_exactly: why fewer are left; ``None`` if they are not.
         tokens: True: FLOPs are counted for each token; else for each input (an image, a recording).

@@ -139,16 +139,17 @@ class QuantisedSize:
     why: str = ""
 
     @property
-    def grows(self) -> bool:
-        """True if pruning makes the file larger."""
-        return self.before is not None and self.after is not None and self.after > self.before
+    def worse(self) -> bool:
+        """True if pruning makes the file larger, or the quantiser refuses the pruned model only."""
+        return self.before is not None and (self.after is None or self.after > self.before)
 
     def __str__(self) -> str:
+        fits = f"target={self.format!r} keeps widths that fit its blocks"
         if self.before is None or self.after is None:
-            return f"{self.format}: {self.why}"
+            return f"{self.format}: {self.why}{f' ({fits})' if self.worse else ''}"
         way = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
-        grows = f", larger than before: target={self.format!r} keeps widths that fit its blocks"
-        return f"{self.format}: {way} ({self.after / self.before:.1%}){grows if self.grows else ''}"
+        larger = f", larger than before: {fits}" if self.worse else ""
+        return f"{self.format}: {way} ({self.after / self.before:.1%}){larger}"
 
 
 def sizes_now(
@@ -162,14 +163,14 @@ def sizes_now(
 def sizes_compared(
     before: Mapping[str, int | Refusal], after: Mapping[str, int | Refusal], target: Target
 ) -> tuple[QuantisedSize, ...]:
-    """Return the sizes before and after; without a target, only one that grows."""
+    """Return the sizes before and after; without a target, only one that is worse afterwards."""
     found = []
     for format, old in before.items():
         why = next((size.reason for size in (old, after[format]) if isinstance(size, Refusal)), "")
         size = QuantisedSize(
             format, _known(old), _known(after[format]), why.removeprefix(f"{format}: ")
         )
-        if target.name or size.grows:
+        if target.name or size.worse:
             found.append(size)
     return tuple(found)
 

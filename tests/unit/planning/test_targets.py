@@ -206,19 +206,25 @@ class TestSizes:
         (size,) = plan(SMOLLM2, pruning_ratio=0.2, target="gguf-k").quantised
         assert size.format == "gguf-q4_k_m"
         assert str(size) == "gguf-q4_k_m: 103.7 MB -> 94.6 MB (91.2%)"
-        assert not size.grows
+        assert not size.worse
 
     def test_what_grows_is_said_without_a_target(self) -> None:
         settings: dict[str, Any] = {"pruning_ratio": 0.2, "prune": "intermediate_size"}
         assert plan(SMOLLM2, **settings).quantised == ()  # on the grid: smaller
         exact = plan(SMOLLM2, **settings, round_to=1)
         (size,) = exact.quantised
-        assert size.grows
+        assert size.worse
         assert str(size) == (
             "gguf-q4_k_m: 103.7 MB -> 120.7 MB (116.4%), larger than before: target='gguf-q4_k_m' "
             "keeps widths that fit its blocks"
         )
         assert str(size) in str(exact)
+        (refused,) = plan(SMOLLM2, ratios={"hidden_size": 0.03125}).quantised
+        assert (refused.after, refused.worse) == (None, True)
+        assert str(refused) == (
+            "gguf-q4_k_m: llama.cpp's quantiser stops at token_embd.weight, whose rows of 558 "
+            "weights are no multiple of 32 (target='gguf-q4_k_m' keeps widths that fit its blocks)"
+        )
 
     def test_what_a_quantiser_refuses(self) -> None:
         sizes = plan(SMOLLM2, pruning_ratio=0.2, target="w4a16,int8").quantised
