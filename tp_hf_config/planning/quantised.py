@@ -360,13 +360,20 @@ def _tables(model: nn.Module, layers: int) -> Iterator[gguf.TensorNameMap]:
     llama.cpp reads several classes as another, such as Mistral as Llama. Tables that name all
     parameters name them alike.
     """
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap
+
+    class Names(TensorNameMap):
+        """Arctic's names are written into the class's table, and stay there (gguf 0.19)."""
+
+        def __init__(self, arch: MODEL_ARCH):
+            self.block_mappings_cfg = dict(TensorNameMap.block_mappings_cfg)
+            super().__init__(arch, layers)
 
     config: Any = model.config
     kind = _letters(config.model_type.removesuffix("_text"))
     own = [arch for arch in MODEL_ARCH if _letters(MODEL_ARCH_NAMES[arch]) == kind]
     for arch in own or chain([MODEL_ARCH.LLAMA], MODEL_ARCH):
-        yield get_tensor_name_map(arch, layers)
+        yield Names(arch)
 
 
 def _letters(name: str) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gguf
 import pytest
 import small
 import torch
@@ -326,3 +327,19 @@ class TestNotTold:
         monkeypatch.setattr(quantised, "find_spec", lambda _: None)
         assert "pip install 'tp-hf-config[gguf]'" in reason(llama(), "gguf-q8_0")
         assert size(llama(), "int8") > 0
+
+
+def test_tables_of_gguf_stay_as_they_are() -> None:
+    before = dict(gguf.TensorNameMap.block_mappings_cfg)
+    quantised_bytes(hf.BertForMaskedLM(hf.BertConfig(num_hidden_layers=1)), "gguf-q8_0")
+    assert gguf.TensorNameMap.block_mappings_cfg == before
+
+
+def test_gguf_writes_names_of_one_architecture_into_the_table_of_all() -> None:
+    """Once this fails, gguf is mended, and ``Names`` in ``quantised.py`` can go."""
+
+    class Own(gguf.TensorNameMap):
+        block_mappings_cfg: ClassVar[dict[Any, Any]] = {}
+
+    Own(gguf.MODEL_ARCH.ARCTIC, 1)
+    assert Own.block_mappings_cfg

@@ -188,7 +188,8 @@ class TestRules:
         ).step()
         assert model.config.intermediate_size == 256
         assert hook.last_report is not None
-        moved, unmet = hook.last_report.notes[-2:]
+        moved, size, unmet = hook.last_report.notes[-3:]
+        assert size == "gguf-q4_k_m: 0.2 MB -> 0.1 MB (62.5%)"
         assert moved == "to multiples of 256 (for gguf-k): intermediate_size 256 for 358"
         assert unmet.startswith("gguf-k: hidden_size 64 is no multiple of 256")
 
