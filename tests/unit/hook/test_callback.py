@@ -214,7 +214,7 @@ class TestTrainer:
             ),
             (
                 {"max_pruning_ratio": 0.9, "round_to": 4},
-                "max_pruning_ratio=1.0, round_to=1, but this run has max_pruning_ratio=0.9, "
+                "max_pruning_ratio=1.0, round_to=None, but this run has max_pruning_ratio=0.9, "
                 "round_to=4. Resume",
             ),
             (
