@@ -176,8 +176,7 @@ class Pruned(Report):
             yield f"perplexity on {text}: {old:.1f} -> {new:.1f}"
         if self.speed is not None:
             yield self.speed[0].then(self.speed[1])
-        for size in self.quantised:
-            yield str(size).replace("target=", "--for ").replace("'", "")
+        yield from map(str, self.quantised)
         yield f"proof: {self.proof}"
         if left := self.copied.not_copied:
             yield f"not copied: {', '.join(left)}"

@@ -218,7 +218,7 @@ def _plan(
             settings = replace(settings, head_pruning_ratio=ratio)
         fewer = target - count.at(trajectory.steps()[-1])
         if fewer:
-            rounded = trajectory.grid_note(settings.iterative_steps) is not None
+            rounded = _last_grid_note(trajectory, settings.iterative_steps) is not None
             why = "widths are rounded" if rounded else "only whole units are removed"
             missed = f"{fewer:,} fewer, because {why}"
     values = trajectory.steps()[-1]
@@ -250,7 +250,7 @@ def _plan(
         after=after,
         refusal=trajectory.refusal(),
         adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
-        grid=trajectory.grid_note(settings.iterative_steps),
+        grid=_last_grid_note(trajectory, settings.iterative_steps),
         unmet=tuple(unmet(view, every_width, values, of)),
         quantised=quantised,
         target=target,
@@ -261,6 +261,12 @@ def _plan(
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
     )
+
+
+def _last_grid_note(trajectory: Trajectory, steps: int) -> str | None:
+    """Return what the last step that moved a width to its grid says."""
+    notes = map(trajectory.grid_note, range(steps, 0, -1))
+    return next((note for note in notes if note is not None), None)
 
 
 def _input_notes(chosen: Chosen) -> Iterator[str]:
