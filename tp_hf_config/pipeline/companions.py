@@ -184,7 +184,8 @@ def snapshot(source: Source) -> Path:
 def card(source: Source, pruned: Pruned) -> str:
     name = base_model(source)
     before, after = pruned.parameters
-    rows = [(field, old, new) for field, (old, new) in in_words(pruned.fields).items()]
+    words = in_words(pruned.fields)
+    rows = [(field, old, f"{new}{_multiple(new)}") for field, (old, new) in words.items()]
     rows.append(("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})"))
     lines = [f"Round trip: {pruned.proof}"]
     if pruned.dropped_layers is not None:
@@ -196,6 +197,11 @@ def card(source: Source, pruned: Pruned) -> str:
         change = pruned.speed[0].then(pruned.speed[1])
         lines.append(change[:1].upper() + change[1:])
     differ = pruned.layers_differ
+    if differ is None:
+        lines.append(f'Load it with `{pruned.model}.from_pretrained("{pruned.out.name}")`')
+    of_gguf = (s.format for s in pruned.quantised if "gguf-" in s.format and s.after is not None)
+    if (format := next(of_gguf, None)) is not None:
+        lines.append(_quantising(pruned.out.name, format.removeprefix("gguf-").upper()))
     return f"""{front_matter(source)}
 # {name.rpartition("/")[2]}, pruned
 
@@ -211,6 +217,21 @@ def card(source: Source, pruned: Pruned) -> str:
 
 {versions_table()}
 """
+
+
+def _multiple(width: str) -> str:
+    """Say which multiple a width is of that kernels and quantisers look at, if of any."""
+    number = int(width) if width.isdigit() else 0
+    sizes = (n for n in (256, 128, 64, 32, 16, 8) if number >= 32 and number % n == 0)  # no heads
+    found = next(sizes, None)
+    return "" if found is None else f" (a multiple of {found})"
+
+
+def _quantising(folder: str, type_: str) -> str:
+    return (
+        f"Quantise it with `tp-hf-config export {folder} --to gguf --out {folder}-gguf` and "
+        f"llama.cpp's `llama-quantize {folder}-gguf/model.gguf {type_}`"
+    )
 
 
 def _loading(layerwise: Layerwise, folder: str) -> str:

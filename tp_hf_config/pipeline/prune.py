@@ -111,7 +111,10 @@ def prune_checkpoint(job: Job) -> Pruned:
         speed = None if slow is None or fast is None else (slow, fast)
         result = _write(job, model, choice, cut, parameters, perplexity, speed, notes, work)
         quantised = sizes_compared(sizes, sizes_now(model, target, source.folder), target)
-        result = replace(result, quantised=quantised)
+        # the notes of steps have the sizes without the tokenizer
+        told = tuple(f"{size.format}: " for size in quantised)
+        others = tuple(note for note in result.notes if not (told and note.startswith(told)))
+        result = replace(result, quantised=quantised, notes=others)
         (work / "README.md").write_text(card(source, result), encoding="utf-8")
     return replace(result, seconds=time.perf_counter() - started)
 

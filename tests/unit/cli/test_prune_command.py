@@ -138,7 +138,8 @@ class TestWhatIsWritten:
         }
         text = (out / "README.md").read_text()
         for line in (
-            "| hidden_size | 64 | 48 |",
+            "| hidden_size | 64 | 48 (a multiple of 16) |",
+            '- Load it with `BertModel.from_pretrained("out")`.',
             "| num_attention_heads | 4 | 3 |",
             "| parameters | 81,792 | 54,496 (66.6%) |",
             "| importance | `random` |",
@@ -148,6 +149,22 @@ class TestWhatIsWritten:
             "--importance random --seed 3` |",
         ):
             assert line in text.splitlines()
+
+    def test_the_card_of_a_target(
+        self, capsys: Any, models: Path, tmp_path: Path, unproved: None
+    ) -> None:
+        out = tmp_path / "out"
+        typed = ("prune", models / "llama-gqa", "--out", out, *QUARTER, "--for", "gguf-q8_0")
+        code, printed, _ = shell(capsys, *typed)
+        assert code == 0
+        assert "\ngguf-q8_0: 0.1 MB -> 0.0 MB (" in printed
+        text = (out / "README.md").read_text().splitlines()
+        assert "| intermediate_size | 128 | 96 (a multiple of 32) |" in text
+        assert any(line.startswith("- Quantised as gguf-q8_0: 0.1 MB -> 0.0 MB (") for line in text)
+        assert (
+            "- Quantise it with `tp-hf-config export out --to gguf --out out-gguf` and llama.cpp's "
+            "`llama-quantize out-gguf/model.gguf Q8_0`."
+        ) in text
 
     def test_a_seed_decides(
         self, capsys: Any, models: Path, tmp_path: Path, unproved: None
