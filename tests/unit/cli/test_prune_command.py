@@ -299,12 +299,12 @@ class TestWhatIsWritten:
         code, printed, errors = shell(capsys, *typed, "--importance", "magnitude", "--no-refit")
         assert code == 0, errors
         found = json.loads(printed)
-        assert found["fields"] == {"intermediate_size": {"old": 1536, "new": 1382}}
-        assert found["parameters"] == {"before": 134_515_008, "after": 126_531_648}
+        assert found["fields"] == {"intermediate_size": {"old": 1536, "new": 1408}}
+        assert found["parameters"] == {"before": 134_515_008, "after": 127_879_488}
         assert found["proof"] == {"tensors": 1, "numbers": 8 * 49_152}
         assert {"chat_template.jinja", "tokenizer.json"} <= set(found["copied"]["files"])
         config = hf.AutoConfig.from_pretrained(out)
-        assert (config.intermediate_size, str(config.dtype)) == (1382, "torch.float32")
+        assert (config.intermediate_size, str(config.dtype)) == (1408, "torch.float32")
         assert not hasattr(config, "quantization_config")
         ids = hf.AutoTokenizer.from_pretrained(out)("What is Bonn?")["input_ids"]
         assert ids == [1780, 314, 43542, 47]
