@@ -48,7 +48,7 @@ def in_multiples(view: ModelView, width: Width, target: Target = ANY) -> Width:
 
 def _grid(view: ModelView, width: Width, multiple: int, target: Target) -> Grid:
     """Return where a width goes unless ``round_to`` says it; ``multiple``: what the class takes."""
-    needed = _needed(view, width, target.rules, target.ranks)
+    needed = _needed(view, width, target.rules, target.ranks) if target.name else 1
     if needed > 1:
         return Grid((lcm(multiple, needed),), 1, target.name)
     counts = view.field_map.count_fields()

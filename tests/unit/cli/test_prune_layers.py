@@ -72,7 +72,7 @@ class TestRanked:
         )
         widths = widths_of(out)
         assert min(widths) < max(widths)
-        assert sum(widths) == int(4 * 96 * 0.7)
+        assert abs(sum(widths) - 4 * 96 * 0.7) < 4 * 96 * 0.02  # each goes to its grid, if near
         data = json.loads((out / "config.json").read_text())
         assert data["rope_theta"] == data["rope_parameters"]["rope_theta"]
         lines = printed.splitlines()
