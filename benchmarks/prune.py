@@ -54,6 +54,7 @@ def prune(model: PreTrainedModel, fields: tuple[str, ...]) -> tuple[float, float
         example_inputs=None,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=RATIO,
+        round_to=1,
         hooks=[HFConfigSyncHook(prune=fields, ratios=ratios)],
     )
     constructed = time.perf_counter()

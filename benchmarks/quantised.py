@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -116,17 +115,6 @@ def quantiser(place: Path) -> Path:
     return program
 
 
-def smollm2_file(place: Path) -> Path:
-    """Return the file of SmolLM2's weights, which is inside a package."""
-    spec = importlib.util.spec_from_file_location("f", ROOT / "examples" / "smollm2_file.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Path = module.gguf_file()
-    return found
-
-
 def gemma_file(place: Path) -> Path:
     """Join the parts of Gemma's file, which are four packages, and check the sum."""
     file = place / "gemma.gguf"
@@ -144,7 +132,10 @@ def original(name: str, place: Path) -> Path:
     """Save a real model and its tokenizer as a folder, in bfloat16."""
     folder = place / name.split()[0].lower()
     if not (folder / "model.safetensors").is_file():
-        file = (smollm2_file if name == SMOLLM2 else gemma_file)(place)
+        sys.path.append(str(ROOT / "examples"))
+        from smollm2_file import gguf_file
+
+        file = gguf_file() if name == SMOLLM2 else gemma_file(place)
         found: dict[str, Any] = {
             "pretrained_model_name_or_path": str(file.parent),
             "gguf_file": file.name,
@@ -212,6 +203,7 @@ def prune(model: Any, ffn: Sequence[int]) -> None:
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=1 - (ffn[0] + 0.5) / width,
         pruning_ratio_dict=ratios if len(ffn) > 1 else None,
+        round_to=1,
         hooks=[hook],
     )
     pruner.step()

@@ -164,6 +164,7 @@ def prune(model: Model, tokenizer: Tokenizer, widths: dict[str, int]) -> None:
         model,
         example_inputs=None,
         importance=importance_of(model, tokenizer),
+        round_to=1,
         hooks=[HFConfigSyncHook(ratios=ratios, strict=True)],
     )
     pruner.step()
