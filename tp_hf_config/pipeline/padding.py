@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import gcd, lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
 from ..graph.sides import Side, is_output, sides_of
+from ..graph.unit_count import multiple_for_round_to
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
 from ..model.fill import fill
@@ -76,30 +76,32 @@ def padded_alike(
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
     """Pad every layer to the widest, and prove that the stock class then computes the same.
 
-    While weights are paged (they do not fit into memory), a tiny model of the class proves it.
+    While weights are paged (they do not fit into memory), a tiny model of the class proves it, if
+    layers do not differ.
     """
+    differ = bool(layer_lists(type(model)))
     widths = _widths_of(model)
     values = _largest(widths)
     if isinstance(values, Refusal):
         return values
     raised = _in_multiples(widths, values, multiple_of)
-    if raised == values and not layer_lists(type(model)):
+    if raised == values and not differ:
         named = ", ".join(f"{field_name(field)} {value:,}" for field, value in values.items())
         return Refusal(
             f"{named} is a multiple of {multiple_of} already" if named else "it has no inner width"
         )
-    values = raised
-    proof: SameOutputs | Refusal | None = None
-    if is_paged():
-        tiny = experiments_of(map_of(model)).tiny
-        proof = tiny if isinstance(tiny, Refusal) else _proved_at_twice(tiny.model)
-    return _padded(model, widths, values, proof)
+    proof = None if differ or not is_paged() else _proved_at_twice(model)
+    return proof if isinstance(proof, Refusal) else _padded(model, widths, raised, proof)
 
 
-def _proved_at_twice(model: Any) -> SameOutputs | Refusal:
-    """Pad every inner width of a tiny model to twice its size; return the proof."""
-    widths = _widths_of(model)
-    padded = _padded(model, widths, {field: 2 * n for field, n in widths.values.items()}, None)
+def _proved_at_twice(model: PreTrainedModel) -> SameOutputs | Refusal:
+    """Pad every inner width of a tiny model of the class to twice its size; return the proof."""
+    tiny = experiments_of(map_of(model)).tiny
+    if isinstance(tiny, Refusal):
+        return tiny
+    small: Any = tiny.model
+    widths = _widths_of(small)
+    padded = _padded(small, widths, {field: 2 * n for field, n in widths.values.items()})
     return padded if isinstance(padded, Refusal) else padded[2]
 
 
@@ -107,11 +109,9 @@ def _padded(
     model: PreTrainedModel,
     widths: LayerWidths,
     values: Mapping[FieldPath, int],
-    proof: SameOutputs | Refusal | None,
+    proof: SameOutputs | None = None,
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
     """Build the stock class with these values and fill it; without a proof, prove it."""
-    if isinstance(proof, Refusal):
-        return proof
     data = with_values(uniform_json(widths.data), values)
     builder = Builder(model).of_class(stock_class(type(model)))
     built: Any = builder.build(data, buffers=True)
@@ -119,9 +119,9 @@ def _padded(
         return built
     differ = bool(layer_lists(type(model)))
     added = _added_units(_widths_of(built, differ), widths.values)
-    proof = _fill(built, model, added) or proof or _prove(model, built, added)
-    if isinstance(proof, Refusal):
-        return proof
+    found = _fill(built, model, added) or proof or _prove(model, built, added)
+    if isinstance(found, Refusal):
+        return found
     built.generation_config = getattr(model, "generation_config", None)
     before = {field: tuple(widths.values_of(field)) for field in values}
     fields = {
@@ -129,7 +129,7 @@ def _padded(
         for field, old in before.items()
         if set(old) != {values[field]}
     }
-    return built, fields, proof
+    return built, fields, found
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _in_multiples(
         field = shared_field(width.fields[0])
         for group in width.groups:
             each = group.count.per_field_unit * group.count.run
-            step = lcm(multiple_of // gcd(multiple_of, each), group.count.multiple)
+            step = multiple_for_round_to(multiple_of, each)
             raised[field] = max(raised[field], -(-values[field] // step) * step)
     return raised
 

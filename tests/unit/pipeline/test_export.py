@@ -265,6 +265,26 @@ class TestMultiples:
         assert all(number < stored.num_parameters() for number in compared)
         assert_same_outputs(stored, hf.LlamaForCausalLM.from_pretrained(tmp_path / "out"))
 
+    @pytest.mark.usefixtures("without_fresh_process")
+    def test_layers_that_differ_in_a_folder_larger_than_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are compared themselves: a tiny model does not have their widths."""
+        model = differing.pruned("llama", FFN_AND_HEADS, 0.25, 0.5)
+        model.save_pretrained(tmp_path / "model")
+        monkeypatch.setattr(source, "free_memory", lambda: 1)
+        report = export(
+            tmp_path / "model",
+            tmp_path / "out",
+            to="padded",
+            multiple_of=64,
+            trust_remote_code=True,
+        )
+        assert report.proof.difference <= 1e-9
+        loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+        assert loaded.config.intermediate_size == 128
+        assert_same_outputs(model, loaded)
+
     def test_mistakes(self, tmp_path: Path, capsys: Any) -> None:
         model = layer_zoo.build("llama")
         with pytest.raises(PipelineError, match="intermediate_size 96 is a multiple of 32 already"):
