@@ -23,6 +23,11 @@ SMOLLM2 = hf.LlamaConfig(
 )
 
 
+def changed(config: Any, **values: Any) -> Any:
+    """A config of the same class with other values."""
+    return type(config)(**{**config.to_dict(), **values})
+
+
 def pruned(model: Any, plan: Plan) -> list[dict[str, Any]]:
     """Prune as planned, adjusted as planned; the config's fields after every step."""
     hook = HFConfigSyncHook(plan=plan)

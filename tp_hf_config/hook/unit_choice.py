@@ -63,7 +63,8 @@ class UnitChoice:
         self.pruner = pruner
         self.preflight: Preflight | None = None  # the units that each step leaves, if known
         self.valued = False  # the importance has given some group a value
-        self.to_grid = False  # ranked together, some group has lost a rounded number of units
+        # ranked together, groups have lost rounded numbers: for these tools ("": the default grid)
+        self._rounded_for: dict[str, None] = {}
         self._unreached: list[str] = []  # experts that this step removes and no token reached
 
     @torch.no_grad()
@@ -130,7 +131,8 @@ class UnitChoice:
             wanted = now - lost * count.channel_groups
             if self.pruner.round_to is None:
                 units = count.near(wanted / count.per_field_unit, now)
-                self.to_grid |= units not in (None, wanted)
+                if units not in (None, wanted):
+                    self._rounded_for[count.grid.target] = None
             if units is None:
                 units = count.rounded(wanted, now, self.pruner.round_to or 1)
         return max(0, (now - units) // count.channel_groups)
@@ -173,11 +175,9 @@ class UnitChoice:
         step, lines = self.pruner.current_step, list[str]()
         if self.preflight is not None and (pruned or not self.preflight.changes(step)):
             lines = self.preflight.notes(step)
-        if self.preflight is None and pruned and self.to_grid:
-            lines.append(
-                "widths are rounded to multiples of 64, 32, 16 or 8 that are near "
-                "(round_to=1: exactly the ranking)"
-            )
+        for target in self._rounded_for if self.preflight is None and pruned else ():
+            default = "multiples of 64, 32, 16 or 8 that are near (round_to=1: exactly the ranking)"
+            lines.append(f"widths are rounded to {f'what {target} takes' if target else default}")
         unreached = f"no calibration token reached the removed {listed(self._unreached)}"
         lines = [*lines, unreached] if pruned and self._unreached else lines
         return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]

@@ -14,7 +14,7 @@ import torch_pruning as tp
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from planned import SMOLLM2
+from planned import SMOLLM2, changed
 
 from tp_hf_config import HFConfigSyncHook, plan
 from tp_hf_config.graph.unit_count import MULTIPLES, NEAR, Grid
@@ -104,7 +104,7 @@ class TestGrid:
 
     def test_ranked_together(self) -> None:
         """What each layer loses is known after ranking only; each goes to the grid."""
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
+        model = hf.LlamaForCausalLM(changed(LLAMA, **SMALL))
         hook = HFConfigSyncHook(prune="intermediate_size", per_layer=True)
         tp.pruner.BasePruner(
             model,
@@ -181,7 +181,7 @@ class TestRules:
         assert line.startswith("tp=3: num_key_value_heads + num_attention_heads 8 is no multiple")
 
     def test_the_hook_keeps_and_says_it(self) -> None:
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
+        model = hf.LlamaForCausalLM(changed(LLAMA, **SMALL))
         hook = HFConfigSyncHook(prune="intermediate_size", target="gguf-k")
         tp.pruner.BasePruner(
             model, None, tp.importance.RandomImportance(), pruning_ratio=0.3, hooks=[hook]
@@ -193,8 +193,23 @@ class TestRules:
         assert moved == "to multiples of 256 (for gguf-k): intermediate_size 256 for 358"
         assert unmet.startswith("gguf-k: hidden_size 64 is no multiple of 256")
 
+    def test_ranked_together(self) -> None:
+        model = hf.LlamaForCausalLM(changed(LLAMA, **SMALL))
+        hook = HFConfigSyncHook(prune="intermediate_size", per_layer=True, target="gguf-32")
+        tp.pruner.BasePruner(
+            model,
+            None,
+            tp.importance.RandomImportance(),
+            pruning_ratio=0.3,
+            global_pruning=True,
+            hooks=[hook],
+        ).step()
+        assert all(layer.mlp.down_proj.in_features % 32 == 0 for layer in model.model.layers)
+        assert hook.last_report is not None
+        assert "widths are rounded to what gguf-32 takes" in hook.last_report.notes
+
     def test_a_plan_is_carried_out(self) -> None:
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
+        model = hf.LlamaForCausalLM(changed(LLAMA, **SMALL))
         planned = plan(model, pruning_ratio=0.3, target="gguf-32")
         hook = HFConfigSyncHook(plan=planned)
         tp.pruner.BasePruner(model, None, tp.importance.RandomImportance(), hooks=[hook]).step()
@@ -238,7 +253,7 @@ class TestSizes:
             assert Target.of(name).formats == (name,)
 
     def test_in_the_report_of_a_step(self) -> None:
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA.to_dict(), **SMALL}))
+        model = hf.LlamaForCausalLM(changed(LLAMA, **SMALL))
         hook = HFConfigSyncHook(prune="intermediate_size", target="int8")
         tp.pruner.BasePruner(
             model, None, tp.importance.RandomImportance(), pruning_ratio=0.3, hooks=[hook]
