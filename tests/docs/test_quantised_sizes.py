@@ -9,6 +9,7 @@ import pytest
 import small
 import torch
 import transformers as hf
+from planned import SMOLLM2, changed
 from torch import nn
 
 from tp_hf_config.planning.quantised import quantised_bytes
@@ -23,17 +24,7 @@ def shaped(row: dict[str, Any]) -> nn.Module:
     widths = {"hidden_size": row["hidden_size"], "intermediate_size": row["intermediate_size"][0]}
     with torch.device("meta"):
         if row["model"] == benchmark.SMOLLM2:
-            return hf.LlamaForCausalLM(
-                hf.LlamaConfig(
-                    vocab_size=49152,
-                    num_hidden_layers=30,
-                    num_attention_heads=9,
-                    num_key_value_heads=3,
-                    head_dim=64,
-                    tie_word_embeddings=True,
-                    **widths,
-                )
-            )
+            return hf.LlamaForCausalLM(changed(SMOLLM2, head_dim=64, **widths))
         return hf.Gemma3ForCausalLM(
             hf.Gemma3TextConfig(
                 vocab_size=262144,

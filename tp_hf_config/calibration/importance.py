@@ -168,7 +168,7 @@ def experts_in(
     measured: dict[str, dict[int | None, Contribution]] = {}
     for consumer, contribution in readings.experts.items():
         measured.setdefault(consumer.parameter, {})[consumer.part] = contribution
-    items = dict(_stacks_in(group, model))
+    items = dict(_stacks_in(group, model)) if measured else {}
     # of several stacks in a module, the last one: others compute what it reads (JetMoE's queries)
     last = {name.rpartition(".")[0].rpartition(".")[0]: name for name in measured if name in items}
     for name in last.values():

@@ -255,16 +255,16 @@ def _has_layers_of(
     built = without_data(candidate, model.config)
     if isinstance(built, Refusal):
         return False
+    in_body = _lists_in(built.base_model)
     # BartForConditionalGeneration would not find BartForCausalLM's encoder
-    if not _lists_in(built.base_model).keys() <= _lists_in(model.base_model).keys():
-        return False
+    has_all = in_body.keys() <= _lists_in(model.base_model).keys()
     classes = {cls for layers in lists.values() for cls in layers}
     found = {
         name: tuple(dict.fromkeys(map(type, layers)))
-        for name, layers in _lists_in(built.base_model).items()
+        for name, layers in in_body.items()
         if classes & {type(layer) for layer in layers}
     }
-    return bool(found) and found.items() <= lists.items()
+    return has_all and bool(found) and found.items() <= lists.items()
 
 
 def _lists_in(model: nn.Module) -> dict[str, nn.ModuleList]:

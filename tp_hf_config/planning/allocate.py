@@ -187,7 +187,7 @@ def allocate(
             batch is held out.
         ValueError: the target cannot be reached with the largest share.
     """
-    PruneSettings(target=target).check_round_to(round_to)
+    PruneSettings(round_to=round_to, target=target)  # raises
     if not calibration.holds_out():
         raise UnsupportedModelError(
             "allocate compares layers on held-out batches, and the calibration has none. Pass at "

@@ -13,7 +13,7 @@ from ..fieldmap.model_view import ModelView
 from ..graph.full_size import Group
 from ..graph.prunable import Width
 from ..graph.sides import layer_side
-from ..graph.unit_count import EXACT, MULTIPLES, NEAR_HEAD_DIM, Grid
+from ..graph.unit_count import EXACT, MULTIPLES, NEAR_HEAD_DIM, Grid, multiple_for_round_to
 from ..model.config_json import FieldPath
 from ..model.layer_entries import name_in_all_layers
 from ..model.tensors import is_matrix_stack, tensor
@@ -48,7 +48,7 @@ def in_multiples(view: ModelView, width: Width, target: Target = ANY) -> Width:
 
 def _grid(view: ModelView, width: Width, multiple: int, target: Target) -> Grid:
     """Return where a width goes unless ``round_to`` says it; ``multiple``: what the class takes."""
-    needed = _needed(view, width, target.rules, target.ranks) if target.name else 1
+    needed = _needed(view, width, target) if target.name else 1
     if needed > 1:
         return Grid((lcm(multiple, needed),), 1, target.name)
     counts = view.field_map.count_fields()
@@ -59,7 +59,7 @@ def _grid(view: ModelView, width: Width, multiple: int, target: Target) -> Grid:
     each = {group.count.per_field_unit * group.count.run for group in width.groups}
 
     def accepted(number: int) -> int:
-        return lcm(multiple, *(number // gcd(number, channels) for channels in each))
+        return lcm(multiple, *(multiple_for_round_to(number, channels) for channels in each))
 
     return Grid(tuple(map(accepted, MULTIPLES)))
 
@@ -70,26 +70,24 @@ def _counts_matrices(view: ModelView, width: Width) -> bool:
     return any(dim.dim == 0 and is_matrix_stack(view.model, dim.name) for dim in dims)
 
 
-def _needed(view: ModelView, width: Width, rules: Iterable[Rule], ranks: int) -> int:
-    """Return what rules need the units of a width's fields to be a multiple of."""
+def _needed(view: ModelView, width: Width, target: Target) -> int:
+    """Return what a target needs the units of a width's fields to be a multiple of."""
     fields, counts = set(width.fields), view.field_map.count_fields()
     if _counts_matrices(view, width):
         return 1
-    target = Target("", tuple(rules), ranks)
-    # tensor parallelism divides heads and inner widths among the ranks, not the hidden size
-    inside = all(map(Layers(view).hold, width.groups))
-    heads = view.head_fields()
-    each_rank = ranks if inside and not fields & (heads - counts) else 1
-    needed = each_rank
-    if inside and not fields & heads:
-        needed = lcm(needed, target.least("ffn"))
+    heads, ffn = view.head_fields(), target.least("ffn")
     if fields & (heads - counts):
-        needed = lcm(needed, target.least("head_dim"))
+        each_rank, needed = 1, target.least("head_dim")
+    else:
+        # tensor parallelism divides heads and inner widths among the ranks, not the hidden size
+        inside = (target.ranks > 1 or ffn > 1) and all(map(Layers(view).hold, width.groups))
+        each_rank = target.ranks if inside else 1
+        needed = lcm(each_rank, ffn) if inside and not fields & counts else each_rank
     for group in width.groups:
         for dim in group.dims:
             channels = group.count.per_field_unit * dim.layout.run
             number = each_rank * _of_side(view.model, dim, target)
-            needed = lcm(needed, number // gcd(number, channels))
+            needed = lcm(needed, multiple_for_round_to(number, channels))
     return needed
 
 
@@ -111,14 +109,14 @@ def unmet(
 ) -> Iterator[str]:
     """Yield a line for each tool whose rule some width does not keep, with near ones that do."""
     named: set[str] = set()  # by a line of another tool
-    found = {**view.field_map.values, **values}
+    found, largest = {**view.field_map.values, **values}, _largest(widths)
     parts = sorted(target.parts.items(), key=lambda part: part[1] is None)  # ranks last
     for part, of_tool in parts:
         rule = of_tool or Rule(else_="these cannot be divided among the ranks")
         if rule == Rule():
             continue  # a format that takes every width
         lines: dict[str, None] = {}
-        for width in _largest(widths):
+        for width in largest:
             said = _unmet(view, width, found, rule, target.ranks)
             if said is not None and (of_tool or width.name not in named):
                 lines[said] = None
@@ -143,10 +141,10 @@ def _unmet(
     of_head = field in view.head_fields() - view.field_map.count_fields()
     if of_head and rule.head_dims and value not in rule.head_dims:
         return f"{shared} {value:,} is none of {', '.join(map(str, rule.head_dims))}"
-    if not width.groups or (rule.source and _needed(view, width, [rule], 1) == 1):
+    if not width.groups or (rule.source and _needed(view, width, Target(rules=(rule,))) == 1):
         return None
     each = most // width.units
-    needed = _needed(view, width, [rule], ranks) * each
+    needed = _needed(view, width, Target(rules=(rule,), ranks=ranks)) * each
     # key/value heads fewer than the ranks are copied
     if value % needed == 0 or (rule.columns == rule.rows == 1 and ranks % value == 0):
         return None

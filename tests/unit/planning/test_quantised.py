@@ -15,6 +15,7 @@ import pytest
 import small
 import torch
 import transformers as hf
+from planned import SMOLLM2, changed
 from torch import nn
 
 from tp_hf_config.model.build import Refusal
@@ -51,16 +52,7 @@ def llama(hidden: int = 256, ffn: int = 512, **changes: Any) -> nn.Module:
 
 
 def smollm2(ffn: int) -> nn.Module:
-    config = hf.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=ffn,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return meta(hf.LlamaForCausalLM, config)
+    return meta(hf.LlamaForCausalLM, changed(SMOLLM2, intermediate_size=ffn))
 
 
 def size(model: nn.Module, format: str, folder: Path | None = None) -> int:
