@@ -198,10 +198,10 @@ def card(source: Source, pruned: Pruned) -> str:
         lines.append(change[:1].upper() + change[1:])
     differ = pruned.layers_differ
     if differ is None:
-        lines.append(f'Load it with `{pruned.model}.from_pretrained("{pruned.out.name}")`')
+        lines.append(f"Load it with `{pruned.model}.from_pretrained(folder)`")
     of_gguf = (s.format for s in pruned.quantised if "gguf-" in s.format and s.after is not None)
     if (format := next(of_gguf, None)) is not None:
-        lines.append(_quantising(pruned.out.name, format.removeprefix("gguf-").upper()))
+        lines.append(_quantising(format.removeprefix("gguf-").upper()))
     return f"""{front_matter(source)}
 # {name.rpartition("/")[2]}, pruned
 
@@ -227,10 +227,10 @@ def _multiple(width: str) -> str:
     return "" if found is None else f" (a multiple of {found})"
 
 
-def _quantising(folder: str, type_: str) -> str:
+def _quantising(type_: str) -> str:
     return (
-        f"Quantise it with `tp-hf-config export {folder} --to gguf --out {folder}-gguf` and "
-        f"llama.cpp's `llama-quantize {folder}-gguf/model.gguf {type_}`"
+        "Quantise it with `tp-hf-config export FOLDER --to gguf --out FOLDER-gguf` and "
+        f"llama.cpp's `llama-quantize FOLDER-gguf/model.gguf {type_}`"
     )
 
 

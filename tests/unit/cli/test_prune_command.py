@@ -139,7 +139,7 @@ class TestWhatIsWritten:
         text = (out / "README.md").read_text()
         for line in (
             "| hidden_size | 64 | 48 (a multiple of 16) |",
-            '- Load it with `BertModel.from_pretrained("out")`.',
+            "- Load it with `BertModel.from_pretrained(folder)`.",
             "| num_attention_heads | 4 | 3 |",
             "| parameters | 81,792 | 54,496 (66.6%) |",
             "| importance | `random` |",
@@ -162,8 +162,8 @@ class TestWhatIsWritten:
         assert "| intermediate_size | 128 | 96 (a multiple of 32) |" in text
         assert any(line.startswith("- Quantised as gguf-q8_0: 0.1 MB -> 0.0 MB (") for line in text)
         assert (
-            "- Quantise it with `tp-hf-config export out --to gguf --out out-gguf` and llama.cpp's "
-            "`llama-quantize out-gguf/model.gguf Q8_0`."
+            "- Quantise it with `tp-hf-config export FOLDER --to gguf --out FOLDER-gguf` and "
+            "llama.cpp's `llama-quantize FOLDER-gguf/model.gguf Q8_0`."
         ) in text
 
     def test_a_seed_decides(
