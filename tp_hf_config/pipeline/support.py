@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..arguments import check_arguments
-from ..checkpoint.child import load
+from ..checkpoint.child import aligned, load
 from ..errors import TPHFConfigError, UnsupportedModelError
 from ..fieldmap.learn_field_map import map_of
 from ..forward.coverage import InputsRefusal
@@ -410,8 +410,9 @@ def reloaded(loader: Any, folder: Path, **options: Any) -> Refusal | None:
                 module.set_experts_implementation("eager")
         if layer_lists(type(model)):
             model._tell_layers("_experts_implementation_internal")
-        with torch.no_grad():
-            outputs = outputs_in_float64(model.double().eval(), case["inputs"], watched, recipe)
+        model.double().eval()
+        with torch.no_grad(), aligned(model, in_turn=False):
+            outputs = outputs_in_float64(model, case["inputs"], watched, recipe)
     except Exception as error:
         return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
