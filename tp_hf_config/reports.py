@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, ClassVar
 
 SCHEMA_VERSION = 1  # of every written report
@@ -23,6 +25,7 @@ class Report:
     """
 
     most_lines: ClassVar[int | None] = None  # that ``print`` shows
+    columns: ClassVar[int | None] = None  # in which lines are wrapped; tables are not
 
     def title(self) -> str:
         """Return the first line."""
@@ -42,8 +45,14 @@ class Report:
 
     def text(self, full: bool = False) -> str:
         """Return the lines that ``print`` shows; ``full=True``: all lines."""
-        parts = [self.title(), *aligned(self.rows()), *self.lines(), *self.details()]
-        lines = "\n".join(parts).split("\n")
+        below = [
+            wrap(line, self.columns, subsequent_indent="  ", break_long_words=False)
+            if self.columns
+            else [line]
+            for several in (*self.lines(), *self.details())
+            for line in several.split("\n")
+        ]
+        lines = [*self.title().split("\n"), *aligned(self.rows()), *chain(*below)]
         if self.most_lines and len(lines) > self.most_lines and not full:
             more = len(lines) - self.most_lines + 1
             lines[-more:] = [f"... {more} more lines: text(full=True), or --json in the shell"]

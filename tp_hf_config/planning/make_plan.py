@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.meta_copy import meta_copy_of
 from ..graph.prunable import Width, widths_of
+from ..graph.unit_count import MULTIPLES
 from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath
 from .plan import (
@@ -39,8 +40,8 @@ from .trajectory import MovingWidth, Trajectory, by_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# multiples for kernels; tensor-parallel ranks; the most head counts to try with the class
-_KERNELS, _RANKS, _ASKED = (64, 128, 256), (2, 4, 8), 64
+_MULTIPLES = (256, 128, *MULTIPLES, 1)  # told of planned widths
+_ASKED = 64  # the most head counts to try with the class
 
 
 @check_arguments
@@ -238,7 +239,7 @@ def _plan(
         model=type(view.model).__name__,
         settings=settings,
         widths=tuple(
-            _width(width, moving, trajectory, every_width)
+            _width(width, moving, trajectory)
             for width, moving in zip(chosen.widths, trajectory.moving_widths, strict=True)
         ),
         kept={
@@ -296,45 +297,27 @@ def _build_and_measure(
     return full, size, () if unknown is None else (unknown,)
 
 
-def _width(
-    width: Width, moving: MovingWidth, trajectory: Trajectory, every_width: Sequence[Width]
-) -> PlannedWidth:
+def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> PlannedWidth:
     field_map = trajectory.field_map
-    by_step = trajectory.steps()
-    values = by_step[-1]
     units = trajectory.units_by_step[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
-    share = units / moving.units
+    sizes = {
+        units * group.count.per_field_unit * dim.layout.run
+        for group in width.groups
+        for dim in group.dims
+    }
     return PlannedWidth(
         name=width.name,
         before=by_name({field: field_map.values[field] for field in moving.fields}),
         steps=tuple(
             by_name({field: step_values[field] for field in moving.fields})
-            for step_values in by_step
+            for step_values in trajectory.steps()
         ),
         asked=moving.ratio,
-        reached=1 - share,
+        reached=1 - units / moving.units,
         reachable=_reachable(trajectory, moving),
-        multiples=_divisors(
-            _KERNELS,
-            {
-                units * group.count.per_field_unit * dim.layout.run
-                for group in width.groups
-                for dim in group.dims
-            },
-        ),
-        ranks=_divisors(
-            _RANKS,
-            {
-                values.get(f, field_map.values[f])
-                for f in _with_head_counts(width, every_width, field_map.count_fields())
-            },
-        ),
+        multiple=next(n for n in _MULTIPLES if all(size % n == 0 for size in sizes)),
         parameters=width.parameters,
     )
-
-
-def _divisors(candidates: Sequence[int], sizes: Collection[int]) -> tuple[int, ...]:
-    return tuple(n for n in candidates if all(size % n == 0 for size in sizes))
 
 
 def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
@@ -350,19 +333,6 @@ def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
         return trajectory.refusal_of({f: field_map.values[f] * n // start for f in moving.fields})
 
     return tuple(n * value // start for n in units if refusal_of(n) is None)
-
-
-def _with_head_counts(
-    width: Width, every_width: Sequence[Width], counts: frozenset[FieldPath]
-) -> set[FieldPath]:
-    """Return the fields of a width, and the head counts that share a width with one of them."""
-    related = {
-        field
-        for other in every_width
-        if set(other.fields) <= counts and set(other.fields) & set(width.fields)
-        for field in other.fields
-    }
-    return set(width.fields) | related
 
 
 _DIGITS = 5  # of a ratio that is searched for

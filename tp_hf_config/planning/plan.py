@@ -39,10 +39,8 @@ class PlannedWidth:
         reached: the share of the units that will be removed.
         reachable: the values that its first field can reach while all other fields keep theirs;
             head counts only if the class accepts them.
-        multiples: which of 64, 128 and 256 divide the pruned dimensions (of heads: their channels)
-            in every layer.
-        ranks: over which of 2, 4 and 8 tensor-parallel ranks the fields divide; for heads, both the
-            query and the key/value heads.
+        multiple: the largest of 256, 128, 64, 32, 16, 8 and 1 that divides the pruned dimensions
+            (of heads: their channels) in every layer.
         parameters: number of parameters of one unit.
     """
 
@@ -52,8 +50,7 @@ class PlannedWidth:
     asked: float
     reached: float
     reachable: Sequence[int]
-    multiples: tuple[int, ...]
-    ranks: tuple[int, ...]
+    multiple: int
     parameters: int
 
     def __repr__(self) -> str:
@@ -115,7 +112,7 @@ class Plan(Report):
     tokens: bool = True
     notes: tuple[str, ...] = ()
     time: WorkingTime | None = None
-    most_lines = MOST_LINES
+    most_lines, columns = MOST_LINES, 100
     _fields: dict[FieldPath, int] = field(default_factory=dict, repr=False, compare=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
@@ -185,20 +182,15 @@ class Plan(Report):
 
 
 T = TypeVar("T")
-_HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple of", "ranks")
+_HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple")
 
 
 def described(values: Sequence[int]) -> str:
-    """Describe values briefly: ``every 64th from 64 to 8192``, ``3, 6, 9``."""
+    """Describe values briefly: ``64, 128 .. 8,192``, ``1 to 8,192``."""
     if isinstance(values, range) and len(values) > 4:
-        every = "" if values.step == 1 else f"every {_ordinal(values.step)} from "
-        return f"{every}{values[0]:,} to {values[-1]:,}"
+        ways = " to" if values.step == 1 else f", {values[1]:,} .."
+        return f"{values[0]:,}{ways} {values[-1]:,}"
     return ", ".join(f"{value:,}" for value in values)
-
-
-def _ordinal(number: int) -> str:
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{'th' if number % 100 in (11, 12, 13) else ending}"
 
 
 def _by_layers(widths: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
@@ -211,15 +203,18 @@ def _by_layers(widths: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
 
 
 def _cells(width: PlannedWidth) -> tuple[str, ...]:
-    ways = [" -> ".join(f"{step[name]:,}" for step in width.steps) for name in width.before]
+    ways = [_way([f"{step[name]:,}" for step in width.steps]) for name in width.before]
     return (
         " + ".join(f"{value:,}" for value in width.before.values()),
         " + ".join(ways),
         f"{width.reached:.3f} of {width.asked:g}",
         described(width.reachable),
-        ", ".join(map(str, width.multiples)) or "-",
-        ", ".join(map(str, width.ranks)) or "-",
+        str(width.multiple),
     )
+
+
+def _way(numbers: list[str]) -> str:
+    return " -> ".join(numbers if len(numbers) < 3 else (numbers[0], "...", numbers[-1]))
 
 
 def _sizes(plan: Plan) -> Iterator[str]:

@@ -285,7 +285,7 @@ def test_inference_mode_changes_nothing(made_inside: bool) -> None:
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     for model, data in (
         (llama(), calibrated.batches(llama(), 4)),
-        (plain, list(torch.rand(4, 5, 6))),
+        (plain, [torch.rand(5, 6) for _ in range(4)]),  # aligned as their copies are
     ):
         expected = calibrate(model, data).readings.statistics
         with torch.inference_mode():

@@ -102,8 +102,7 @@ class TestNumbers:
         hidden, ffn = result.widths
         assert (hidden.asked, hidden.reached) == (0.2, 1 - 459 / 576)
         assert (hidden.reachable, ffn.reachable) == (range(9, 585, 9), range(1, 1537))
-        assert (hidden.multiples, hidden.ranks) == ((), ())
-        assert (ffn.multiples, ffn.ranks) == ((64,), (2, 4, 8))
+        assert (hidden.multiple, ffn.multiple) == (1, 64)
         assert result.before.parameters == 134_515_008
         assert result.before.bytes == 4 * 134_515_008
         assert result.after is not None
@@ -117,8 +116,7 @@ class TestNumbers:
             "intermediate_size": 21504,
             "num_attention_heads": 32,
         }
-        assert [width.multiples for width in result.widths] == [(64, 128, 256)] * 3
-        assert [width.ranks for width in result.widths] == [(2, 4, 8)] * 3
+        assert [width.multiple for width in result.widths] == [256] * 3
         assert result.before.parameters == 70_553_706_496
         assert result.before.bytes == 2 * 70_553_706_496
 
@@ -196,10 +194,8 @@ class TestWhatIsPlanned:
         model = small.llama(num_key_value_heads=2)
         query = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5)
         assert query.values["num_attention_heads"] == 2
-        assert query.widths[0].ranks == (2,)
         group = plan(model, pruning_ratio=0.0, head_pruning_ratio=0.5, gqa="group")
         assert group.widths[0].after == {"num_key_value_heads": 1, "num_attention_heads": 2}
-        assert group.widths[0].ranks == ()
         stay = "num_attention_heads is kept: head_pruning_ratio=, the share of heads to prune, is 0"
         assert plan(model, prune_num_heads=True).notes == (stay,)
         assert query.notes == plan(model).notes == ()
@@ -554,7 +550,7 @@ class TestTarget:
         result = plan(tiny.build("llama-gqa"), **settings)
         assert result.after is not None
         assert result.why_not_exactly == why
-        line = next(one for one in str(result).splitlines() if one.startswith("target of"))
+        line = next(one for one in result.lines() if one.startswith("target of"))
         assert line.startswith(
             f"target of {result.target:,} parameters: {result.after.parameters:,} at one ratio of "
         )
@@ -627,7 +623,7 @@ class TestTarget:
     )
     def test_the_ratios_that_lead_there(self, settings: dict[str, Any], said: str) -> None:
         result = plan(SMOLLM2, target_params=0.9, **settings)
-        line = next(line for line in str(result).splitlines() if line.startswith("target of"))
+        line = next(line for line in result.lines() if line.startswith("target of"))
         assert f" parameters: {result.after.parameters:,} " in line  # type: ignore[union-attr]
         assert said.format(result.settings) in line
 
@@ -665,7 +661,7 @@ class TestOutput:
         read = json.loads(json.dumps(result.to_dict()))
         assert read["settings"]["head_pruning_ratio"] == 0.2
         assert read["widths"][0]["reachable"] == "3, 6, 9"
-        assert read["widths"][1]["reachable"] == "every 9th from 9 to 576"
+        assert read["widths"][1]["reachable"] == "9, 18 .. 576"
         assert read["refusal"] is None
         assert read["adjusted"] == list(result.adjusted)
 
@@ -673,7 +669,7 @@ class TestOutput:
         lines = str(plan(SMOLLM2, pruning_ratio=0.2, iterative_steps=3)).splitlines()
         assert lines[0] == "LlamaForCausalLM"
         assert "576" in lines[2]
-        assert "531 -> 504 -> 459" in lines[2]
+        assert "531 -> ... -> 459" in lines[2]
         assert "parameters: 134,515,008 -> 93,972,447 (69.9%)" in lines
 
     def test_text_of_heads(self) -> None:
@@ -681,7 +677,15 @@ class TestOutput:
         lines = str(result).splitlines()
         assert lines[2].split("  ")[0] == "num_attention_heads"
         assert "0.333 of 0.2" in lines[2]
-        assert result.adjusted[0] in lines
+        assert result.adjusted[0] in result.lines()
+
+
+    def test_no_line_has_more_than_100_columns(self) -> None:
+        prune = ("intermediate_size", "num_key_value_heads", "hidden_size")
+        result = plan(SMOLLM2, prune=prune, pruning_ratio=0.2, target="gguf-q4_k_m,tp=2")
+        assert max(map(len, result.text(full=True).splitlines())) == 100
+        assert max(map(len, result.lines())) > 200
+        assert len(str(result).splitlines()) == 8
 
 
 class TestPrunable:
