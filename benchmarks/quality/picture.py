@@ -31,7 +31,7 @@ def draw_widths(rows: list[Row], path: Path) -> None:
 
 
 def draw_perplexity(rows: list[Row], path: Path) -> None:
-    """Draw SmolLM2's perplexity against its parameters, feed-forward widths alone.
+    """Draw SmolLM2's perplexity against its parameters: feed-forward widths, and layers dropped.
 
     Nothing without the unpruned model.
     """
@@ -45,10 +45,12 @@ def draw_perplexity(rows: list[Row], path: Path) -> None:
     whole = (unpruned["parameters"], unpruned["whole"]["reference"])
     uniform = [r for r in rows if r["variant"] == "wanda" and r["subject"] in ("ffn20", "ffn40")]
     allocated = [r for r in rows if r["variant"] == "allocated"]
+    dropped = [r for r in rows if r["part"] == "layers" and r["variant"] == "refitted"]
     lines = (
         ("cut only", "cut", uniform),
         ("cut and refitted", "refitted", uniform),
         ("a width for each layer, refitted", "refitted", allocated),
+        ("layers dropped, refitted", "refitted", dropped),
     )
     for label, way, found in lines:
         points = sorted([whole, *((r["parameters"], r[way]["reference"]) for r in found)])
@@ -59,6 +61,6 @@ def draw_perplexity(rows: list[Row], path: Path) -> None:
     axes.set_ylim(bottom=14)
     axes.set_xlabel("parameters, millions")
     axes.set_ylabel("perplexity")
-    axes.set_title("SmolLM2-135M, fewer feed-forward channels, no training", size=10)
+    axes.set_title("SmolLM2-135M, fewer feed-forward channels or layers, no training", size=10)
     axes.legend(frameon=False)
     figure.savefig(path)
