@@ -141,4 +141,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf $(ENGINES) .engines .support .quality .fuzz .hunt .sizes site
+	rm -rf $(ENGINES) .engines .support .quality .fuzz .hunt .sizes .axes site

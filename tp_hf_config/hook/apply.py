@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigSyncError, in_one_line
 from ..model.config_json import FieldPath, changed_values, config_json, is_own, is_plain
 from ..model.layer_entries import KEY, entries_of, entries_supported
 from ..model.tensors import Tie, owner
@@ -18,17 +19,25 @@ _MISSING = object()
 
 
 class Changes:
+    """Writes to dicts and to attributes of objects, which can be undone."""
+
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, Any, Any]] = []
+        self._undo: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # dicts, and what they held
 
     def set(self, target: Any, key: Any, value: Any) -> None:
-        self._undo.append((target, key, _read(target, key)))
-        _write(target, key, value)
+        # an attribute may be a property that sets others, and refuses values (out_features)
+        values = target if isinstance(target, dict) else vars(target)
+        self._undo.append((values, dict(values)))
+        if isinstance(target, dict):
+            target[key] = value
+        else:
+            setattr(target, key, value)
 
     def roll_back(self) -> None:
         while self._undo:
-            target, key, value = self._undo.pop()
-            _write(target, key, value)
+            values, before = self._undo.pop()
+            values.clear()
+            values.update(before)
 
 
 @contextmanager
@@ -55,18 +64,6 @@ def _part(target: Any, key: Any) -> Any:
     if isinstance(target, dict):
         return target[key if key in target else int(key)]
     return getattr(target, str(key))
-
-
-def _write(target: Any, key: Any, value: Any) -> None:
-    if isinstance(target, dict):
-        if value is _MISSING:
-            del target[key]
-        else:
-            target[key] = value
-    elif value is _MISSING:
-        delattr(target, key)
-    else:
-        setattr(target, key, value)
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def write_fields(
             continue
         target = _config_part(changes, live, module_name, field[:-1])
         if _read(target, field[-1]) != value:
-            changes.set(target, field[-1], value)
+            _set_field(changes, target, field[-1], value)
     for (module_name, path), written in entries.items():
         target = _config_part(changes, live, module_name, path)
         layers = entries_of(target)
@@ -191,6 +188,16 @@ def write_fields(
             layers.setdefault(int(number), {})[str(key)] = value
         if _read(target, KEY) != layers:
             changes.set(target, KEY, layers)
+
+
+def _set_field(changes: Changes, config: Any, key: Any, value: Any) -> None:
+    try:
+        changes.set(config, key, value)
+    except Exception as error:  # a config's setter may raise anything
+        raise ConfigSyncError(
+            f"{type(config).__name__} refuses {key}={value!r}: {in_one_line(error)}. Nothing was "
+            "changed."
+        ) from error
 
 
 def _config_part(changes: Changes, live: nn.Module, module_name: str, path: FieldPath) -> Any:

@@ -73,20 +73,21 @@ def layer_number(field: FieldPath) -> int | None:
 def layer_lists_of(model: PreTrainedModel) -> list[LayerList]:
     """Return the lists of layers that can be built from entries of their own."""
     base = model.base_model
-    paths = {type(node): path for path, node in config_nodes(model.config)}
+    nodes = {type(node): (path, node) for path, node in config_nodes(model.config)}
     result: list[LayerList] = []
     for name, module in base.named_modules():
         inside = any(part.isdigit() for part in name.split("."))
         if not isinstance(module, nn.ModuleList) or inside or len(module) < 2:
             continue
-        config = config_around(base, name)
+        # entries belong to the model's config; a module may have a copy with another number of
+        # layers (decoders of T5)
+        path, config = nodes.get(type(config_around(base, name)), ((), None))
         classes = tuple(dict.fromkeys(type(layer) for layer in module))
         count = getattr(config, "num_hidden_layers", None)
         # a hybrid may have a list for each kind
         counted = type(count) is int and len(module) <= count
-        takes_config = all("config" in inspect.signature(cls).parameters for cls in classes)
-        if type(config) in paths and counted and takes_config:
-            result.append(LayerList(name, paths[type(config)], classes))
+        if counted and all("config" in inspect.signature(cls).parameters for cls in classes):
+            result.append(LayerList(name, path, classes))
     return result
 
 

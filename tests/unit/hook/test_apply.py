@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 import transformers as hf
 
-from tp_hf_config import ConfigSyncError, HFConfigSyncHook
+from tp_hf_config import ConfigSyncError, HFConfigSyncHook, drop_layers
 
 
 def beit() -> Any:
@@ -70,3 +70,26 @@ def test_a_buffer_of_several_numbers_that_no_build_fills_is_refused() -> None:
     assert held.equal(torch.arange(64.0))
     for name, value in model.state_dict().items():
         assert value.equal(before[name]), name
+
+
+def test_a_field_that_the_config_refuses_leaves_all_as_it_was() -> None:
+    """A backbone's config checks its outputs against stages, which may be named by hand."""
+    names = "stage10 stage6 stage2 stem stage8 stage7 stage5 stage12 stage2 stage6 stage4 stem stem"
+    config = hf.Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        stage_names=names.split(),
+        out_features=["stage2"],
+        out_indices=[2],
+    )
+    model = hf.Dinov2ForImageClassification(config).eval()
+    before, weights = copy.deepcopy(vars(config)), copy.copy(model.state_dict())
+    said = r"Dinov2Config refuses out_features=\['stage1'\]: .*\. Nothing was changed\."
+    with pytest.raises(ConfigSyncError, match=said):
+        drop_layers(model, layers=[0])
+    assert vars(model.config) == before
+    assert model.state_dict().keys() == weights.keys()
+    assert all(value.equal(weights[name]) for name, value in model.state_dict().items())

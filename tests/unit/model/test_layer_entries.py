@@ -284,6 +284,26 @@ def test_a_config_that_counts_several_lists_in_one_dictionary_has_no_entries() -
         )
 
 
+def test_a_list_longer_than_the_config_counts_has_no_entries() -> None:
+    """UMT5's decoder reads a copy of the config that counts the decoder's layers."""
+    config = hf.UMT5Config(
+        vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=4
+    )
+    model: Any = hf.UMT5ForConditionalGeneration(config)
+    assert model.decoder.config.num_hidden_layers == 4
+    assert [found.name for found in layer_lists_of(model)] == ["encoder.block"]
+    with pytest.raises(UnsupportedModelError, match="has no width that UMT5Config could set for"):
+        tp.pruner.MetaPruner(
+            model,
+            example_inputs=None,
+            importance=tp.importance.MagnitudeImportance(),
+            hooks=[HFConfigSyncHook(per_layer=True)],
+        )
+    config.num_decoder_layers = 2
+    found = layer_lists_of(hf.UMT5ForConditionalGeneration(config))
+    assert [one.name for one in found] == ["encoder.block", "decoder.block"]
+
+
 def test_a_list_that_counts_from_1_asks_for_no_entry_after_the_last_layers(tmp_path: Path) -> None:
     """Its two convolutions before the encoder take the config and the numbers 1 and 2."""
     config = hf.NemotronAsrStreamingEncoderConfig(

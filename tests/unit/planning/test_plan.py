@@ -679,7 +679,6 @@ class TestOutput:
         assert "0.333 of 0.2" in lines[2]
         assert result.adjusted[0] in result.lines()
 
-
     def test_no_line_has_more_than_100_columns(self) -> None:
         prune = ("intermediate_size", "num_key_value_heads", "hidden_size")
         result = plan(SMOLLM2, prune=prune, pruning_ratio=0.2, target="gguf-q4_k_m,tp=2")
