@@ -6,7 +6,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -433,11 +433,8 @@ class OutputsWithout:
         if isinstance(self._inputs, Refusal):
             return self._inputs
         try:
-            dtypes = {parameter.dtype for parameter in self._model.parameters()}
-            # a class may cast activations to float32, which do not multiply with float64 weights
-            precision = AllFloat64() if torch.float64 in dtypes else nullcontext()
-            with undisturbed(self._model), precision, without_layers(passing, handed) as impossible:
-                result = self._model(**self._inputs)
+            with undisturbed(self._model), without_layers(passing, handed) as impossible:
+                result = self._in_its_dtype(self._inputs)
         except Exception as error:  # a class that the library cannot feed may raise anything
             raise_shortage(error)
             return Refusal(in_one_line(error))
@@ -447,6 +444,14 @@ class OutputsWithout:
                 "its input. Drop other layers. Nothing was changed."
             )
         return dict(tensors_by_name(result, self._total))
+
+    def _in_its_dtype(self, inputs: Mapping[str, Any]) -> Any:
+        if torch.float64 in {parameter.dtype for parameter in self._model.parameters()}:
+            # a class may cast activations to float32, which do not multiply with float64 weights;
+            # another insists on float32 there (ImageGPT)
+            with suppress(Exception), AllFloat64():
+                return self._model(**inputs)
+        return self._model(**inputs)
 
     def _failures(self) -> dict[str, str]:
         """Return what the model cannot do with a cache, ``generate`` or ``run`` -> why."""

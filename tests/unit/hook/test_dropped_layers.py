@@ -10,6 +10,7 @@ import deep_zoo
 import layer_zoo
 import pytest
 import small
+import tiny
 import torch
 import torch_pruning as tp
 import transformers as hf
@@ -548,3 +549,21 @@ def test_a_model_in_float64_is_compared_though_its_class_casts_to_float32() -> N
         "its outputs equal those of the original whose dropped layers pass their input on"
         in report.proof
     )
+
+
+def test_a_class_that_insists_on_float32_inside_is_compared_in_float64() -> None:
+    """Its attention divides by the layer's number, so it has to be refused."""
+    config = hf.ImageGPTConfig(
+        vocab_size=17,
+        n_positions=16,
+        n_embd=16,
+        n_layer=4,
+        n_head=2,
+        reorder_and_upcast_attn=True,
+        scale_attn_by_inverse_layer_idx=True,
+    )
+    model = hf.ImageGPTForImageClassification(config).double().eval()
+    tiny.randomise(model)
+    with pytest.raises(ConfigSyncError, match="depends on their number or position"):
+        drop_layers(model, [2])
+    assert config.n_layer == len(model.transformer.h) == 4
