@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, lcm
 
@@ -144,6 +144,11 @@ def multiple_for_round_to(round_to: int, run: int) -> int:
 def _per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
     together = lcm(multiple, round_to)  # divides the units of all channel groups together
     return together // gcd(together, channel_groups)
+
+
+def largest_multiple(sizes: Collection[int]) -> int:
+    """Return the largest of 256, 128, 64, 32, 16, 8 and 1 that divides all sizes."""
+    return next(n for n in (256, 128, *MULTIPLES, 1) if all(size % n == 0 for size in sizes))
 
 
 def multiple_below(kept: int, multiple: int) -> int:

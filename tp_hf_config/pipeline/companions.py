@@ -17,6 +17,7 @@ from huggingface_hub.repocard import metadata_load
 from ..checkpoint.building import AUTO_MODELS
 from ..checkpoint.folder import CONFIG, read_weights, write_config
 from ..errors import CheckpointError, PipelineError
+from ..graph.unit_count import largest_multiple
 from ..hook.report import in_words
 from ..reports import versions
 from .job import Copied, Layerwise, Pruned
@@ -222,9 +223,8 @@ def card(source: Source, pruned: Pruned) -> str:
 def _multiple(width: str) -> str:
     """Say which multiple a width is of that kernels and quantisers look at, if of any."""
     number = int(width) if width.isdigit() else 0
-    sizes = (n for n in (256, 128, 64, 32, 16, 8) if number >= 32 and number % n == 0)  # no heads
-    found = next(sizes, None)
-    return "" if found is None else f" (a multiple of {found})"
+    found = largest_multiple((number,)) if number >= 32 else 1  # fewer are heads
+    return "" if found == 1 else f" (a multiple of {found})"
 
 
 def _quantising(type_: str) -> str:

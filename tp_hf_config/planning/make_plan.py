@@ -19,7 +19,7 @@ from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
 from ..graph.meta_copy import meta_copy_of
 from ..graph.prunable import Width, widths_of
-from ..graph.unit_count import MULTIPLES
+from ..graph.unit_count import largest_multiple
 from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath
 from .plan import (
@@ -40,7 +40,6 @@ from .trajectory import MovingWidth, Trajectory, by_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_MULTIPLES = (256, 128, *MULTIPLES, 1)  # told of planned widths
 _ASKED = 64  # the most head counts to try with the class
 
 
@@ -315,7 +314,7 @@ def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> Planned
         asked=moving.ratio,
         reached=1 - units / moving.units,
         reachable=_reachable(trajectory, moving),
-        multiple=next(n for n in _MULTIPLES if all(size % n == 0 for size in sizes)),
+        multiple=largest_multiple(sizes),
         parameters=width.parameters,
     )
 

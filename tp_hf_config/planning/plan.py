@@ -188,8 +188,8 @@ _HEAD = ("config field", "now", "planned", "ratio", "can be", "multiple")
 def described(values: Sequence[int]) -> str:
     """Describe values briefly: ``64, 128 .. 8,192``, ``1 to 8,192``."""
     if isinstance(values, range) and len(values) > 4:
-        ways = " to" if values.step == 1 else f", {values[1]:,} .."
-        return f"{values[0]:,}{ways} {values[-1]:,}"
+        between = " to" if values.step == 1 else f", {values[1]:,} .."
+        return f"{values[0]:,}{between} {values[-1]:,}"
     return ", ".join(f"{value:,}" for value in values)
 
 
