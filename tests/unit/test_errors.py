@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import tp_hf_config
-import tp_hf_config.hook.apply
 from tp_hf_config import (
     ConfigSyncError,
     HFConfigSyncHook,
@@ -28,6 +27,7 @@ from tp_hf_config import (
     prunable,
     supports,
 )
+from tp_hf_config.hook.apply import Changes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:pruned groups are recorded"),
@@ -675,19 +675,19 @@ def test_a_failure_at_any_write_takes_everything_back(build: Any, monkeypatch: p
     model = build()
     hook, pruner = attached(model)
     before = small.state_of(model)
-    write, left = tp_hf_config.hook.apply._write, 0
+    write, left = Changes.set, 0
 
-    def failing(target: Any, key: Any, value: Any) -> None:
+    def failing(changes: Changes, target: Any, key: Any, value: Any) -> None:
         nonlocal left
         left -= 1
-        write(target, key, value)
+        write(changes, target, key, value)
         if left == 0:
-            raise RuntimeError("in the middle")
+            raise KeyboardInterrupt("in the middle")  # not a config's refusal
 
-    monkeypatch.setattr(tp_hf_config.hook.apply, "_write", failing)
+    monkeypatch.setattr(Changes, "set", failing)
     for position in range(1, 200):
         left = position
-        with pytest.raises(RuntimeError, match="in the middle"):
+        with pytest.raises(KeyboardInterrupt, match="in the middle"):
             pruner.step()
         if model.config.hidden_size < 32:
             break

@@ -117,7 +117,7 @@ def calibrate(
             one such dict, or texts. ``None``, for causal language models only: a small text that
             ships with the package. ``"own"``: text that the model writes itself, for languages and
             domains that the shipped text lacks; real text is better. Every eighth batch, at most
-            eight, is held out, to decide whether refits help. Padding is ignored: tokens that a
+            six, is held out, to decide whether refits help. Padding is ignored: tokens that a
             padding mask leaves out, and decoder tokens whose ``labels`` are -100.
         tokenizer: tokenizer of the texts; default: the one that the model's folder or repository
             has.

@@ -360,21 +360,18 @@ class Refitting:
         return set()
 
     def _note_unfitted(self) -> None:
-        step = self._step
+        step, tables = self._step, self._step.readings.tables
         lost = {c.parameter for c in step.kept if c not in step.refits}
-        tables = sorted(lost & step.readings.tables)
-        others = sorted(lost - step.readings.tables)
-        if tables:
-            self.result.notes.append(
-                f"not refitted, because it is also the embedding matrix: {listed(tables)}"
-            )
-        if others:
-            self.result.notes.append(
-                f"not refitted, because no calibration data reached it: {listed(others)}"
-            )
-        unseen = [name for name in step.unseen if name not in step.readings.tables]
-        if unseen:
-            self.result.notes.append(f"not refitted, because it was not measured: {listed(unseen)}")
+        reasons = {
+            "it is also the embedding matrix": lost & tables,
+            "no calibration data reached it": lost - tables,
+            "it was not measured": set(step.unseen) - tables,
+        }
+        self.result.notes += [
+            f"not refitted, because {why}: {listed(sorted(names))}"
+            for why, names in reasons.items()
+            if names
+        ]
 
     def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
         """Estimate the change by cutting other groups, with refits; nothing is pruned."""

@@ -62,11 +62,11 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         first = sorted(set(group[0].root_idxs))
         scores = torch.zeros(roots)
         readings = self.calibration.current()
-        for *_, root, contribution in experts_in(group, self.calibration.model, readings):
+        for root, contribution in _experts_in(group, self.calibration.model, readings):
             scores[root] += contribution.score
         if scores.any():
             return self._normalize(scores[first], self.normalizer)
-        readers = list(self._readers(group))
+        readers = list(self._readers(group, readings))
         if not readers:
             self._warn_unread(group)
             return super().__call__(group)
@@ -104,7 +104,12 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         if not all(map(readings.needs_gram, leaders)):
             return None
         if not self.calibration.require_all(leaders):
-            _warn_of_memory(readers[0].consumer)
+            warn(
+                f"{readers[0].consumer.parameter} and other weights read the channels of one "
+                'group, and their Gram matrices do not fit into max_memory together, so "obs" '
+                'ranks this group like "wanda". Pass a larger max_memory= to calibrate()',
+                CalibrationWarning,
+            )
             return None
         parts: list[Part] = []
         for reader in readers:
@@ -119,8 +124,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         scores[order] = torch.arange(1, units + 1, dtype=torch.float32)
         return scores
 
-    def _readers(self, group: Any) -> Iterator[_Reader]:
-        readings = self.calibration.current()
+    def _readers(self, group: Any, readings: Readings) -> Iterator[_Reader]:
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
         places = readings.by_place()
         for item in group:
@@ -161,10 +165,10 @@ def _stacks_in(group: Any, model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, item
 
 
-def experts_in(
+def _experts_in(
     group: Any, model: nn.Module, readings: Readings
-) -> Iterator[tuple[str, int, int, Contribution]]:
-    """Yield stack, number, root channel and contribution of each expert that is a group's unit."""
+) -> Iterator[tuple[int, Contribution]]:
+    """Yield root channel and contribution of each expert that is a group's unit."""
     measured: dict[str, dict[int | None, Contribution]] = {}
     for consumer, contribution in readings.experts.items():
         measured.setdefault(consumer.parameter, {})[consumer.part] = contribution
@@ -173,25 +177,7 @@ def experts_in(
     last = {name.rpartition(".")[0].rpartition(".")[0]: name for name in measured if name in items}
     for name in last.values():
         for root, number in zip(items[name].root_idxs, items[name].idxs, strict=True):
-            yield name, number, root, measured[name].get(number, Contribution())
-
-
-def unreached_experts(group: Any, importance: Any) -> list[str]:
-    """Return the experts of a group that were ranked without any token."""
-    calibration = getattr(importance, "calibration", None)
-    if calibration is None:
-        return []
-    experts = experts_in(group, calibration.model, calibration.readings)
-    return [f"{name}[{number}]" for name, number, _, each in experts if not each.tokens]
-
-
-def _warn_of_memory(reader: Consumer) -> None:
-    warn(
-        f"{reader.parameter} and other weights read the channels of one group, and their Gram "
-        'matrices do not fit into max_memory together, so "obs" ranks this group like "wanda". '
-        "Pass a larger max_memory= to calibrate()",
-        CalibrationWarning,
-    )
+            yield root, measured[name].get(number, Contribution())
 
 
 def _read_by(dep: Any) -> tuple[nn.Parameter, int] | None:

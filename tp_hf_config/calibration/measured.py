@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,22 +38,30 @@ _REMEMBERED = 4  # inputs; weights that read the same values (q, k, v) run right
 _Read = tuple[tuple[Any, ...], Callable[[], bool], Consumer]
 _Need = Literal["gram", "products", ""]
 _Place = tuple[str, int, bool, _Need]
+_UNKNOWN = Consumer("", 0)
 
 
 class Measuring:
     """Adds up what consumers read in one pass.
 
     ``limit``: bytes for all Gram matrices. ``only``: leaders that get one; ``None``: all that need
-    one.
+    one. Unless ``whole``, the last operation runs on one token: heads of large vocabularies are
+    slow, and nothing measured reads their results.
     """
 
-    def __init__(self, sources: Sources, limit: int, only: Collection[Consumer] | None = None):
+    def __init__(
+        self, sources: Sources, limit: int, only: Collection[Consumer] | None, whole: bool
+    ):
         self.readings = Readings()
         self.experts = ExpertOutputs(self.readings.experts)
         self._sources, self._limit, self._only = sources, limit, only
         self._grams: dict[Consumer, int] = {}  # their bytes
         self._recent: deque[_Read] = deque(maxlen=_REMEMBERED)
         self._apart: set[Consumer] = set()
+        self._ran: list[Consumer] = []  # in this batch
+        self._last = None if whole else _UNKNOWN
+        self._ended = False
+        self.ended_early = False  # operations followed the one taken for the last: all are wrong
 
     def visit(self, op: LinearOp) -> Any:
         leader = self._leader(op)
@@ -64,7 +72,26 @@ class Measuring:
             if leader not in readings.statistics:
                 self._begin(op)
             readings.statistics[leader].add(op.channels_last(), leader in self._grams)
+        self.ended_early |= self._ended
+        self._ran.append(op.consumer)
+        if op.consumer == self._last and op.inputs.ndim == 3 and op.axis == 2:
+            return self._of_one_token(op)
         return op.run()
+
+    def end_batch(self, number: int, result: Any) -> None:
+        if self._last is _UNKNOWN and self._ran:
+            last = self._ran[-1]
+            self._last = last if self._ran.count(last) == 1 and last.part is None else None
+        self._ran, self._ended = [], False
+
+    def _of_one_token(self, op: LinearOp) -> Any:
+        """Return a result of the right shape, computed for the first token only."""
+        tokens = op.inputs.shape[1]
+        result = op.run(op.inputs[:, :1])
+        if result.shape[:-1] != (len(op.inputs), 1):
+            return op.run()
+        self._ended = True
+        return result.expand(-1, tokens, -1).contiguous()  # the model may change it in place
 
     def complete(self, ranks: Ranks) -> Readings:
         readings = self.readings
@@ -135,7 +162,8 @@ def add_grams(
     for statistics in readings.statistics.values():
         statistics.gram = None
     if ranks.count > 1:  # chosen beforehand: ranks reach experts in different orders
-        leaders = _that_fit(readings, leaders, memory_limit(model, max_memory, ranks))
+        sizes = {each: 4 * len(readings.statistics[each].total) ** 2 for each in leaders}
+        leaders = that_fit(sizes, memory_limit(model, max_memory, ranks))
     what = "calibrate, another pass"
     again = _measured(model, batches, max_memory, what, ranks, leaders)
     for leader, measured in again.statistics.items():
@@ -143,13 +171,12 @@ def add_grams(
             readings.statistics[leader].gram = measured.gram
 
 
-def _that_fit(readings: Readings, leaders: Collection[Consumer], limit: int) -> list[Consumer]:
-    """Return the leaders whose Gram matrices fit into ``limit`` bytes, at least the first."""
+def that_fit(sizes: Mapping[Consumer, int], limit: int) -> list[Consumer]:
+    """Return the consumers whose sums fit into ``limit`` bytes, at least the first."""
     chosen: list[Consumer] = []
-    for leader in leaders:
-        size = 4 * len(readings.statistics[leader].total) ** 2
+    for consumer, size in sizes.items():
         if size <= limit or not chosen:
-            chosen.append(leader)
+            chosen.append(consumer)
             limit -= size
     return chosen
 
@@ -162,10 +189,13 @@ def _measured(
     ranks: Ranks,
     only: Collection[Consumer] | None = None,
 ) -> Readings:
-    sources = Sources(model)
-    measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only)
-    visit, experts = measuring.visit, measuring.experts
-    watched_pass(model, batches, visit, sources, what=what, ranks=ranks, experts=experts)
+    for whole in (False, True):
+        sources = Sources(model)
+        measuring = Measuring(sources, memory_limit(model, max_memory, ranks), only, whole)
+        visit, after, experts = measuring.visit, measuring.end_batch, measuring.experts
+        watched_pass(model, batches, visit, sources, after, what, ranks, experts)
+        if not any(ranks.gathered(measuring.ended_early)):
+            break
     return measuring.complete(ranks)
 
 

@@ -8,7 +8,7 @@ least squares for what the plain cut ``W Sᵀ`` misses. The ridge r pulls it tow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ..graph.sides import ConfigGroup, ParameterView, Side
 from ..model.paging import in_file
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
-from .measured import MeasuredModel
+from .measured import MeasuredModel, that_fit
 from .passes import Ranks, memory_limit, shown, watched_pass
 from .readings import Readings
 from .sources import Sources
@@ -101,11 +101,16 @@ class StepRefits:
                 some = behind_norms if leader in self.readings.chains else plain
                 some.setdefault(leader, []).append(consumer)
         self._solve_plain(plain)
-        sizes = {of: self._bytes_behind_norm(some[0]) for of, some in behind_norms.items()}
-        for leaders in self._of_one_pass(sizes):
+        kept = {of: len(self.kept[some[0]]) for of, some in behind_norms.items()}
+        totals = {of: len(self.readings.statistics[of].total) for of in kept}
+        sizes = {of: 4 * count * (count + totals[of]) for of, count in kept.items()}
+        limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
+        while sizes:
+            leaders = that_fit(sizes, limit)
             products = _Products(self, leaders)
             for leader in shown(leaders, "solving refits", "inputs"):
                 self._add(behind_norms[leader], partial(products.refit, leader))
+                del sizes[leader]
 
     def _solve_plain(self, consumers: dict[Consumer, list[Consumer]]) -> None:
         remaining = list(consumers)
@@ -114,32 +119,9 @@ class StepRefits:
             for leader in shown(ready, "solving refits", "inputs"):
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
-                ridge = self.calibration.ridge
-                solve = partial(refit_from_gram, gram, ridge=ridge)
+                solve = partial(refit_from_gram, gram, ridge=self.calibration.ridge)
                 self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
-
-    def _of_one_pass(self, sizes: Mapping[Consumer, int]) -> Iterator[list[Consumer]]:
-        """Yield as many consumers at a time as memory has room for.
-
-        ``sizes``: bytes of their sums.
-        """
-        calibration = self.calibration
-        limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
-        some: list[Consumer] = []
-        used = 0
-        for consumer, needed in sizes.items():
-            if some and used + needed > limit:
-                yield some
-                some, used = [], 0
-            some.append(consumer)
-            used += needed
-        if some:
-            yield some
-
-    def _bytes_behind_norm(self, consumer: Consumer) -> int:
-        kept, leader = len(self.kept[consumer]), self.readings.leaders[consumer]
-        return 4 * kept * (kept + len(self.readings.statistics[leader].total))
 
     def _add(self, consumers: Sequence[Consumer], solve: Callable[[Tensor], Refit | None]) -> None:
         first_with: dict[tuple[int, ...], Consumer] = {}

@@ -18,8 +18,7 @@ from torch_pruning import _helpers
 from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import OBDCImportance
 
-from ..calibration.importance import holds_experts, unreached_experts
-from ..errors import listed
+from ..calibration.importance import holds_experts
 from ..graph.pruner_access import Importance, Pruner, scope_of
 from ..graph.pruner_classes import BasePruner
 from ..graph.sides import ConfigGroup, GraphGroup
@@ -65,7 +64,6 @@ class UnitChoice:
         self.valued = False  # the importance has given some group a value
         # ranked together, groups have lost rounded numbers: for these tools ("": the default grid)
         self._rounded_for: dict[str, None] = {}
-        self._unreached: list[str] = []  # experts that this step removes and no token reached
 
     @torch.no_grad()
     def groups(self) -> Iterator[ConfigGroup]:
@@ -75,7 +73,6 @@ class UnitChoice:
                 stacklevel=2,
             )
             return
-        self._unreached = []
         for name, members in self._scopes().items():
             yield from self._of_scope(name, members)
 
@@ -118,7 +115,6 @@ class UnitChoice:
             if isinstance(pruner.importance, OBDCImportance):
                 pruner.importance.adjust_fisher(ranked.group, chosen[0].idxs)
             if graph.check_pruning_group(chosen):
-                self._unreached += unreached_experts(chosen, pruner.importance)
                 yield chosen
 
     def _rounded(self, graph_group: GraphGroup, lost: int) -> int:
@@ -178,8 +174,6 @@ class UnitChoice:
         for target in self._rounded_for if self.preflight is None and pruned else ():
             default = "multiples of 64, 32, 16 or 8 that are near (round_to=1: exactly the ranking)"
             lines.append(f"widths are rounded to {f'what {target} takes' if target else default}")
-        unreached = f"no calibration token reached the removed {listed(self._unreached)}"
-        lines = [*lines, unreached] if pruned and self._unreached else lines
         return lines if pruned or lines else [f"nothing was pruned: {self._why_nothing()}"]
 
     def _why_nothing(self) -> str:

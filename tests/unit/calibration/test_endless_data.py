@@ -90,14 +90,14 @@ def test_a_batch_of_padding_among_others_ends_nothing() -> None:
     stream = Endless(*({"input_ids": _row(1)} for _ in range(40)), padding)
     calibration = calibrate(zoo.build("llama"), iter(stream), measure=False)
     assert stream.read == 81
-    assert calibration.tokens == 800 - 8 * LENGTH
+    assert calibration.tokens == 800 - 6 * LENGTH
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, lambda rows: torch.stack(rows)])
 def test_data_with_a_length_is_taken_whole(wrap: Any) -> None:
     data = wrap([_row(number) for number in range(100)])
     calibration = calibrate(zoo.build("llama"), data, measure=False)
-    assert calibration.tokens == (100 - 8) * LENGTH
+    assert calibration.tokens == (100 - 6) * LENGTH
     assert calibrate(zoo.build("llama"), data, tokens=70, measure=False).tokens == 7 * LENGTH
 
 

@@ -150,7 +150,7 @@ def test_what_is_foretold_of_the_model_is_what_comes() -> None:
 def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     model = calibrated.build("llama")
     before = model.num_parameters()
-    calibration = calibrate(model, calibrated.batches(model))
+    calibration = calibrate(model, calibrated.batches(model, 70))
     hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
     pruner = calibrated.pruner_of(model, hook, pruning_ratio=0.25)
     with pytest.warns(CalibrationWarning, match="this step removes ") as warned:
@@ -175,7 +175,7 @@ def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     assert f"allocate(model, calibration, target_params={after}) prunes most in" in text
     assert f"KL {result.refit:.3g}: do not expect good answers without" in str(result)
     fresh = calibrated.build("llama")
-    calibration = calibrate(fresh, calibrated.batches(fresh))
+    calibration = calibrate(fresh, calibrated.batches(fresh, 70))
     hook = HFConfigSyncHook(prune="intermediate_size", refit=calibration)
     importance = calibration.importance()
     with warnings.catch_warnings():
