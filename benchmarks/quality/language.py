@@ -14,7 +14,7 @@ import torch
 import torch_pruning as tp
 from cutting import MakeImportance, both_ways, changed, pruned
 from jobs import Job, Row, Scale
-from texts import own_chats, second_windows, shared
+from texts import other_windows, own_chats, second_windows, shared
 from torch import Tensor
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -95,8 +95,13 @@ class Language:
     @cached_property
     def evaluated(self) -> dict[str, Tensor]:
         """The windows that tell how good a model is, by text."""
-        second = second_windows(self.loaded[1], self.scale.evaluation)
-        return {"reference": self.split[1], "second": second}
+        tokenizer, windows = self.loaded[1], self.scale.evaluation
+        second = second_windows(tokenizer, windows)
+        return {
+            "reference": self.split[1],
+            "second": second,
+            **other_windows(tokenizer, windows),
+        }
 
     def perplexities(self, model: Model) -> dict[str, float]:
         """The perplexity on each text."""

@@ -18,6 +18,7 @@ from rich.table import Table
 from tp_hf_config.reports import SCHEMA_VERSION, versions
 
 TEXTS = ("reference", "second")
+OTHER_TEXTS = ("prose", "mathematics")
 _ORDER = ("random", "magnitude", "taylor", "hessian", "wanda", "activation", "flap", "obs")
 _LABELS = {
     "random": "random",
@@ -152,7 +153,9 @@ def _about_texts(rows: list[Row]) -> list[str]:
     lines = [
         "Models are evaluated on two texts. The first, *reference*, is windows of the Python",
         "reference that no calibration text contains. The second, *code*, is half source code of",
-        "the standard library and half licences of installed packages.",
+        "the standard library and half licences of installed packages. Some rows have two more:",
+        "*prose*, passages that ship with the package and that it never calibrates on, and",
+        "*mathematics*, docstrings of sympy and networkx.",
         "",
     ]
     unpruned = next((r for r in rows if r["subject"] == "unpruned" and "why" not in r), None)
@@ -219,6 +222,21 @@ def _layers(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
     yield Sheet(title, ("what", "parameters", "reference", "code and licences"), lines)
 
 
+def _four_texts(_: list[Row], good: list[Row]) -> Iterable[Sheet]:
+    """What refits change on each text, of all rows that were evaluated on four."""
+    texts = (*TEXTS, *OTHER_TEXTS)
+    lines: list[tuple[str, ...]] = []
+    for row in good:
+        cut, refitted = row.get("cut", {}), row.get("refitted", {})
+        if all(text in cut and text in refitted for text in texts):
+            cells = [f"{_perplexity(cut[t])} -> {_perplexity(refitted[t])}" for t in texts]
+            worst = max(refitted[text] / cut[text] - 1 for text in texts)
+            lines.append((_name(row), *cells, f"{worst:+.1%}"))
+    if lines:
+        header = ("row", "reference", "code and licences", *OTHER_TEXTS, "worst change")
+        yield Sheet("Four texts: cut only -> cut and refitted", header, lines)
+
+
 def _optipfair(rows: list[Row], good: list[Row]) -> Iterable[Sheet]:
     if not rows:
         return
@@ -278,6 +296,7 @@ _PARTS: dict[str, Callable[[list[Row], list[Row]], Iterable[Sheet]]] = {
     "layers": _layers,
     "optipfair": _optipfair,
     "minilm": _minilm,
+    "four texts": _four_texts,
     "time": _time,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from importlib.metadata import files
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from tp_hf_config.calibration.batches import second_text as passages
 from tp_hf_config.calibration.batches import shipped_text
 
 WINDOW = 256
@@ -31,6 +33,16 @@ LICENCES = (  # of packages that `make bench` installs
     "filelock",
     "fsspec",
     "rich",
+)
+MATHEMATICS = (  # modules whose docstrings are mathematics, of packages that torch needs
+    "sympy.series.formal",
+    "sympy.ntheory.residue_ntheory",
+    "sympy.polys.polytools",
+    "sympy.stats.crv_types",
+    "networkx.algorithms.centrality.betweenness",
+    "networkx.algorithms.flow.maxflow",
+    "networkx.algorithms.isomorphism.isomorphvf2",
+    "networkx.algorithms.link_analysis.pagerank_alg",
 )
 _LONGEST = 12_000  # characters of a licence, so that one does not fill the text
 _CHATS = 16  # conversations that are written at once
@@ -56,10 +68,17 @@ def second_text() -> tuple[str, str]:
     return parts[0], parts[1]
 
 
+def _docstrings(module: str) -> str:
+    """All docstrings of a module's source, in their order."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = (n for n in ast.walk(ast.parse(_source(module))) if isinstance(n, documented))
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
 def _source(module: str) -> str:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{module}: the standard library has no source file of it here")
+        raise SystemExit(f"{module}: there is no source file of it here")
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
@@ -78,12 +97,22 @@ def _plain(paragraph: str) -> str:
 def second_windows(tokenizer: Tokenizer, evaluated: int) -> Tensor:
     """Windows of the second text, as many of code as of licences, evenly spaced in both."""
     halves = evaluated - evaluated // 2, evaluated // 2
-    windows: list[Tensor] = []
-    for text, count in zip(second_text(), halves, strict=True):
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-        windows.append(rows[:: max(1, len(rows) // max(1, count))][:count])
-    return torch.cat(windows)
+    texts = zip(second_text(), halves, strict=True)
+    return torch.cat([_windows(text, tokenizer, count) for text, count in texts])
+
+
+def other_windows(tokenizer: Tokenizer, evaluated: int) -> dict[str, Tensor]:
+    """Windows of two more texts: passages of general prose, and mathematics in docstrings."""
+    mathematics = "\n\n".join(map(_docstrings, MATHEMATICS))
+    texts = {"prose": passages(), "mathematics": mathematics}
+    return {name: _windows(text, tokenizer, evaluated) for name, text in texts.items()}
+
+
+def _windows(text: str, tokenizer: Tokenizer, count: int) -> Tensor:
+    """So many windows of a text, evenly spaced; all, if it has fewer."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
 
 
 def shared(evaluated: Tensor, others: Tensor, length: int = 13) -> float:
