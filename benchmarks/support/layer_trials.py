@@ -28,6 +28,7 @@ from tp_hf_config.model.config_json import config_json, config_nodes
 from tp_hf_config.model.layer_class import layer_lists
 from tp_hf_config.model.layer_entries import layer_lists_of
 from tp_hf_config.pipeline.support import Outcome, Subject, attempt, reloaded, save
+from tp_hf_config.planning.settings import INNER
 from tp_hf_config.twin.masked_check import EXACT
 
 GLOBAL, FIRST_KEPT = "global", "firsts-kept"
@@ -116,7 +117,8 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
     """Prune a copy so that its layers differ.
 
     All layers are ranked together, with the default widths. If that is refused, as for a width that
-    several groups share, or happens to leave the layers alike, the first layers keep their widths.
+    several groups share, or happens to leave the layers alike, the first layers keep their widths;
+    then the same with all widths (LW-DETR's encoder has no inner one).
 
     ``case``: the model, which is not changed, and its inputs.
     """
@@ -125,14 +127,15 @@ def differ_trial(case: Subject, folder: Path) -> LayerTrial:
         field_map = map_of(model, make_inputs=case.tiny.recipe.make_inputs)
         experiments_of(field_map, case.tiny)  # once for all that follows
     trial = LayerTrial("refused")
-    for how in (GLOBAL, FIRST_KEPT):
+    tries: tuple[tuple[str, Any], ...] = ((GLOBAL, INNER), (FIRST_KEPT, INNER), (FIRST_KEPT, None))
+    for how, prune in tries:
         pruned = copy.deepcopy(model)
         firsts = [
             pruned.base_model.get_submodule(layers.name)[0] for layers in layer_lists_of(pruned)
         ]
         given = {"global_pruning": True} if how == GLOBAL else {"ignored_layers": firsts}
         saved = folder / f"{type(model).__name__}-{how}"  # names the package of the code in it
-        outcome, why = attempt(case, pruned, saved, per_layer=True, **given)
+        outcome, why = attempt(case, pruned, saved, per_layer=True, prune=prune, **given)
         if outcome == "failed":
             return LayerTrial(outcome, f"{how}: {why}")
         if outcome == "works" and layer_lists(type(pruned)):
