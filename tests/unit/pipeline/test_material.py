@@ -91,11 +91,11 @@ class TestShippedText:
         seen = read(
             tokenizer, (b["input_ids"] for b in (*calibration.train, *calibration.held_out))
         )
-        assert (len(calibration.train), len(calibration.held_out)) == (218, 8)
+        assert (len(calibration.train), len(calibration.held_out)) == (220, 6)
         assert len(seen) == len(set(seen)) == 198 * 8 // 7
         assert set(seen) <= set(ours)
         asked = read(tokenizer, material.second)
-        assert len(asked) == len(second) - len(second) // 8 + 8
+        assert len(asked) == len(second) - len(second) // 8 + 6
         assert set(asked) <= set(second)
         assert material.held_out.shape == (0, SIZE)
         assert said == [f"calibrating: {len(seen)} windows", str(calibration)]
@@ -110,7 +110,7 @@ class TestWindows:
         material, _ = gathered(model, choice)
         assert material.calibration is not None
         held_out = set(read(tokenizer, material.held_out))
-        assert len(held_out) == 8
+        assert len(held_out) == 6
         calibrated = (*material.calibration.train, *material.calibration.held_out)
         assert not held_out & set(read(tokenizer, (batch["input_ids"] for batch in calibrated)))
         drawn = [next(material.batches) for _ in range(300)]
