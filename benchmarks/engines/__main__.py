@@ -122,7 +122,9 @@ def _measured(engine: Engine, environment: Environment, case: Case, seconds: int
     if engine.reads == "gguf" and not (folder / "gguf").exists():
         export(folder / "model", folder / "gguf", to="gguf", trust_remote_code=True)
     started = time.monotonic()
-    given = ask(environment.python, engine.module, folder, engine.reads, seconds)
+    module = Path(__file__).with_name(f"{engine.module}.py")
+    task, question = "generate" if case.generates else "embed", folder / "question.json"
+    given = ask(environment.python, module, task, folder / engine.reads, question, seconds)
     result = compare(expected, given, engine.within)
     return {**result, "seconds": round(time.monotonic() - started)}
 

@@ -1,4 +1,4 @@
-"""Asks one engine about one folder, in a process of its own, and compares what it says."""
+"""Asks one tool about one folder, in a process of its own, and compares what it says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ WORKER = Path(__file__).with_name("worker.py")
 Answer = dict[str, Any]
 
 
-def ask(python: Path, module: str, case: Path, reads: str, seconds: int) -> Answer:
-    """What the engine answers about a folder of the case: tokens, embeddings or an error."""
+def ask(
+    python: Path, module: Path, task: str, folder: Path, question: Path, seconds: int
+) -> Answer:
+    """What a tool answers about a folder: what its module's function returns, or an error."""
     with TemporaryDirectory() as scratch:
         answer, log = Path(scratch, "answer.json"), Path(scratch, "log")
-        command = [python, WORKER, module, case / reads, case / "question.json", answer]
+        command = [python, WORKER, module, task, folder, question, answer]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

@@ -131,7 +131,6 @@ def make(case: Case, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]
     else:
         loaded = AutoModel.from_pretrained(saved, add_pooling_layer=False).eval()
         answer = {"embeddings": [pooled(loaded, ids) for ids in question["ids"]]}
-    question["generates"] = case.generates
     return question, answer, shown(loaded.config)
 
 

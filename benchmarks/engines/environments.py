@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 MADE = ".made"
 _VERSIONS = """
@@ -149,8 +150,21 @@ class Environment:
     why_not: str = ""
 
 
-def install(engine: Engine, root: Path, seconds: int) -> Environment:
-    """Make the engine's environment, unless it is there."""
+class Needs(Protocol):
+    """What has to be installed; see :class:`Engine`."""
+
+    @property
+    def environment(self) -> str: ...
+    @property
+    def requirements(self) -> tuple[str, ...]: ...
+    @property
+    def without(self) -> tuple[str, ...]: ...
+    @property
+    def shown(self) -> tuple[str, ...]: ...
+
+
+def install(engine: Needs, root: Path, seconds: int) -> Environment:
+    """Make the environment, unless it is there."""
     folder = root / engine.environment
     python = folder / "bin" / "python"
     made = folder / MADE
@@ -165,7 +179,7 @@ def install(engine: Engine, root: Path, seconds: int) -> Environment:
     return Environment(python, json.loads(found))
 
 
-def _pip(folder: Path, python: Path, engine: Engine, seconds: int) -> str:
+def _pip(folder: Path, python: Path, engine: Needs, seconds: int) -> str:
     """Install; pip's last word where it fails."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     commands = [["install", "--upgrade", "pip"], ["install", *engine.requirements]]

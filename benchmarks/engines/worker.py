@@ -1,7 +1,7 @@
-"""One engine, one model, in a process of its own: ``worker.py on_x FOLDER QUESTION ANSWER``.
+"""One tool and model in a process: ``worker.py MODULE.py TASK FOLDER QUESTION ANSWER``.
 
-Runs in the engine's environment, which has neither this library nor its Torch-Pruning.  What the
-engine raises is its answer: a refusal is a result, and its last words are the message.
+Runs in the tool's environment, which has neither this library nor its Torch-Pruning.  What the tool
+raises is its answer: a refusal is a result, and its last words are the message.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 def main() -> None:
-    """Convert, run, write down what came."""
-    module, folder, question, answer = sys.argv[1:]
+    """Call the task, write down what came."""
+    module, task, folder, question, answer = sys.argv[1:]
     asked = json.loads(Path(question).read_text(encoding="utf-8"))
-    task = "generate" if asked["generates"] else "embed"
+    sys.path.insert(0, str(Path(module).parent))
     found: dict[str, Any]
     try:
-        found = getattr(importlib.import_module(module), task)(Path(folder), asked)
+        found = getattr(importlib.import_module(Path(module).stem), task)(Path(folder), asked)
     except Exception as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,143 @@
+"""The models that the tools get: SmolLM2, pruned by the commands of a user."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+import smollm2_file
+
+WINDOW = 256  # tokens
+EVALUATED, TRAINED = 8, 16  # windows of one text, after each other
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model.
+
+    Attributes:
+        key: the name of its folder, and of the folder in commands.
+        name: what is special about its widths.
+        commands: what makes it of the folders before, as arguments of `tp-hf-config`.
+        fits: the targets that it was made for; of their tools, none may refuse it.
+    """
+
+    key: str
+    name: str
+    commands: tuple[tuple[str, ...], ...] = ()
+    fits: tuple[str, ...] = ()
+
+
+_FFN = ("--prune", "intermediate_size")
+CASES = (
+    Case("smollm2", "unpruned"),
+    Case(
+        "on-grid",
+        "FFN for GGUF",
+        (("prune", "smollm2", *_FFN, "--pruning-ratio", "0.2", "--for", "gguf-k"),),
+        ("gguf-k",),
+    ),
+    Case(
+        "off-grid",
+        "FFN off the grid",
+        (("prune", "smollm2", *_FFN, "--pruning-ratio", "0.2", "--round-to", "1"),),
+    ),
+    Case(
+        "w4a16",
+        "hidden size and FFN for W4A16 and GGUF",
+        (
+            (
+                *("prune", "smollm2", "--ratios", "hidden_size=0.11,intermediate_size=0.17"),
+                *("--for", "w4a16,gguf-k"),
+            ),
+        ),
+        ("gguf-k", "w4a16"),
+    ),
+    Case(
+        "by-layer",
+        "FFN by layer",
+        (("prune", "smollm2", *_FFN, "--target-params", "0.85", "--allocate", "--per-layer"),),
+    ),
+    Case(
+        "padded",
+        "the same, padded",
+        (("export", "by-layer", "--to", "padded", "--multiple-of", "256", "--trust-remote-code"),),
+        ("gguf-k",),
+    ),
+)
+
+
+def make(case: Case, place: Path) -> dict[str, Any]:
+    """Write a case's folder, unless it is there; return what the table says of it."""
+    folder = place / case.key
+    row = place / f"{case.key}.json"
+    if row.exists():
+        return dict(json.loads(row.read_text(encoding="utf-8")))
+    shutil.rmtree(folder, ignore_errors=True)
+    if not case.commands:
+        _original(folder)
+    for command in case.commands:
+        program = [sys.executable, "-m", "tp_hf_config", *command, "--out", case.key]
+        subprocess.run(program, cwd=place, check=True, stdout=subprocess.DEVNULL)
+    described = _described(case, folder)
+    row.write_text(json.dumps(described), encoding="utf-8")
+    return described
+
+
+def _original(folder: Path) -> None:
+    file = smollm2_file.gguf_file()
+    found: dict[str, Any] = {
+        "pretrained_model_name_or_path": file.parent,
+        "gguf_file": file.name,
+    }
+    model: Any = AutoModelForCausalLM.from_pretrained(**found, dtype=torch.bfloat16)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**found).save_pretrained(folder)
+
+
+def _described(case: Case, folder: Path) -> dict[str, Any]:
+    """Return widths, parameters and perplexity in float32."""
+    from perplexity import perplexity
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    asked = question(folder)
+    ffn = sorted({layer.mlp.down_proj.in_features for layer in model.model.layers})
+    width = str(ffn[0]) if len(ffn) == 1 else f"{ffn[0]} to {ffn[-1]}"
+    commands = [" ".join(("tp-hf-config", *c, "--out", case.key)) for c in case.commands]
+    return {
+        "key": case.key,
+        "name": case.name,
+        "commands": commands,
+        "fits": list(case.fits),
+        "widths": f"{model.config.hidden_size}, {width}",
+        "parameters": model.num_parameters(),
+        "perplexity": perplexity(lambda ids: model(ids).logits, asked["windows"]),
+    }
+
+
+def question(folder: Path) -> dict[str, Any]:
+    """Return what every tool gets with a folder: windows of tokens, and the same as text."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    text = "\n\n".join(topics[name] for name in ("specialnames", "class", "import", "assignment"))
+    ids = tokenizer(text).input_ids
+    cut = [ids[i : i + WINDOW] for i in range(0, WINDOW * (EVALUATED + TRAINED), WINDOW)]
+    assert len(cut[-1]) == WINDOW, "the text is too short"
+    return {
+        "windows": cut[:EVALUATED],
+        "text": tokenizer.decode([i for window in cut[:EVALUATED] for i in window]),
+        "trained": cut[EVALUATED:],
+        "trained_texts": [tokenizer.decode(window) for window in cut[EVALUATED:]],
+    }
