@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from llama_cpp import SOURCES, fetched, program, run
+from llama_programs import SOURCES, fetched, program, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tp_hf_config import HFConfigSyncHook, PipelineError, export

@@ -8,7 +8,7 @@ from typing import Any
 from typer.main import get_command
 
 from tp_hf_config.cli.commands import app
-from tp_hf_config.cli.output import PROGRAM
+from tp_hf_config.cli.main import PROGRAM
 
 MARK = "<!-- commands -->"
 

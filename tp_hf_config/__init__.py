@@ -25,8 +25,7 @@ from .when_imported import when_imported
 
 if TYPE_CHECKING:
     from .calibration.calibrate import Calibration, calibrate
-    from .checkpoint.check import check_checkpoint
-    from .checkpoint.repair import repair_checkpoint
+    from .checkpoint.check import check_checkpoint, repair_checkpoint
     from .checkpoint.reports import CheckReport, RepairReport, RoundtripReport
     from .checkpoint.verify import verify_checkpoint, verify_roundtrip
     from .graph.cut_list import CutList
@@ -95,8 +94,7 @@ __version__ = "0.1.0"
 
 _LOADED_WHEN_USED = {  # lazy: importing torch alone takes longer than a shell command may take
     "calibration.calibrate": ("Calibration", "calibrate"),
-    "checkpoint.check": ("check_checkpoint",),
-    "checkpoint.repair": ("repair_checkpoint",),
+    "checkpoint.check": ("check_checkpoint", "repair_checkpoint"),
     "checkpoint.reports": ("CheckReport", "RepairReport", "RoundtripReport"),
     "checkpoint.verify": ("verify_checkpoint", "verify_roundtrip"),
     "hook.drop_layers": ("DroppedLayers", "drop_layers"),

@@ -21,7 +21,7 @@ from asking import ask
 from cases import CASES, Case, make, question
 from environments import install
 from in_llama_cpp import measured
-from llama_cpp import SOURCES
+from llama_programs import SOURCES
 from page import page, wrong
 from tools import TOOLS, Tool
 

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import program, run
+from llama_programs import program, run
 
 from tp_hf_config import PipelineError, export
 

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from transformers import PreTrainedModel as Model
 
 from tp_hf_config import Calibration, HFConfigSyncHook
-from tp_hf_config.calibration.readings import Readings
+from tp_hf_config.calibration.measured import Readings
 
 MakeImportance = Callable[[Model, Calibration], Any]
 """Gets the copy that is about to be pruned, and what its weights read."""

@@ -21,7 +21,7 @@ import zoo
 
 import tp_hf_config
 from tp_hf_config.cli.commands import app
-from tp_hf_config.planning import targets
+from tp_hf_config.planning import settings
 
 DOCS = small.ROOT / "docs"
 ELSEWHERE = ("upstream.md", "quickstart.md")  # tested by test_upstream_doc.py, test_quickstart.py
@@ -96,7 +96,7 @@ def test_no_block_is_passed_over() -> None:
 def test_every_target_has_a_row() -> None:
     """The page's table is the package's."""
     page = (DOCS / "targets.md").read_text(encoding="utf-8")
-    for name, needs, otherwise, source in targets.rows():
+    for name, needs, otherwise, source in settings.rows():
         assert f"\n| `{name}` | {needs} | {otherwise} | {source} |\n" in page, name
 
 

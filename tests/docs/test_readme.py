@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from tp_hf_config import plan, prunable
 from tp_hf_config.cli.commands import app
-from tp_hf_config.cli.output import PROGRAM
+from tp_hf_config.cli.main import PROGRAM
 
 README = (small.ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = [block for block in doc_blocks.blocks(README, "README.md") if block.language == "python"]

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tp_hf_config.cli.main import main
-from tp_hf_config.cli.output import PROGRAM
+from tp_hf_config.cli.main import PROGRAM, main
 
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",

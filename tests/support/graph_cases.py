@@ -15,9 +15,8 @@ import transformers as hf
 from torch import nn
 
 from tp_hf_config import HFConfigSyncHook
-from tp_hf_config.graph.config_graph import ParameterView, Units
+from tp_hf_config.graph.config_graph import ParameterView, Units, kept_positions
 from tp_hf_config.graph.cut_list import CutList, edits_of
-from tp_hf_config.graph.recorded_prunes import kept_positions
 from tp_hf_config.model.fill import LiveCut
 
 Make = Callable[[], Any]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch_pruning as tp
 import transformers as hf
@@ -28,7 +29,7 @@ from transformers import (
 
 from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.fieldmap.model_view import view_of
-from tp_hf_config.graph.meta_copy import meta_copy_of
+from tp_hf_config.graph.rebuild import meta_copy_of
 from tp_hf_config.planning.selection import _inside, _sharing_nothing
 
 TRANSFORMERS = tuple(int(part) for part in hf.__version__.split(".")[:2])
@@ -79,7 +80,9 @@ def module_of(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as if it were run
+        spec.loader.exec_module(module)
     return module
 
 

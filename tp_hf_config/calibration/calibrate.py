@@ -10,8 +10,8 @@ from torch import nn
 
 from ..arguments import Count, check_arguments
 from ..errors import CalibrationError, CalibrationWarning, listed, warn
-from ..graph.edits import stack_dim
-from ..graph.meta_copy import meta_copy_of
+from ..graph.cut_list import stack_dim
+from ..graph.rebuild import meta_copy_of
 from ..model.locate import check_has_data, check_plain, check_unwrapped
 from ..model.sharded import behind
 from .batches import (
@@ -32,9 +32,8 @@ from .batches import (
 )
 from .importance import CalibratedImportance, Kind
 from .linear_ops import Consumer
-from .measured import RIDGE, TEXT_RIDGE, MeasuredModel
+from .measured import RIDGE, TEXT_RIDGE, TOKENS_PER_CHANNEL, MeasuredModel, Readings
 from .passes import agreed_ranks
-from .readings import TOKENS_PER_CHANNEL, Readings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

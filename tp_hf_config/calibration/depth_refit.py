@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import listed
-from ..forward.layer_passes import hidden_in, hidden_out
+from ..forward.observed_pass import hidden_in, hidden_out
 from ..model.config_json import runs
 from ..model.tensors import parameter_names
 from .batches import Batch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, listed
 from ..forward.output_tensors import tensors_in
-from ..graph.edits import RefitInPlace, plain_cut
+from ..graph.cut_list import RefitInPlace, plain_cut
 from ..graph.sides import ConfigGroup
 from ..reports import fields_as_json
 from .linear_ops import Consumer, LinearOp

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch_pruning.pruner import function
 
 from ..errors import CalibrationError, CalibrationWarning, warn
-from ..forward.layer_passes import hidden_in, hidden_out
+from ..forward.observed_pass import hidden_in, hidden_out
 from ..graph.sides import ParameterView
 from ..model.tensors import is_matrix_stack
 from .batches import Batch, writes_text
 from .linear_ops import Consumer, Contribution
+from .measured import InputStatistics, Readings
 from .passes import ALONE, Ranks, watched_pass
-from .readings import InputStatistics, Readings
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel

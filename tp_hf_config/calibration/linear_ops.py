@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..graph.edits import matrix_of
+from ..graph.cut_list import matrix_of
 from ..model.sharded import is_dtensor
 from ..model.tensors import owner
 from .batches import models_in

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, in_one_line
 from ..model.config_json import configs_of
-from ..model.ranks import agree, gathered, summed
-from ..model.sharded import Passes, behind, plain_class
-from ..model.shortage import is_out_of_memory
-from ..model.surroundings import evaluating, free_memory, same_random_state
+from ..model.sharded import Passes, agree, behind, from_all_ranks, plain_class, summed
+from ..model.surroundings import evaluating, free_memory, is_out_of_memory, same_random_state
 from .batches import Batch, models_in, on_device
 from .linear_ops import ExpertOutputs, LinearOp, WatchedOps
 from .sources import Sources
@@ -44,7 +42,7 @@ class Ranks:
 
     def gathered(self, value: _T) -> list[_T]:
         """Return each rank's value, in rank order; only this one's if all have the same data."""
-        return gathered(value) if self.own_data else [value]
+        return from_all_ranks(value) if self.own_data else [value]
 
     def summed(self, values: Tensor) -> Tensor:
         """Return the sum of all ranks' tensors, the same bits on each; may overwrite ``values``."""
@@ -75,14 +73,14 @@ def agreed_ranks(
         return ALONE
     what = (("the settings", f"{type(model).__name__} {settings!r}"),)
     agree(CalibrationError, "calibrate", what, failure)
-    data = gathered((len(batches), _digest(batches)))
+    data = from_all_ranks((len(batches), _digest(batches)))
     if not any(count for count, _ in data):
         raise CalibrationError(
             "the calibration data is empty on every rank. Pass at least one batch on one of them"
         )
     spare = batches[0] if batches and source is not model else None
     if source is not model and not all(count for count, _ in data):
-        spare = next(chain(*gathered(batches[:1])))
+        spare = next(chain(*from_all_ranks(batches[:1])))
     return Ranks(len(data), len(set(data)) > 1, next(source.parameters()).device, spare)
 
 
@@ -104,7 +102,7 @@ def memory_limit(model: nn.Module, max_memory: int | None, ranks: Ranks = ALONE)
         return max_memory
     half = free_memory(next(behind(model).parameters()).device) // 2
     # ranks have to measure the same matrices
-    return min(gathered(half)) if ranks.count > 1 else half
+    return min(from_all_ranks(half)) if ranks.count > 1 else half
 
 
 def watched_pass(
@@ -156,7 +154,7 @@ def _run_together(
     when = what or "a pass over held-out data"
     agree(CalibrationError, f"the start of {when}")
     failure: BaseException | None = None
-    rest = max(gathered(len(batches))) - len(batches)
+    rest = max(from_all_ranks(len(batches))) - len(batches)
     for number, batch in enumerate(shown([*batches, *[ranks.spare] * rest], what)):
         passes.begin()
         try:
@@ -169,7 +167,7 @@ def _run_together(
         try:
             if failure is not None:
                 passes.give_up()
-            if any(gathered(failure is not None)):
+            if any(from_all_ranks(failure is not None)):
                 break
         except RuntimeError as error:
             raise CalibrationError(

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.edits import Refit
+from ..graph.cut_list import Refit
 from ..graph.sides import ConfigGroup, ParameterView, Side
-from ..model.paging import in_file
+from ..model.files import in_file
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
-from .measured import MeasuredModel, that_fit
+from .measured import MeasuredModel, Readings, that_fit
 from .passes import Ranks, memory_limit, shown, watched_pass
-from .readings import Readings
 from .sources import Sources
 
 _TRIES = 12  # the ridge grows tenfold until the solve succeeds

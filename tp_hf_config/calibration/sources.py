@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
 from ..model.sharded import behind, plain_class, whole
-from ..model.shortage import raise_shortage
+from ..model.surroundings import raise_shortage
 from .linear_ops import Select
 
 _weak_ref: Any = reductions.StorageWeakRef

@@ -1,6 +1,6 @@
 """Load and run folders with Transformers alone, without this library.
 
-Only models that may be larger than memory use :mod:`~tp_hf_config.model.paging`.
+Only models that may be larger than memory use :mod:`~tp_hf_config.model.files`.
 
 Usage: ``python child.py JOB``; JOB is a JSON file with the keys of :func:`run`.
 """
@@ -69,9 +69,9 @@ def load(
 @contextmanager
 def _paged(folder: str) -> Iterator[None]:
     """Put weights that are converted while this is open into files without names."""
-    from tp_hf_config.model import paging
+    from tp_hf_config.model import files
 
-    with paging.paged(Path(folder)), paging.conversions_in_files():
+    with files.paged(Path(folder)), files.conversions_in_files():
         yield
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import TPHFConfigError
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
+from ..fieldmap.model_view import by_layers
 from ..fieldmap.solve.fit import Conflict
 from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal

@@ -26,15 +26,14 @@ from typer.main import get_command
 from .. import __version__
 from ..checkpoint.folder import check_model_folder
 from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
-from ..model.shortage import is_out_of_memory
-from ..model.surroundings import quiet_transformers
+from ..model.surroundings import is_out_of_memory, quiet_transformers
+from ..pipeline.companions import check_target
 from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
-from ..pipeline.output import check_target
 from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
 from ..planning.settings import Gqa
 from ..reports import dated
 from . import values
-from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
+from .main import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 from .values import UsageError
 
 Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code
@@ -249,7 +248,7 @@ def repair(
 ) -> Answer:
     """Write the config.json that a folder's weights need, if there is exactly one."""
     _check_folders(folder)
-    from ..checkpoint.repair import repair_checkpoint
+    from ..checkpoint.check import repair_checkpoint
 
     trust = {"trust_remote_code": trust_remote_code}
     return repair_checkpoint(folder, dry_run=dry_run, given=given or {}, **trust), DONE

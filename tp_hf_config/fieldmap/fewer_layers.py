@@ -25,7 +25,7 @@ from ..model.config_json import (
 )
 from ..model.layer_class import layer_lists
 from ..model.shapes import Shapes, named_modules, shapes
-from ..model.shortage import note_shortage
+from ..model.surroundings import note_shortage
 from .layer_kinds import (
     CLASS,
     ConfigText,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..model.shapes import named_modules
-from ..model.shortage import note_shortage
+from ..model.surroundings import note_shortage
 
 Key = tuple[str, str]  # (module inside the layer, its attribute) or (_CONFIG, the config's key)
 Facts = dict[Key, Hashable]  # all facts about one layer

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, in_one_line
 from ..model.build import Refusal
-from ..model.shortage import note_shortage
-from .input_companions import optional_arguments
+from ..model.surroundings import note_shortage
 from .inputs import (
     example_inputs,
     function_name,
     given_inputs,
     input_forms,
+    optional_arguments,
     second_sample,
     text_inputs,
     video_forms,

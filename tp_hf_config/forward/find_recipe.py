@@ -17,8 +17,7 @@ from ..errors import in_one_line
 from ..model.build import Refusal
 from ..model.config_json import configs_of
 from ..model.meta_run import NoValues, RealNumbers
-from ..model.shortage import note_shortage
-from ..model.surroundings import same_random_state
+from ..model.surroundings import note_shortage, same_random_state
 from .head_splits import splits_with
 from .inputs import example_inputs, input_forms
 from .run_recipe import (

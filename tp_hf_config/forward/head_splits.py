@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..model.meta_run import NoValues, RealNumbers
-from ..model.shortage import note_shortage
+from ..model.surroundings import note_shortage
 from .inputs import example_inputs, text_inputs
 from .run_recipe import PLAIN, RunRecipe
 

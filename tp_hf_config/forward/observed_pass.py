@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..model.build import DefaultDtype
 from ..model.shapes import named_modules
-from ..model.shortage import note_shortage
-from ..model.surroundings import without_caches
+from ..model.surroundings import note_shortage, without_caches
 from ..model.tensors import owner, saved_buffers
 from .output_tensors import largest_in, outputs_of, tensors_in, unmasked
 from .run_recipe import PLAIN, RunRecipe
@@ -341,3 +340,84 @@ def following(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor in followed:
             tensor.requires_grad_(False)
+
+
+def hidden_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Hidden states among a layer's arguments: the first floating point tensor."""
+    values = (*args, *kwargs.values())
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def hidden_out(output: Any) -> Tensor | None:
+    """Hidden states that a layer returns, alone or as the first of several results."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+Argument = int | str  # position or name
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Argument, Any]:
+    return dict([*enumerate(args), *kwargs.items()])
+
+
+@contextmanager
+def handed_on(layers: Sequence[nn.Module]) -> Iterator[dict[int, Argument]]:
+    """Note place among a layer's results -> argument of the next layer that is this tensor."""
+    # LUKE's layers pass on the states of words and those of entities
+    handed: dict[int, Argument] = {}
+    places: dict[int, int] = {}  # id of a tensor that the previous layer returned -> its place
+    alive: list[Any] = []  # keeps the ids unique
+
+    def receive(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        for argument, value in _arguments(args, kwargs).items():
+            if id(value) in places:
+                handed.setdefault(places[id(value)], argument)
+
+    def give(layer: nn.Module, args: Any, output: Any) -> None:
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        places.clear()
+        places.update({id(v): n for n, v in enumerate(outputs) if isinstance(v, Tensor)})
+        alive[:] = outputs
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(receive, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(give))
+        yield handed
+
+
+def _same_shape(value: Any, result: Any) -> Any:
+    both = isinstance(value, Tensor) and isinstance(result, Tensor)
+    return value if both and value.shape == result.shape else result
+
+
+@contextmanager
+def without_layers(
+    layers: Sequence[nn.Module], handed: Mapping[int, Argument] | None = None
+) -> Iterator[list[str]]:
+    """While open, these layers return the hidden states that they are given.
+
+    Results in ``handed`` are hidden states too; others stay as computed. Yields the classes of
+    layers that cannot be skipped, because their output has another shape.
+    """
+    impossible: list[str] = []
+
+    def pass_on(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        before, after = hidden_in(args, kwargs), hidden_out(output)
+        if before is None or after is None or before.shape != after.shape:
+            impossible.append(type(layer).__name__)
+            return output
+        if isinstance(output, Tensor):
+            return before
+        arguments = _arguments(args, kwargs)
+        given = {place: arguments.get(name) for place, name in (handed or {}).items() if place}
+        return type(output)(
+            (before, *(_same_shape(given.get(n), value) for n, value in enumerate(output[1:], 1)))
+        )
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(pass_on, with_kwargs=True))
+        yield impossible

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from ..model.shortage import note_shortage
+from ..model.surroundings import note_shortage
 from .observed_pass import PassResult, outputs_in_float64
 from .run_recipe import RunRecipe
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap, count_at_zero, from_state, state_of, ungrouped_change
-from ..fieldmap.layer_map import LayerFields, layer_map, uniform_map
 from ..fieldmap.learn_field_map import learn
+from ..fieldmap.model_view import LayerFields, layer_map, uniform_map
 from ..fieldmap.unit_shares import units_of
 from ..forward.coverage import InputsRefusal
 from ..model.build import Refusal
@@ -30,8 +30,7 @@ from ..model.layer_entries import KEY
 from ..model.shapes import shapes
 from ..model.surroundings import ONE_AT_A_TIME, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups, may_be_unobserved
-from ..twin.group import Finding, TinyGroup
-from ..twin.layout import TensorDim
+from ..twin.layout import Finding, TensorDim, TinyGroup
 from ..twin.tiny.tiny_model import (
     TinyModel,
     built_tiny_model,

@@ -18,8 +18,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.tensors import parameter_names, saved_buffers
 from ..reports import short
-from ..twin.group import Finding, TinyGroup
-from ..twin.layout import TensorDim, UnitLayout, places_of, share_positions
+from ..twin.layout import Finding, TensorDim, TinyGroup, UnitLayout, places_of, share_positions
 from ..twin.prove import counted_by, parts_counted_by
 from ..twin.tiny.tiny_model import TinyModel
 from .unit_count import UnitCount

@@ -14,7 +14,7 @@ from ..errors import UnsupportedModelError
 from ..fieldmap.completeness import build_live
 from ..fieldmap.expressions import Quantity
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.layer_map import entangled_fields, uniform_map
+from ..fieldmap.model_view import entangled_fields, uniform_map
 from ..model.config_json import EntryOfKind, FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import (
@@ -27,7 +27,7 @@ from ..model.layer_entries import (
     shared_field,
 )
 from ..model.locate import find_pretrained
-from ..twin.group import TinyGroup
+from ..twin.layout import TinyGroup
 from .experiments import experiments_of
 
 # a tensor's name up to the number of its outermost layer

@@ -12,9 +12,8 @@ from torch import nn
 from ..arguments import check_arguments
 from ..errors import listed
 from ..fieldmap.field_map import FieldMap
-from ..fieldmap.layer_map import by_layers
 from ..fieldmap.learn_field_map import map_of
-from ..fieldmap.model_view import view_of
+from ..fieldmap.model_view import by_layers, view_of
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath, field_name
@@ -24,12 +23,11 @@ from ..model.surroundings import ONE_AT_A_TIME, plain_autograd, same_random_stat
 from ..model.tensors import parameter_names, tensor
 from ..reports import Report, Rows, html_table, short
 from ..twin.find_groups import with_single_positions
-from ..twin.group import Finding
-from ..twin.layout import UnitLayout
+from ..twin.layout import Finding, UnitLayout
 from ..twin.tiny.tiny_model import TinyModel
 from .experiments import experiments_of
 from .full_size import Group, expand
-from .meta_copy import meta_copy_of
+from .rebuild import meta_copy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -24,8 +24,7 @@ from ..fieldmap.layer_kinds import lists_of
 from ..fieldmap.learn_field_map import whole_build
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs, text_inputs
-from ..forward.layer_passes import Argument, handed_on, without_layers
-from ..forward.observed_pass import AllFloat64
+from ..forward.observed_pass import AllFloat64, Argument, handed_on, without_layers
 from ..forward.output_tensors import unmasked
 from ..graph.layer_fields import layers_listed
 from ..model.build import Builder, Refusal
@@ -40,8 +39,7 @@ from ..model.config_json import (
 from ..model.layer_entries import KEY, entries_of
 from ..model.locate import check_followable, find_pretrained
 from ..model.shapes import compare, shapes
-from ..model.shortage import raise_shortage
-from ..model.surroundings import quiet_transformers, same_random_state
+from ..model.surroundings import quiet_transformers, raise_shortage, same_random_state
 from ..reports import MOST_LINES, Report
 from .apply import Changes, all_or_nothing, difference, write
 from .follow import with_mirrored_fields

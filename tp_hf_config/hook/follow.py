@@ -19,17 +19,19 @@ from ..fieldmap.expressions import Quantity
 from ..fieldmap.layer_kinds import names_in_code
 from ..fieldmap.lower_depth import of_every_config
 from ..fieldmap.model_view import view_of
-from ..fieldmap.solve.explain import (
+from ..fieldmap.solve.fit import (
+    Conflict,
+    build_with_shapes,
     explain_conflict,
     explain_mismatch,
     explain_refusal,
     explain_unfilled,
     explain_vanished,
+    fit,
 )
-from ..fieldmap.solve.fit import Conflict, build_with_shapes, fit
 from ..forward.head_splits import counts_of, heads_of, splits_after
 from ..forward.run_recipe import MakeInputs, encoder_states_of
-from ..graph.recorded_prunes import Place
+from ..graph.config_graph import Place
 from ..model.build import Builder, Refusal
 from ..model.config_json import (
     FieldPath,

@@ -163,7 +163,7 @@ class HFConfigSyncHook:
     def constructing(self, arguments: dict[str, Any]) -> Iterator[ConfigGraph]:
         """Surround a pruner's constructor: check the model, and give the pruner its graph."""
         from ..graph.layer_fields import layers_listed
-        from ..graph.meta_copy import on_meta_copy
+        from ..graph.rebuild import on_meta_copy
         from ..planning.pruner_graph import graph_for
 
         arguments |= on_meta_copy(arguments["model"], arguments)
@@ -230,7 +230,7 @@ class HFConfigSyncHook:
         from ..graph.pruner_access import arguments_of, replace_graph, restore_trace
         from ..planning.preflight import preflight
         from ..planning.pruner_graph import graph_for
-        from ..planning.targets import Target
+        from ..planning.settings import Target
         from .follow import Follower
         from .unit_choice import UnitChoice
 
@@ -399,7 +399,7 @@ def _check_plan_alone(*others: Any) -> None:
 
 def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan's arguments for the pruner; raise if the pruner was given other values."""
-    from ..graph.pruner_classes import BasePruner  # imports torch_pruning, which imports hooks
+    from ..graph.pruner_access import BasePruner  # imports torch_pruning, which imports hooks
 
     defaults = inspect.signature(BasePruner.__init__).parameters
     for name, value in planned.items():

@@ -10,15 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError, UnsupportedModelError
-from ..graph.cut_list import CutList
-from ..graph.edits import Edit
-from ..graph.meta_copy import refresh
-from ..graph.rebuild import empty_copy, take_modes
+from ..graph.cut_list import CutList, Edit
+from ..graph.rebuild import empty_copy, refresh, take_modes
 from ..model.config_json import OF_NO_EFFECT, changed_values, config_json
 from ..model.fill import note, note_successor
 from ..model.locate import find_pretrained
-from ..model.ranks import agree
-from ..model.sharded import behind, divided_like, meta_copies, reshard, whole
+from ..model.sharded import agree, behind, divided_like, meta_copies, reshard, whole
 from ..model.tensors import owner, select
 from .apply import all_or_nothing, write_fields
 

@@ -23,8 +23,14 @@ from ..errors import UnsupportedModelError, in_one_line
 from .config_json import field_name, plain_fields
 from .shapes import Shapes, named_modules, shapes
 from .sharded import plain_class
-from .shortage import note_shortage
-from .surroundings import ONE_AT_A_TIME, no_log_lines, on_cpu, replaced, without_caches
+from .surroundings import (
+    ONE_AT_A_TIME,
+    no_log_lines,
+    note_shortage,
+    on_cpu,
+    replaced,
+    without_caches,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

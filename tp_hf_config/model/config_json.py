@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .shortage import note_shortage
-from .surroundings import replaced
+from .surroundings import note_shortage, replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -27,7 +27,7 @@ from torch import nn
 from ..reports import versions
 from .build import Builder
 from .config_json import OF_NO_EFFECT, without_names
-from .shortage import shortage_noted
+from .surroundings import shortage_noted
 
 VARIABLE = "TP_HF_CONFIG_CACHE"  # environment variable: another cache folder, or "off"
 _PACKAGE = __name__.partition(".")[0]

@@ -17,8 +17,7 @@ from ..forward.inputs import example_inputs, input_forms
 from ..forward.observed_pass import outputs_in_float64
 from ..forward.run_recipe import RunRecipe
 from ..model.build import Refusal
-from ..model.shortage import raise_shortage
-from ..model.surroundings import same_random_state
+from ..model.surroundings import raise_shortage, same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

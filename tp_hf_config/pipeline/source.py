@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.folder import ADAPTER, read_config
 from ..errors import PipelineError, TPHFConfigError, UnsupportedModelError, listed
-from ..model.shortage import raise_shortage
-from ..model.surroundings import free_memory
+from ..model.surroundings import free_memory, raise_shortage
 
 if TYPE_CHECKING:
     import torch
@@ -191,8 +190,7 @@ def _check_not_quantised(source: Source, config: PreTrainedConfig) -> None:
 
 
 def _check_rotary(source: Source) -> None:
-    from ..checkpoint.loading import MAJOR
-    from ..checkpoint.rotary import unread_by_transformers_4
+    from ..checkpoint.loading import MAJOR, unread_by_transformers_4
 
     if MAJOR >= 5 or source.folder is None:
         return
@@ -244,7 +242,7 @@ def load(
     """Load a model in eval mode, with notes; on the CPU, weights used as stored are mapped."""
     import torch
 
-    from ..model.paging import conversions_in_files
+    from ..model.files import conversions_in_files
 
     stored: Any = torch.float32 if source.gguf else "auto"
     try:

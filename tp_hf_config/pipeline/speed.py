@@ -16,8 +16,7 @@ from torch import Tensor
 from ..arguments import Count, check_arguments
 from ..calibration.batches import positions_of
 from ..errors import UnsupportedModelError, in_one_line
-from ..model.shortage import raise_shortage
-from ..model.surroundings import evaluating, quiet_transformers
+from ..model.surroundings import evaluating, quiet_transformers, raise_shortage
 from ..reports import Report
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from ..errors import (
     UnsupportedModelError,
     in_one_line,
 )
-from ..model.shortage import raise_shortage
+from ..model.surroundings import raise_shortage
 from .job import HELD_OUT, SECOND_TEXT, Importance, Job, show, track
 from .source import is_large, tokenizer_of
 

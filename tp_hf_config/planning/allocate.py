@@ -33,9 +33,8 @@ from ..model.layer_class import stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers
 from ..model.locate import find_pretrained
 from ..reports import Report
-from .rounding import in_multiples
-from .settings import PruneSettings
-from .targets import Target
+from .selection import in_multiples
+from .settings import PruneSettings, Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
 from ..graph.layer_fields import fields_named, layers_listed
-from ..graph.meta_copy import meta_copy_of
 from ..graph.prunable import Width, widths_of
+from ..graph.rebuild import meta_copy_of
 from ..graph.unit_count import largest_multiple
 from ..model.build import Refusal, module_of
 from ..model.config_json import FieldPath
@@ -31,10 +31,8 @@ from .plan import (
     working_time,
 )
 from .quantised import QuantisedSize, sizes_compared, sizes_now
-from .rounding import unmet
-from .selection import Chosen, Wanted, check_apart, check_ratios, choose
-from .settings import Gqa, PruneSettings, Scheduler
-from .targets import Target
+from .selection import Chosen, Wanted, check_apart, check_ratios, choose, unmet
+from .settings import Gqa, PruneSettings, Scheduler, Target
 from .trajectory import MovingWidth, Trajectory, by_name
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, shared_field
 from .quantised import QuantisedSize, sizes_compared, sizes_now
-from .rounding import ANY, unmet
-from .targets import Target
+from .selection import ANY, unmet
+from .settings import Target
 from .trajectory import MovingWidth, Trajectory, Values
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..model.build import Refusal
-from .targets import Target
+from .settings import Target
 
 if TYPE_CHECKING:
     import gguf

@@ -23,8 +23,7 @@ from ..forward.run_recipe import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
 from ..model.tensors import is_matrix_stack, saved_buffers
-from .group import Finding, TinyGroup, all_alike
-from .layout import Places, TensorDim, UnitLayout, places_of
+from .layout import Finding, Places, TensorDim, TinyGroup, UnitLayout, all_alike, places_of
 from .layout_search import Sources, Style, layouts_of, searched
 from .masked_check import rehearse
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look

@@ -28,7 +28,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.fill import fill
 from ..model.shapes import shapes
-from ..model.shortage import note_shortage
+from ..model.surroundings import note_shortage
 from ..model.tensors import (
     compute_unsaved,
     is_matrix_stack,
@@ -40,7 +40,7 @@ from .layout import Removed, positions_left
 from .width_scalars import AsNarrow, CutDim, DualWidth, SizesRead, as_written, take_scales
 
 if TYPE_CHECKING:
-    from .group import Finding, TinyGroup
+    from .layout import Finding, TinyGroup
     from .tiny.tiny_model import TinyModel
 
 

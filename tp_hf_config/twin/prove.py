@@ -20,8 +20,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes
 from ..model.surroundings import same_random_state
-from .group import Finding, TinyGroup, as_in_like_layers, in_parts_alike
-from .layout import TensorDim
+from .layout import Finding, TensorDim, TinyGroup, as_in_like_layers, in_parts_alike
 from .tiny.tiny_model import TinyModel, once, randomise, scale_convolutions
 from .twin_test import Links, TwinTest
 

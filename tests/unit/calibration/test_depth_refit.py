@@ -11,7 +11,7 @@ import transformers as hf
 
 from tp_hf_config import ConfigSyncError, calibrate, drop_layers
 from tp_hf_config.calibration.depth_refit import depth_refits
-from tp_hf_config.forward.layer_passes import hidden_in, hidden_out
+from tp_hf_config.forward.observed_pass import hidden_in, hidden_out
 from tp_hf_config.hook import drop_layers as dropping
 from tp_hf_config.model.config_json import runs
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tp_hf_config import CalibrationWarning, HFConfigSyncHook, calibrate
 from tp_hf_config.calibration.linear_ops import Consumer, Contribution
+from tp_hf_config.calibration.measured import Readings, added_up
 from tp_hf_config.calibration.passes import Ranks
-from tp_hf_config.calibration.readings import Readings, added_up
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

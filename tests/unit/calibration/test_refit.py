@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tp_hf_config.calibration.importance import Part, elimination_order
 from tp_hf_config.calibration.refit import refit_from_gram, refit_from_products
-from tp_hf_config.graph.edits import plain_cut
+from tp_hf_config.graph.cut_list import plain_cut
 
 _SETTINGS = settings(max_examples=60, deadline=None)
 

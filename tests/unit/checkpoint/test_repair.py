@@ -22,7 +22,7 @@ from tp_hf_config import (
     repair_checkpoint,
     verify_checkpoint,
 )
-from tp_hf_config.checkpoint import repair
+from tp_hf_config.checkpoint import check
 
 BROKEN: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("llama", {"intermediate_size": 80}, {}),
@@ -418,7 +418,7 @@ def test_a_full_disk_or_an_interrupt_at_any_moment(
         with monkeypatch.context() as patch:
             patch.setattr(os, name, _failing(getattr(os, name), nth, error, late))
             try:
-                repair._replace_config(folder, text)
+                check._replace_config(folder, text)
             except (OSError, KeyboardInterrupt):
                 failed += 1
                 assert folders.files(folder) in (old, new)

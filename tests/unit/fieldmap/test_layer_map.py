@@ -9,8 +9,8 @@ import pytest
 
 from tp_hf_config import UnsupportedModelError
 from tp_hf_config.fieldmap.completeness import build_live
-from tp_hf_config.fieldmap.layer_map import layer_map, uniform_map
 from tp_hf_config.fieldmap.learn_field_map import learn
+from tp_hf_config.fieldmap.model_view import layer_map, uniform_map
 from tp_hf_config.graph.layer_fields import layers_listed
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import config_json, with_values

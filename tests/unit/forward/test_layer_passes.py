@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tp_hf_config.forward.layer_passes import handed_on, hidden_in, hidden_out, without_layers
+from tp_hf_config.forward.observed_pass import handed_on, hidden_in, hidden_out, without_layers
 
 
 class TwoStreams(nn.Module):

@@ -24,7 +24,7 @@ from tp_hf_config import (
     calibrate,
 )
 from tp_hf_config.graph import cut_list
-from tp_hf_config.graph.edits import Selection
+from tp_hf_config.graph.cut_list import Selection
 from tp_hf_config.model.config_json import config_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")

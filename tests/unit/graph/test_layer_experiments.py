@@ -9,7 +9,7 @@ import transformers as hf
 
 from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.field_map import Depth
-from tp_hf_config.fieldmap.layer_map import uniform_map
+from tp_hf_config.fieldmap.model_view import uniform_map
 from tp_hf_config.graph.experiments import LayerFindings, experiments_of
 from tp_hf_config.graph.layer_fields import layers_listed
 from tp_hf_config.model.build import Refusal

@@ -25,7 +25,7 @@ from graph_cases import (
 from torch import nn
 from torch_pruning.pruner.function import BasePruningFunc
 
-from tp_hf_config.graph import edits
+from tp_hf_config.graph import cut_list
 from tp_hf_config.model import tensors
 
 BOTH = ("intermediate_size", "hidden_size")
@@ -43,7 +43,7 @@ def widths(make: Any) -> tuple[str, str]:
 def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often the values at an address were copied; by Torch-Pruning, never."""
     count: Counter[int] = Counter()
-    select = edits.select
+    select = cut_list.select
 
     def counting(tensor: torch.Tensor, kept: Any) -> torch.Tensor:
         count[tensor.data_ptr()] += 1
@@ -52,7 +52,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     def never(*args: Any) -> None:
         raise AssertionError("Torch-Pruning copies a parameter")
 
-    monkeypatch.setattr(edits, "select", counting)
+    monkeypatch.setattr(cut_list, "select", counting)
     monkeypatch.setattr(BasePruningFunc, "_prune_parameter_and_grad", never)
     return count
 
@@ -60,7 +60,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, once: bool) -> None:
     """Copies fail from the third on, or the third alone."""
     calls = iter(range(10_000))
-    select = edits.select
+    select = cut_list.select
 
     def interrupted(tensor: torch.Tensor, kept: Any) -> torch.Tensor:
         number = next(calls)
@@ -68,7 +68,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, once: bool) -
             raise error
         return select(tensor, kept)
 
-    monkeypatch.setattr(edits, "select", interrupted)
+    monkeypatch.setattr(cut_list, "select", interrupted)
 
 
 def test_a_step_copies_every_parameter_once(copied: Counter[int]):
@@ -239,6 +239,6 @@ def test_all_dimensions_in_one_copy(dims: tuple[int, ...], monkeypatch: pytest.M
     expected = tensor
     for dim in dims:
         expected = expected.index_select(dim, kept[dim])
-    result = edits.select(tensor, {dim: kept[dim] for dim in dims})
+    result = cut_list.select(tensor, {dim: kept[dim] for dim in dims})
     assert torch.equal(result, expected)
     assert result.is_contiguous()

@@ -15,8 +15,7 @@ from tp_hf_config.graph.prunable import widths_of
 from tp_hf_config.hook.apply import all_or_nothing, write_fields
 from tp_hf_config.model.build import module_of
 from tp_hf_config.twin.find_groups import _finest, _in_proportion
-from tp_hf_config.twin.group import Finding, TinyGroup
-from tp_hf_config.twin.layout import TensorDim, UnitLayout
+from tp_hf_config.twin.layout import Finding, TensorDim, TinyGroup, UnitLayout
 from tp_hf_config.twin.prove import counted_by
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.width_scalars import take_scales

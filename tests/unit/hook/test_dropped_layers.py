@@ -26,7 +26,7 @@ from tp_hf_config import (
     drop_layers,
 )
 from tp_hf_config.calibration.importance import layer_influence
-from tp_hf_config.forward.layer_passes import hidden_out
+from tp_hf_config.forward.observed_pass import hidden_out
 from tp_hf_config.hook import apply
 
 pytestmark = [

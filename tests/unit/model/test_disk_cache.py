@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from tp_hf_config.model import disk_cache, shortage
+from tp_hf_config.model import disk_cache, surroundings
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import EntryOfKind, config_json
 from tp_hf_config.twin.layout import TensorDim, UnitLayout
@@ -113,7 +113,7 @@ def test_it_can_be_suspended(place: Path) -> None:
 def test_want_of_time_or_memory_is_no_answer_to_keep(
     error: Exception, raised: bool, kept: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortage, "_noted", False)
+    monkeypatch.setattr(surroundings, "_noted", False)
 
     def refuse(*_: Any) -> None:
         raise error

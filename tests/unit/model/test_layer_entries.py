@@ -39,8 +39,7 @@ from tp_hf_config.model.layer_entries import (
     shared_field,
     uniform_json,
 )
-from tp_hf_config.twin.group import TinyGroup
-from tp_hf_config.twin.layout import TensorDim
+from tp_hf_config.twin.layout import TensorDim, TinyGroup
 
 pytestmark = pytest.mark.skipif(
     not layer_zoo.ENTRIES, reason="this Transformers reads no per_layer_config from a config"

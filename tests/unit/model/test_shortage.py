@@ -18,7 +18,7 @@ from tp_hf_config.calibration.batches import Text
 from tp_hf_config.calibration.sources import Sources
 from tp_hf_config.cli import main
 from tp_hf_config.forward.run_recipe import PLAIN
-from tp_hf_config.model.shortage import is_out_of_memory
+from tp_hf_config.model.surroundings import is_out_of_memory
 from tp_hf_config.pipeline import text as text_module
 from tp_hf_config.pipeline.job import Job
 from tp_hf_config.pipeline.proofs import runnable_inputs

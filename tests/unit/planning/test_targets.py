@@ -19,7 +19,7 @@ from planned import SMOLLM2, changed
 from tp_hf_config import HFConfigSyncHook, plan
 from tp_hf_config.graph.unit_count import MULTIPLES, NEAR, Grid
 from tp_hf_config.planning.quantised import FORMATS
-from tp_hf_config.planning.targets import RULES, Target
+from tp_hf_config.planning.settings import RULES, Target
 
 LLAMA = hf.LlamaConfig(
     vocab_size=1024,

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from tp_hf_config.model.tensors import is_matrix_stack
-from tp_hf_config.twin.group import TinyGroup, all_alike, as_in_like_layers
-from tp_hf_config.twin.layout import TensorDim
+from tp_hf_config.twin.layout import TensorDim, TinyGroup, all_alike, as_in_like_layers
 from tp_hf_config.twin.prove import _members
 from tp_hf_config.twin.twin_test import Links, TwinTest
 

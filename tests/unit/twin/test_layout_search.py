@@ -13,8 +13,7 @@ import transformers as hf
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.twin import find_groups as finding
 from tp_hf_config.twin.find_groups import find_groups
-from tp_hf_config.twin.group import Finding
-from tp_hf_config.twin.layout import TensorDim, UnitLayout, places_of
+from tp_hf_config.twin.layout import Finding, TensorDim, UnitLayout, places_of
 from tp_hf_config.twin.layout_search import Style, searched
 from tp_hf_config.twin.tiny.tiny_model import TinyModel, tiny_model
 from tp_hf_config.twin.twin_test import Links, TwinTest
