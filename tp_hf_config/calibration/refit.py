@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..graph.cut_list import Refit
 from ..graph.sides import ConfigGroup, ParameterView, Side
-from ..model.files import in_file
+from ..model.paging import in_file
 from ..model.tensors import tensor
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel, Readings, that_fit

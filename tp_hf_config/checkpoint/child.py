@@ -69,9 +69,9 @@ def load(
 @contextmanager
 def _paged(folder: str) -> Iterator[None]:
     """Put weights that are converted while this is open into files without names."""
-    from tp_hf_config.model import files
+    from tp_hf_config.model import paging
 
-    with files.paged(Path(folder)), files.conversions_in_files():
+    with paging.paged(Path(folder)), paging.conversions_in_files():
         yield
 
 

@@ -21,10 +21,10 @@ from ..errors import CheckpointError
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs
 from ..model.build import Refusal
-from ..model.files import is_paged
 from ..model.layer_class import GENERATED
 from ..model.locate import check_followable, find_pretrained
 from ..model.meta_run import RealNumbers
+from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
 from .building import build, own_reference

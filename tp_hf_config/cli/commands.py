@@ -27,13 +27,13 @@ from .. import __version__
 from ..checkpoint.folder import check_model_folder
 from ..errors import CalibrationWarning, PrunerSettingsWarning, TPHFConfigError, UnknownFieldError
 from ..model.surroundings import is_out_of_memory, quiet_transformers
-from ..pipeline.companions import check_target
 from ..pipeline.job import Format, Importance, Job, Ranking, calibration_text
+from ..pipeline.output import check_target
 from ..pipeline.source import Source, check_reachable, class_for, config_of, find_source
 from ..planning.settings import Gqa
 from ..reports import dated
 from . import values
-from .main import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
+from .output import DONE, FAILED, INTERRUPTED, PROGRAM, UNKNOWN, say
 from .values import UsageError
 
 Outcome = tuple[str, int]  # what a command prints on standard output, and its exit code

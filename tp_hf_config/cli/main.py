@@ -7,29 +7,11 @@ Exit codes: 0 done or sound; 1 refused or not sound; 2 wrong usage, or could not
 from __future__ import annotations
 
 import io
-import os
 import signal
 import sys
-from contextlib import suppress
 from importlib.util import find_spec
-from typing import TextIO
 
-PROGRAM = "tp-hf-config"
-DONE, FAILED, UNKNOWN, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
-
-
-def say(text: str) -> None:
-    """Print a text on standard error, if possible."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:  # a full disk, a closed terminal
-        discard(sys.stderr)
-
-
-def discard(stream: TextIO) -> None:
-    """Redirect a stream to /dev/null, with what it could not write."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+from .output import INTERRUPTED, PROGRAM, UNKNOWN, UNREAD, discard, say
 
 
 def run() -> int:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..arguments import check_arguments
 from ..errors import CheckpointError, ConfigSyncError, in_one_line
 from ..model.config_json import changed_values, field_name
-from ..model.files import in_file, write_whole
+from ..model.files import write_whole
+from ..model.paging import in_file
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names, select
 from ..reports import short

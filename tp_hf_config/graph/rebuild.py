@@ -16,11 +16,11 @@ from ..fieldmap.completeness import build_live
 from ..fieldmap.learn_field_map import whole_build
 from ..model.build import Builder, Refusal
 from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field_name, value_at
-from ..model.files import in_file
 from ..model.fill import fill
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
 from ..model.locate import check_followable, find_pretrained
+from ..model.paging import in_file
 from ..model.shapes import shapes
 from ..model.sharded import behind, is_sharded, meta_copies, plain_class, reshard
 from ..model.tensors import owner

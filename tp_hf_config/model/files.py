@@ -1,26 +1,11 @@
-"""Write files atomically, and map computed tensors of models larger than memory to files.
-
-safetensors maps the files that it reads, so stored weights need no memory of their own: the system
-reads pages when they are used, and drops them when memory is short. While :func:`paged` is open,
-this is also true of weights that are cut, stacked or cast.
-"""
+"""Write files atomically: they get their name once they are on the disk."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
-
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-
-from ..errors import CheckpointError
 
 _ON_WINDOWS = os.name == "nt"
 
@@ -51,76 +36,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_SMALLEST = 1 << 20  # bytes
-_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
-
-
-@contextmanager
-def paged(folder: Path | None) -> Iterator[None]:
-    """While open, :func:`in_file` puts tensors into files of a folder; ``None``: into memory.
-
-    The files have no names, so they vanish with their tensors, even if the process is killed.
-    Windows does not allow that; there the system pages memory to its own file.
-    """
-    token = _folder.set(None if os.name == "nt" else folder)
-    try:
-        yield
-    finally:
-        _folder.reset(token)
-
-
-def is_paged() -> bool:
-    return _folder.get() is not None
-
-
-def in_file(values: Tensor) -> Tensor:
-    """Copy a large CPU tensor into a mapped file; while nothing is paged, return it as it is."""
-    folder = _folder.get()
-    if folder is None or values.device.type != "cpu" or values.nbytes < _SMALLEST:
-        return values
-    if values.untyped_storage().filename is not None:
-        return values
-    handle, name = tempfile.mkstemp(dir=folder)
-    try:
-        if hasattr(os, "posix_fallocate"):  # else writing to a full disk would kill the process
-            os.posix_fallocate(handle, 0, values.nbytes)
-        storage: Any = torch.UntypedStorage.from_file(name, True, values.nbytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"a temporary file of {values.nbytes:,} bytes cannot be written to {folder}: {error}"
-        ) from error
-    finally:
-        os.close(handle)
-        os.unlink(name)
-    flat: Tensor = torch.empty(0, dtype=values.dtype).set_(storage)
-    return flat.view(values.shape).copy_(values)
-
-
-class _ConversionsInFiles(TorchFunctionMode):
-    """Puts results of the operations that Transformers converts weights with into files."""
-
-    _COPYING = (torch.stack, torch.cat, Tensor.contiguous, Tensor.to)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        if func not in self._COPYING or (
-            isinstance(source, Tensor) and source.data_ptr() == result.data_ptr()
-        ):
-            return result
-        return in_file(result)
-
-
-@contextmanager
-def conversions_in_files() -> Iterator[None]:
-    """Put weights that Transformers stacks, splits or casts into files, if paged."""
-    if not is_paged():
-        yield
-        return
-    # a mode applies to its own thread only, and mapped files need no threads to be read
-    with patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"), _ConversionsInFiles():
-        yield

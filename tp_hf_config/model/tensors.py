@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .build import Refusal
-from .files import in_file, is_paged
+from .paging import in_file, is_paged
 
 PIECE = 1 << 20  # bytes per step; small enough that the next step reuses it in the CPU cache
 # words are summed by position modulo this prime, so that a checksum depends on their order

@@ -13,24 +13,22 @@ from torch import nn
 from ..arguments import Count, check_arguments
 from ..errors import PipelineError
 from ..model.build import Refusal
-from ..model.files import paged
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
+from ..model.paging import paged
 from . import llama, padding
 from .companions import (
     LICENCES,
     base_model,
     bullets,
-    check_savable,
-    check_target,
     code_files,
     copy_companions,
     front_matter,
-    output_folder,
     table,
     versions_table,
 )
 from .job import Copied, Exported, Format, Written
+from .output import check_savable, check_target, output_folder
 from .source import (
     Source,
     check_reachable,

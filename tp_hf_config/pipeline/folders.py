@@ -16,11 +16,12 @@ from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import by_layers
 from ..graph.cut_list import CutList
 from ..graph.rebuild import empty_copy, meta_copy_of, rebuilt
-from ..model.files import in_file, paged
 from ..model.fill import fill
 from ..model.locate import check_followable, find_pretrained
+from ..model.paging import in_file, paged
 from ..model.sharded import agree, are_several, whole_tensor
-from .companions import check_savable, check_target, copy_companions, output_folder, save_model
+from .companions import copy_companions
+from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import check_source, class_for, config_of, find_source, is_large, load
 

@@ -24,8 +24,8 @@ from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from .companions import writing_weights
 from .job import ByLayer, Written
+from .output import writing_weights
 from .padding import padded_alike
 from .proofs import ROUNDING, SameOutputs, compared, in_float64, outputs_of, runnable_inputs
 

@@ -31,15 +31,15 @@ from ..graph.sides import Side, is_output, sides_of
 from ..graph.unit_count import multiple_for_round_to
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
-from ..model.files import in_file, is_paged
 from ..model.fill import fill
 from ..model.layer_class import auto_classes, layer_lists, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
+from ..model.paging import in_file, is_paged
 from ..model.tensors import owner, tensor
 from ..planning.selection import inner_widths_of
 from ..twin.layout import places_of, positions_left
-from .companions import save_model
 from .job import ByLayer, Written
+from .output import save_model
 from .proofs import (
     ROUNDING,
     SameOutputs,

@@ -29,25 +29,18 @@ from ..hook.drop_layers import DroppedLayers, drop_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
 from ..model.config_json import field_name
-from ..model.files import is_paged, paged
 from ..model.layer_class import layer_lists
 from ..model.layer_entries import values_by_layer
+from ..model.paging import is_paged, paged
 from ..model.surroundings import same_random_state
 from ..planning.allocate import Allocation, allocate
 from ..planning.make_plan import plan
 from ..planning.plan import Plan
 from ..planning.quantised import sizes_compared, sizes_now
 from ..planning.settings import Target
-from .companions import (
-    card,
-    check_savable,
-    check_target,
-    copy_companions,
-    output_folder,
-    save_model,
-    snapshot,
-)
+from .companions import card, copy_companions, snapshot
 from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
+from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
 from .speed import Speed, measure_speed

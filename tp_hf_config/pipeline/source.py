@@ -242,7 +242,7 @@ def load(
     """Load a model in eval mode, with notes; on the CPU, weights used as stored are mapped."""
     import torch
 
-    from ..model.files import conversions_in_files
+    from ..model.paging import conversions_in_files
 
     stored: Any = torch.float32 if source.gguf else "auto"
     try:

@@ -17,7 +17,7 @@ from shell import shell
 
 from tp_hf_config import check_checkpoint, repair_checkpoint
 from tp_hf_config.checkpoint import loading
-from tp_hf_config.pipeline.companions import save_model
+from tp_hf_config.pipeline.output import save_model
 
 LLAMA3 = {
     "rope_type": "llama3",

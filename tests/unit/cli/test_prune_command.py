@@ -30,7 +30,7 @@ from tp_hf_config.calibration import measured as measured_model
 from tp_hf_config.checkpoint import folder as folder_module
 from tp_hf_config.cli.main import main
 from tp_hf_config.model.build import Refusal
-from tp_hf_config.pipeline import companions, prune
+from tp_hf_config.pipeline import output, prune
 from tp_hf_config.pipeline import text as text_module
 from tp_hf_config.pipeline.job import HELD_OUT, SECOND_TEXT
 from tp_hf_config.planning.trajectory import Trajectory
@@ -988,7 +988,7 @@ class TestNewFolder:
         return tmp_path / "out"
 
     def write(self, out: Path) -> None:
-        with companions.output_folder(out, overwrite=True) as work:
+        with output.output_folder(out, overwrite=True) as work:
             (work / "config.json").write_text("new")
 
     def test_the_old_one_is_back_after_a_failure(
@@ -1047,7 +1047,7 @@ class TestNewFolder:
             rmtree(*args, **kwargs)
 
         monkeypatch.setattr(folder_module.shutil, "rmtree", with_ctrl_c)
-        with pytest.raises(KeyboardInterrupt), companions.output_folder(out, overwrite=True):
+        with pytest.raises(KeyboardInterrupt), output.output_folder(out, overwrite=True):
             raise ZeroDivisionError
         assert folders.content(out.parent) == {"out": b"", "out/config.json": b"old"}
 

@@ -30,7 +30,7 @@ from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.calibration.batches import split_batches
 from tp_hf_config.calibration.calibrate import Calibration
 from tp_hf_config.calibration.measured import TEXT_RIDGE
-from tp_hf_config.pipeline.companions import save_model
+from tp_hf_config.pipeline.output import save_model
 
 RANKS = 2
 CHILD = small.ROOT / "tests" / "support" / "fsdp2_child.py"

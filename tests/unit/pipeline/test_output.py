@@ -18,8 +18,8 @@ from tp_hf_config.checkpoint import folder as folder_module
 from tp_hf_config.checkpoint.loading import main_dtype
 from tp_hf_config.errors import PipelineError
 from tp_hf_config.pipeline import prune
-from tp_hf_config.pipeline.companions import check_target, output_folder, save_model
 from tp_hf_config.pipeline.job import Job
+from tp_hf_config.pipeline.output import check_target, output_folder, save_model
 from tp_hf_config.pipeline.source import Source
 
 pytestmark = [

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from tp_hf_config import UnsupportedModelError, apply_cuts
 from tp_hf_config.errors import PipelineError, TPHFConfigError
-from tp_hf_config.model import files
-from tp_hf_config.pipeline import companions, prune, source
-from tp_hf_config.pipeline.companions import save_model
+from tp_hf_config.model import paging
+from tp_hf_config.pipeline import output, prune, source
 from tp_hf_config.pipeline.job import Job, Pruned
+from tp_hf_config.pipeline.output import save_model
 from tp_hf_config.pipeline.source import Source
 
 pytestmark = [
@@ -45,14 +45,14 @@ CLASSES = (
 def in_files() -> Iterator[list[Any]]:
     """Grows with every tensor that is put into a file; small ones are too."""
     made: list[Any] = []
-    make = files.tempfile.mkstemp
+    make = paging.tempfile.mkstemp
 
     def noted(**options: Any) -> Any:
         made.append(options)
         return make(**options)
 
     # no experiment computes with it, so that nothing has to be learned again
-    with patch.object(files, "_SMALLEST", 1), patch.object(files.tempfile, "mkstemp", noted):
+    with patch.object(paging, "_SMALLEST", 1), patch.object(paging.tempfile, "mkstemp", noted):
         yield made
 
 
@@ -185,7 +185,7 @@ class TestWhatFails:
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(companions, "_correct_dtype", interrupted)
+        monkeypatch.setattr(output, "_correct_dtype", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune.prune_checkpoint(job(folder, tmp_path / "out"))
         assert folders.content(folder) == before
