@@ -38,30 +38,37 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     PLACE.mkdir(exist_ok=True)
-    rows = {case.key: make(case, PLACE) for case in CASES}
-    tools: dict[str, Any] = {}
-    found: dict[str, dict[str, Any]] = {}  # tool -> case -> answer
+    numbers = dated(
+        {
+            "date": datetime.date.today().isoformat(),
+            "cases": [make(case, PLACE) for case in CASES],
+            "tools": {},
+            "answers": {},  # tool -> case -> answer
+        }
+    )
+    for case in CASES:
+        kind = {"versions": dict([SOURCES.split("==")]), "why_not": "", "target": "gguf-k"}
+        for name, answer in _of_llama_cpp(case, options.threads).items():
+            numbers["tools"][name] = kind
+            _write(numbers, name, case, answer)
     for tool in TOOLS:
         environment = install(tool, options.environments.resolve(), options.seconds)
         versions, why_not = environment.versions, environment.why_not
-        tools[tool.name] = {"versions": versions, "why_not": why_not, "target": tool.target}
+        kind = {"versions": versions, "why_not": why_not, "target": tool.target}
+        numbers["tools"][tool.name] = kind
         for case in () if why_not else CASES:
             answer = _answer(tool, case, environment.python, options.seconds)
-            found.setdefault(tool.name, {})[case.key] = answer
-            print(f"{tool.name}, {case.name}: {answer}", flush=True)
-    for case in CASES:
-        for name, answer in _of_llama_cpp(case, options.threads).items():
-            kind = {"versions": dict([SOURCES.split("==")]), "why_not": "", "target": "gguf-k"}
-            tools[name] = kind
-            found.setdefault(name, {})[case.key] = answer
-            print(f"{name}, {case.name}: {answer}", flush=True)
-    results = {"cases": [*rows.values()], "tools": tools, "answers": found}
-    numbers = dated({"date": datetime.date.today().isoformat(), **results})
+            _write(numbers, tool.name, case, answer)
+    if refused := list(wrong(numbers)):
+        raise SystemExit("refused, though made for it: " + "; ".join(refused))
+
+
+def _write(numbers: dict[str, Any], name: str, case: Case, answer: dict[str, Any]) -> None:
+    numbers["answers"].setdefault(name, {})[case.key] = answer
+    print(f"{name}, {case.name}: {answer}", flush=True)
     text = json.dumps(numbers, indent=1) + "\n"
     (DOCS / "downstream.json").write_text(text, encoding="utf-8")
     (DOCS / "downstream.md").write_text(page(json.loads(text)), encoding="utf-8")
-    if refused := list(wrong(numbers)):
-        raise SystemExit("refused, though made for it: " + "; ".join(refused))
 
 
 def _answer(tool: Tool, case: Case, python: Path, seconds: int) -> dict[str, Any]:

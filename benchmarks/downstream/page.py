@@ -105,9 +105,9 @@ def _sizes(numbers: dict[str, Any]) -> Iterator[list[str]]:
     for case in numbers["cases"]:
         cells = []
         for name in names:
-            answer = numbers["answers"][name][case["key"]]
+            answer = numbers["answers"][name].get(case["key"], {"error": ""})
             if "error" in answer:
-                cells.append("refused")
+                cells.append("refused" if answer["error"] else "not measured")
                 continue
             speeds = f"{answer['prompt_per_second']:,.0f}, {answer['new_per_second']:,.1f}"
             size = f"{answer['bytes'] / 1e6:,.1f} MB"

@@ -27,6 +27,7 @@ def sft(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
             report_to="none",
             save_strategy="no",
             use_cpu=True,
+            bf16=False,  # by itself: autocast around the model in memory
             seed=0,
         )
         trainer = SFTTrainer(

@@ -19,7 +19,8 @@ from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import OBDCImportance
 
 from ..calibration.importance import holds_experts
-from ..graph.pruner_access import BasePruner, Importance, Pruner, scope_of
+from ..graph.pruner_access import Importance, Pruner, scope_of
+from ..graph.pruner_classes import BasePruner
 from ..graph.sides import ConfigGroup, GraphGroup
 from ..model.sharded import gathered
 from ..model.tensors import PIECE
