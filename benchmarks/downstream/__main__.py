@@ -47,9 +47,10 @@ def main() -> None:
         }
     )
     for case in CASES:
-        kind = {"versions": dict([SOURCES.split("==")]), "why_not": "", "target": "gguf-k"}
+        kind = {"versions": dict([SOURCES.split("==")]), "why_not": ""}
         for name, answer in _of_llama_cpp(case, options.threads).items():
-            numbers["tools"][name] = kind
+            target = "gguf-32" if name.endswith("Q8_0") else None
+            numbers["tools"][name] = {**kind, "target": target}
             _write(numbers, name, case, answer)
     for tool in TOOLS:
         environment = install(tool, options.environments.resolve(), options.seconds)

@@ -18,6 +18,10 @@ in llama.cpp: so many tensors are stored in a larger format, and the change is t
 
 {table}
 
+SmolLM2 has a hidden size of 576, which no group of 128 or 256 divides, and nine heads, of which
+LlamaConfig demands that they divide the hidden size. So its files have larger formats in Q4_K_M,
+pruned or not, and llm-compressor's W4A16 takes none of these models.
+
 PEFT: LoRA of all linear layers on 16 windows; the adapter, and the merged model, are saved and
 loaded. TRL: 8 steps of supervised fine-tuning, saved and loaded. Their cells give the perplexity
 before and after; {off} is the largest difference of a logit between a model in memory and loaded.
@@ -25,7 +29,8 @@ before and after; {off} is the largest difference of a logit between a model in 
 ## Size and speed in llama.cpp
 
 Size of the file, perplexity by `llama-perplexity` (the second half of each window), and tokens per
-second of a prompt of 128 tokens and of 32 new ones: the mean of five runs of `llama-bench`.
+second of a prompt of 128 tokens and of 32 new ones: the mean of five runs of `llama-bench`. The
+machine did other work meanwhile, so speeds are rough.
 
 {llama_cpp}
 

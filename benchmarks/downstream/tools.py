@@ -40,7 +40,7 @@ TOOLS = (
             "torchao",
             ("torchao", *_TORCH),
             ("torchao", *_TORCH),
-            "gguf-k" if task == "int4" else None,
+            "gguf-32" if task == "int4" else None,
         )
         for task in ("int8", "int4")
     ),
