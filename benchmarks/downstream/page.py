@@ -60,7 +60,7 @@ def page(numbers: dict[str, Any]) -> str:
         base = answers.get("llama.cpp F16", {}) if name.startswith("llama.cpp") else None
         cells = (_cell(given.get(case["key"]), case, base) for case in cases)
         rows.append([name, *cells])
-    made = [f"```console\n$ {line}\n```" for case in cases for line in case["commands"]]
+    made = [f"- {case['name']}: `{line}`" for case in cases for line in case["commands"]]
     offs = [a["off"] for given in answers.values() for a in given.values() if "off" in a]
     return _INTRO.format(
         date=numbers["date"],
@@ -68,7 +68,7 @@ def page(numbers: dict[str, Any]) -> str:
         table=_markdown(rows),
         off=f"{max(offs, default=0):.0e}",
         llama_cpp=_markdown(list(_sizes(numbers))),
-        made="\n\n".join(made),
+        made="\n".join(made),
         said="\n".join(_said(numbers)) or "Nothing was refused.",
         tools=_markdown([["tool", "versions"], *_versions(numbers)]),
     )

@@ -151,14 +151,14 @@ class TestCompare:
 
 class TestAsk:
     @pytest.fixture
-    def case(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        (tmp_path / "question.json").write_text(json.dumps({"generates": True}))
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    def case(self, tmp_path: Path) -> Path:
+        (tmp_path / "question.json").write_text("{}")
         return tmp_path
 
     def asked(self, case: Path, body: str, seconds: int = 60) -> dict[str, Any]:
-        (case / "an_engine.py").write_text(f"def generate(folder, question):\n    {body}\n")
-        asked = (Path(sys.executable), "an_engine", case, "model", seconds)
+        tool = case / "an_engine.py"
+        tool.write_text(f"def generate(folder, question):\n    {body}\n")
+        asked = (Path(sys.executable), tool, "generate", case, case / "question.json", seconds)
         return dict(module("asking").ask(*asked))
 
     def test_an_answer(self, case: Path) -> None:
