@@ -50,3 +50,16 @@ def program(name: str, place: Path, jobs: int = 1) -> Path:
         run("cmake", "-S", source, "-B", made, *_BUILD)
         run("cmake", "--build", made, "--parallel", str(jobs), "--target", name)
     return built
+
+
+def quantise(
+    model: Path, target: Path, kind: str, place: Path, threads: int = 1
+) -> tuple[str, str]:
+    """Quantise a GGUF file; return what was printed, and why it was refused or ``""``."""
+    command = (program("llama-quantize", place), model, target, kind, threads)
+    ended = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False
+    )
+    said = ended.stdout + ended.stderr
+    refused = ended.stderr.rpartition("failed to quantize: ")[2].partition("\n")[0]
+    return said, (refused or f"exit status {ended.returncode}") if ended.returncode else ""

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from llama_programs import SOURCES, fetched, program, run
+from llama_programs import SOURCES, fetched, quantise, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tp_hf_config import HFConfigSyncHook, PipelineError, export
@@ -197,7 +196,7 @@ def converted(case: Case, model: Any, folder: Path, place: Path) -> Path:
     return out / "model.gguf"
 
 
-def rows(case: Case, program: Path, place: Path) -> Iterator[dict[str, Any]]:
+def rows(case: Case, place: Path) -> Iterator[dict[str, Any]]:
     """Compare computed sizes of a model with those of its files."""
     model, folder = pruned(case, place)
     file = converted(case, model, folder, place)
@@ -206,13 +205,7 @@ def rows(case: Case, program: Path, place: Path) -> Iterator[dict[str, Any]]:
         if kind:
             target = place / "quantised.gguf"
             target.unlink(missing_ok=True)
-            # one thread
-            command = [str(program), str(file), str(target), kind, "1"]
-            ended = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", check=False
-            )
-            if ended.returncode:
-                told = ended.stderr.rpartition("failed to quantize: ")[2].partition("\n")[0]
+            told = quantise(file, target, kind, place)[1]
         computed = quantised_bytes(model, name, folder)
         tensors = quantised_bytes(model, name)
         yield {
@@ -293,11 +286,11 @@ def main() -> None:
     place = parser.parse_args().place.resolve()
     place.mkdir(exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    quantiser, found = program("llama-quantize", place), []
+    found: list[dict[str, Any]] = []
     for case in CASES:
         measured = place / f"{case.folder}.json"  # goes on where it was stopped
         if not measured.is_file():
-            measured.write_text(json.dumps(list(rows(case, quantiser, place))))
+            measured.write_text(json.dumps(list(rows(case, place))))
         found += json.loads(measured.read_text())
         print(measured.read_text(), flush=True)
     wrong = [row for row in found if abs(off(row) or 0) > MOST]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from asking import ask
-from cases import CASES, Case, make, question
+from cases import CASES, Case, make, once, question
 from environments import install
 from in_llama_cpp import measured
 from llama_programs import SOURCES
@@ -69,29 +69,27 @@ def _write(numbers: dict[str, Any], name: str, case: Case, answer: dict[str, Any
     print(f"{name}, {case.name}: {answer}", flush=True)
     text = json.dumps(numbers, indent=1) + "\n"
     (DOCS / "downstream.json").write_text(text, encoding="utf-8")
-    (DOCS / "downstream.md").write_text(page(json.loads(text)), encoding="utf-8")
+    (DOCS / "downstream.md").write_text(page(numbers), encoding="utf-8")
 
 
 def _answer(tool: Tool, case: Case, python: Path, seconds: int) -> dict[str, Any]:
-    """Return what a tool makes of a model, which is measured once."""
-    folder = PLACE / case.key
-    kept = PLACE / f"{case.key}-{tool.module}-{tool.task}.json"
-    if not kept.exists():
-        asked = PLACE / "question.json"
+    """Return what a tool makes of a model."""
+    folder, asked = PLACE / case.key, PLACE / "question.json"
+
+    def answered() -> dict[str, Any]:
         asked.write_text(json.dumps(question(folder)), encoding="utf-8")
         module = Path(__file__).with_name(f"{tool.module}.py")
-        answer = ask(python, module, tool.task, folder, asked, seconds)
-        kept.write_text(json.dumps(answer), encoding="utf-8")
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+        return ask(python, module, tool.task, folder, asked, seconds)
+
+    return once(PLACE / f"{case.key}-{tool.module}-{tool.task}.json", answered)
 
 
 def _of_llama_cpp(case: Case, threads: int) -> dict[str, Any]:
-    kept = PLACE / f"{case.key}-llama_cpp.json"
-    if not kept.exists():
-        folder = PLACE / case.key
-        answers = measured(folder, question(folder)["text"], PLACE, threads)
-        kept.write_text(json.dumps(answers), encoding="utf-8")
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+    folder = PLACE / case.key
+    return once(
+        PLACE / f"{case.key}-llama_cpp.json",
+        lambda: measured(folder, question(folder)["text"], PLACE, threads),
+    )
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from perplexity import load, perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
@@ -80,19 +82,26 @@ CASES = (
 def make(case: Case, place: Path) -> dict[str, Any]:
     """Write a case's folder, unless it is there; return what the table says of it."""
     folder = place / case.key
-    row = place / f"{case.key}.json"
-    if row.exists():
-        known = json.loads(row.read_text(encoding="utf-8"))
-        return {**known, "name": case.name, "fits": list(case.fits)}
-    shutil.rmtree(folder, ignore_errors=True)
-    if not case.commands:
-        _original(folder)
-    for command in case.commands:
-        program = [sys.executable, "-m", "tp_hf_config", *command, "--out", case.key]
-        subprocess.run(program, cwd=place, check=True, stdout=subprocess.DEVNULL)
-    described = _described(case, folder)
-    row.write_text(json.dumps(described), encoding="utf-8")
-    return described
+
+    def made() -> dict[str, Any]:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not case.commands:
+            _original(folder)
+        for command in case.commands:
+            program = [sys.executable, "-m", "tp_hf_config", *command, "--out", case.key]
+            subprocess.run(program, cwd=place, check=True, stdout=subprocess.DEVNULL)
+        return _measured(folder)
+
+    commands = [" ".join(("tp-hf-config", *c, "--out", case.key)) for c in case.commands]
+    told = {"key": case.key, "name": case.name, "commands": commands, "fits": list(case.fits)}
+    return {**once(place / f"{case.key}.json", made), **told}
+
+
+def once(kept: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a function returns, which is kept in a file, so that it runs once."""
+    if not kept.exists():
+        kept.write_text(json.dumps(work()), encoding="utf-8")
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def _original(folder: Path) -> None:
@@ -107,24 +116,15 @@ def _original(folder: Path) -> None:
     AutoTokenizer.from_pretrained(**found).save_pretrained(folder)
 
 
-def _described(case: Case, folder: Path) -> dict[str, Any]:
+def _measured(folder: Path) -> dict[str, Any]:
     """Return widths, parameters and perplexity in float32."""
-    from perplexity import perplexity
-
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(folder, dtype=torch.float32, trust_remote_code=True).eval()
-    asked = question(folder)
+    model = load(folder, dtype=torch.float32)
     ffn = sorted({layer.mlp.down_proj.in_features for layer in model.model.layers})
     width = str(ffn[0]) if len(ffn) == 1 else f"{ffn[0]} to {ffn[-1]}"
-    commands = [" ".join(("tp-hf-config", *c, "--out", case.key)) for c in case.commands]
     return {
-        "key": case.key,
-        "name": case.name,
-        "commands": commands,
-        "fits": list(case.fits),
         "widths": f"{model.config.hidden_size}, {width}",
         "parameters": model.num_parameters(),
-        "perplexity": perplexity(lambda ids: model(ids).logits, asked["windows"]),
+        "perplexity": perplexity(lambda ids: model(ids).logits, question(folder)["windows"]),
     }
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from llama_programs import program, run
+from llama_programs import program, quantise, run
 
 from tp_hf_config import PipelineError, export
 
@@ -34,13 +33,10 @@ def measured(folder: Path, text: str, place: Path, threads: int) -> dict[str, di
 
 def _of(kind: str, out: Path, text: Path, place: Path, threads: int) -> dict[str, Any]:
     file, number = out / f"{kind}.gguf", str(threads)
-    command = (program("llama-quantize", place), out / "model.gguf", file, kind, number)
-    ended = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False
-    )
-    if ended.returncode:
-        return {"error": ended.stderr.rpartition("failed to quantize: ")[2].partition("\n")[0]}
-    other = re.search(r"(\d+) of \d+ tensor\(s\) required fallback", ended.stdout + ended.stderr)
+    told, refused = quantise(out / "model.gguf", file, kind, place, threads)
+    if refused:
+        return {"error": refused}
+    other = re.search(r"(\d+) of \d+ tensor\(s\) required fallback", told)
     asked = ("-m", file, "-f", text, "-c", str(_CONTEXT), "-t", number)
     said = run(program("llama-perplexity", place), *asked)
     final = re.search(r"PPL = ([\d.]+)", said.stdout + said.stderr)
