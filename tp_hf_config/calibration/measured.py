@@ -293,7 +293,7 @@ def measure(
     """Return what every weight of a model reads, measured in one pass.
 
     Gram matrices that ``max_memory`` has no room for (all, without ``grams``) wait for
-    :func:`add_grams`.
+    :func:`_add_grams`.
     """
     only = None if grams else ()
     readings = _measured(model, batches, max_memory, what, ranks, only)
@@ -306,7 +306,7 @@ def measure(
     return readings
 
 
-def add_grams(
+def _add_grams(
     model: nn.Module,
     batches: Sequence[Batch],
     readings: Readings,
@@ -454,7 +454,7 @@ class MeasuredModel:
         readings = self.current()
         wanted = [leader for leader in leaders if leader in readings.statistics]
         if wanted and readings.statistics[wanted[0]].gram is None:
-            add_grams(self.model, self.train, readings, wanted, self.max_memory, self.ranks)
+            _add_grams(self.model, self.train, readings, wanted, self.max_memory, self.ranks)
         return [leader for leader in wanted if readings.statistics[leader].gram is not None]
 
     def require_all(self, leaders: Collection[Consumer]) -> bool:

@@ -69,7 +69,7 @@ def check_checkpoint(
         CheckpointError: the folder, its config.json or its weights are missing or cannot be read,
             or the class is code in the folder and ``trust_remote_code`` is not set.
     """
-    return checked(read_folder(place(folder), trust_remote_code))
+    return checked(_read_folder(place(folder), trust_remote_code))
 
 
 def place(folder: str | os.PathLike[str]) -> Path:
@@ -87,7 +87,7 @@ def checked(read: Folder) -> CheckReport:
     return replace(report, sound=False) if report.causes else replace(report, why_not=read.unsure)
 
 
-def read_folder(path: Path, trust_remote_code: bool) -> Folder:
+def _read_folder(path: Path, trust_remote_code: bool) -> Folder:
     try:
         check_exists(path)
         config, weights = read_config(path), read_weights(path)
@@ -180,11 +180,11 @@ def _with_ties(
     task = Task(classes, data, tensors, differing_tie=names)
     flipped, _, _ = retied(task, data, assessment)
     if not flipped:
-        return _noted(report, f"{not_untied(names, classes)}; Transformers loads them untied")
+        return _noted(report, f"{_not_untied(names, classes)}; Transformers loads them untied")
     return _noted(report, f"{text}; Transformers loads them untied, and repair corrects the config")
 
 
-def not_untied(names: tuple[str, str], classes: Classes) -> str:
+def _not_untied(names: tuple[str, str], classes: Classes) -> str:
     """A sentence on two tensors that differ, and that the class ties with any config."""
     return (
         f"the config ties {names[0]} and {names[1]}, which hold different numbers, and no setting "
@@ -194,7 +194,7 @@ def not_untied(names: tuple[str, str], classes: Classes) -> str:
 
 def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:
     """Read a folder; raise CheckpointError, with the reason, if it cannot be solved."""
-    read = read_folder(folder, trust_remote_code)
+    read = _read_folder(folder, trust_remote_code)
     fault = read.config.fault or next(iter(read.weights.faults), None)
     if fault is not None:
         raise CheckpointError(
@@ -276,7 +276,7 @@ def _planned(
             f"{path}: the weights do not load with the config that was found. Nothing was written."
         )
     still_tied = names is not None and names[1] in proof.tied.get(names[0], ())
-    ties = [not_untied(names, classes)] if names is not None and still_tied else []
+    ties = [_not_untied(names, classes)] if names is not None and still_tied else []
     report = RepairReport(
         str(path),
         {str(change.field): (change.says, change.holds) for change in solved.changes},

@@ -48,7 +48,7 @@ from .unit_choice import UnitChoice, is_unmodified
 _MOST = 0.9  # of the inner widths: removing more is no alternative
 
 
-def advice_before(
+def _advice_before(
     view: ModelView,
     calibration: Calibration,
     refitting: Refitting,
@@ -316,7 +316,7 @@ class Attachment:
         refitting = Refitting(calibration, groups)
         self._agreement.on_refits(self._pruner, refitting.result)
         self._refitting = refitting
-        told = advice_before(self.follower.view, calibration, refitting, groups, remaining)
+        told = _advice_before(self.follower.view, calibration, refitting, groups, remaining)
         if told is not None:
             warn(told, CalibrationWarning)
         return refitting.edits

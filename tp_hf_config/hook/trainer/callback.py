@@ -57,14 +57,14 @@ def fields_of(progress: Progress) -> dict[FieldPath, Any]:
     return {tuple(field): value for field, value in progress["fields"]}  # JSON has no tuples
 
 
-def full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
+def _full_config(model: nn.Module, per_layer: bool) -> dict[str, Any]:
     with layers_listed(model, per_layer):
         return config_json(find_pretrained(model)[1].config, use_diff=False)
 
 
-def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
-    """Return how far a pruner has come; ``unpruned``: :func:`full_config` before its first step."""
-    hook = sync_hook_of(pruner)
+def _progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
+    """Return how far a pruner has come; ``unpruned``: :func:`_full_config` at its start."""
+    hook = _sync_hook_of(pruner)
     history = [
         (name, bool(out), [int(index) for index in idxs])
         for name, out, idxs in pruner.pruning_history()
@@ -72,7 +72,7 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
     pruned = {name for report in hook.reports for name in report.fields}
     fields = [
         (field, value)
-        for field, value in changed_values(full_config(pruner.model, hook.per_layer), unpruned)
+        for field, value in changed_values(_full_config(pruner.model, hook.per_layer), unpruned)
         if field_name(field) in pruned  # saving a model sets other fields too
     ]
     return Progress(
@@ -81,11 +81,11 @@ def progress_of(pruner: Any, unpruned: Mapping[str, Any]) -> Progress:
         fields=fields,
         scopes=dict(pruner._scope_initial_channels),
         per_layer=hook.per_layer,
-        settings=settings_of(pruner),
+        settings=_settings_of(pruner),
     )
 
 
-def settings_of(pruner: Any) -> dict[str, Any]:
+def _settings_of(pruner: Any) -> dict[str, Any]:
     names = {layer: name for name, layer in pruner.model.named_modules()}
     settings = {name: getattr(pruner, name) for name in _SETTINGS if hasattr(pruner, name)}
     for key in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
@@ -95,7 +95,7 @@ def settings_of(pruner: Any) -> dict[str, Any]:
     return settings
 
 
-def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
+def _sync_hook_of(pruner: Any) -> HFConfigSyncHook:
     for hook in hooks_of(pruner):
         if isinstance(hook, HFConfigSyncHook):
             return hook
@@ -104,7 +104,7 @@ def sync_hook_of(pruner: Any) -> HFConfigSyncHook:
     return hook
 
 
-def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]) -> Any:
+def _pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module], Any]) -> Any:
     """Return a pruner in a recorded state, on a model that is pruned already, or change nothing.
 
     The model keeps its Parameters. ``build`` makes the pruner of a model.
@@ -115,8 +115,8 @@ def pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module],
     with layers_listed(model, progress["per_layer"]), all_or_nothing() as changes:
         _widen(changes, pretrained, progress)
         pruner = build(model)
-        hook = sync_hook_of(pruner)
-        _check_settings(progress["settings"], settings_of(pruner))
+        hook = _sync_hook_of(pruner)
+        _check_settings(progress["settings"], _settings_of(pruner))
         with pruner.DG.recorded.held():
             pruner.load_pruning_history(list(progress["history"]))
             hook.sync()
@@ -259,7 +259,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Return what the ``Trainer`` stores of this callback in a checkpoint."""
         if self.pruner is None:
             return {"args": {}, "attributes": {}}
-        progress = progress_of(self.pruner, self._unpruned)
+        progress = _progress_of(self.pruner, self._unpruned)
         return {"args": {}, "attributes": {"progress": progress}}
 
     def on_train_begin(
@@ -274,11 +274,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._checked = False
         if saved is None:
             self.pruner = self._make_pruner(model)
-            self._unpruned = full_config(model, sync_hook_of(self.pruner).per_layer)
+            self._unpruned = _full_config(model, _sync_hook_of(self.pruner).per_layer)
         else:
-            self.pruner = pruner_at(saved, model, self._make_pruner)
-            self._unpruned = with_values(full_config(model, saved["per_layer"]), fields_of(saved))
-        self.hook = sync_hook_of(self.pruner)
+            self.pruner = _pruner_at(saved, model, self._make_pruner)
+            self._unpruned = with_values(_full_config(model, saved["per_layer"]), fields_of(saved))
+        self.hook = _sync_hook_of(self.pruner)
         reason = self._schedule_problem(state.max_steps)
         if reason is not None:
             raise ValueError(f"PruningCallback: {reason}")
