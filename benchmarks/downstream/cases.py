@@ -1,4 +1,4 @@
-"""The models that the tools get: SmolLM2, pruned by the commands of a user."""
+"""The models that the tools get: SmolLM2 and Gemma 3 270M, pruned by the commands of a user."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 from perplexity import load, perplexity
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-
-import smollm2_file
+from real_models import GEMMA_3, SMOLLM2, original
+from transformers import AutoTokenizer
 
 WINDOW = 256  # tokens
 EVALUATED, TRAINED = 8, 16  # windows of one text, after each other
@@ -33,34 +30,36 @@ class Case:
         name: what is special about its widths.
         commands: what makes it of the folders before, as arguments of `tp-hf-config`.
         fits: the targets that it was made for; of their tools, none may refuse it.
+        model: what was pruned.
     """
 
     key: str
     name: str
     commands: tuple[tuple[str, ...], ...] = ()
     fits: tuple[str, ...] = ()
+    model: str = SMOLLM2
 
 
 _FFN = ("--prune", "intermediate_size")
 CASES = (
-    Case("smollm2", "unpruned"),
+    Case("smollm2-135m", "unpruned"),
     Case(
         "on-grid",
         "FFN for GGUF",
-        (("prune", "smollm2", *_FFN, "--pruning-ratio", "0.2", "--for", "gguf-k"),),
+        (("prune", "smollm2-135m", *_FFN, "--pruning-ratio", "0.2", "--for", "gguf-k"),),
         ("gguf-32",),  # a hidden size of 576 is no multiple of 256
     ),
     Case(
         "off-grid",
         "FFN off the grid",
-        (("prune", "smollm2", *_FFN, "--pruning-ratio", "0.2", "--round-to", "1"),),
+        (("prune", "smollm2-135m", *_FFN, "--pruning-ratio", "0.2", "--round-to", "1"),),
     ),
     Case(
         "w4a16",
         "hidden size and FFN",  # nine heads, so LlamaConfig takes multiples of 9 only
         (
             (
-                *("prune", "smollm2", "--ratios", "hidden_size=0.11,intermediate_size=0.17"),
+                *("prune", "smollm2-135m", "--ratios", "hidden_size=0.11,intermediate_size=0.17"),
                 *("--for", "w4a16,gguf-k"),  # says what cannot be
             ),
         ),
@@ -68,13 +67,27 @@ CASES = (
     Case(
         "by-layer",
         "FFN by layer",
-        (("prune", "smollm2", *_FFN, "--target-params", "0.85", "--allocate", "--per-layer"),),
+        (("prune", "smollm2-135m", *_FFN, "--target-params", "0.85", "--allocate", "--per-layer"),),
     ),
     Case(
         "padded",
         "the same, padded",
         (("export", "by-layer", "--to", "padded", "--multiple-of", "256", "--trust-remote-code"),),
         ("gguf-32",),
+    ),
+    Case("gemma", "unpruned", model=GEMMA_3),
+    Case(
+        "gemma-w4a16",
+        "FFN for W4A16",
+        (("prune", "gemma", *_FFN, "--pruning-ratio", "0.2", "--for", "w4a16"),),
+        ("w4a16", "gguf-32"),  # a multiple of 128 is one of 32
+        GEMMA_3,
+    ),
+    Case(
+        "gemma-off-grid",
+        "FFN off the grid",
+        (("prune", "gemma", *_FFN, "--pruning-ratio", "0.2", "--round-to", "1"),),
+        model=GEMMA_3,
     ),
 )
 
@@ -84,17 +97,18 @@ def make(case: Case, place: Path) -> dict[str, Any]:
     folder = place / case.key
 
     def made() -> dict[str, Any]:
-        shutil.rmtree(folder, ignore_errors=True)
         if not case.commands:
-            _original(folder)
+            assert original(case.model, place) == folder
+            return _measured(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         for command in case.commands:
             program = [sys.executable, "-m", "tp_hf_config", *command, "--out", case.key]
             subprocess.run(program, cwd=place, check=True, stdout=subprocess.DEVNULL)
         return _measured(folder)
 
     commands = [" ".join(("tp-hf-config", *c, "--out", case.key)) for c in case.commands]
-    told = {"key": case.key, "name": case.name, "commands": commands, "fits": list(case.fits)}
-    return {**once(place / f"{case.key}.json", made), **told}
+    told = {"model": case.model, "key": case.key, "name": case.name, "commands": commands}
+    return {**once(place / f"{case.key}.json", made), **told, "fits": list(case.fits)}
 
 
 def once(kept: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -102,18 +116,6 @@ def once(kept: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not kept.exists():
         kept.write_text(json.dumps(work()), encoding="utf-8")
     return dict(json.loads(kept.read_text(encoding="utf-8")))
-
-
-def _original(folder: Path) -> None:
-    file = smollm2_file.gguf_file()
-    found: dict[str, Any] = {
-        "pretrained_model_name_or_path": file.parent,
-        "gguf_file": file.name,
-    }
-    model: Any = AutoModelForCausalLM.from_pretrained(**found, dtype=torch.bfloat16)
-    model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**found).save_pretrained(folder)
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -132,12 +134,14 @@ def question(folder: Path) -> dict[str, Any]:
     """Return what every tool gets with a folder: windows of tokens, and the same as text."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     text = "\n\n".join(topics[name] for name in ("specialnames", "class", "import", "assignment"))
-    ids = tokenizer(text).input_ids
-    cut = [ids[i : i + WINDOW] for i in range(0, WINDOW * (EVALUATED + TRAINED), WINDOW)]
-    assert len(cut[-1]) == WINDOW, "the text is too short"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    start = tokenizer("").input_ids  # Gemma computes nothing useful without its first token
+    size = WINDOW - len(start)
+    cut = [ids[i : i + size] for i in range(0, size * (EVALUATED + TRAINED), size)]
+    assert len(cut[-1]) == size, "the text is too short"
     return {
-        "windows": cut[:EVALUATED],
+        "windows": [start + window for window in cut[:EVALUATED]],
         "text": tokenizer.decode([i for window in cut[:EVALUATED] for i in window]),
-        "trained": cut[EVALUATED:],
+        "trained": [start + window for window in cut[EVALUATED:]],
         "trained_texts": [tokenizer.decode(window) for window in cut[EVALUATED:]],
     }

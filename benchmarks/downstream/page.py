@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from real_models import GEMMA_3, SMOLLM2
+
 _INTRO = """\
 # Tools that come after
 
-`make downstream`: SmolLM2-135M-Instruct is pruned by the commands below and given to every tool,
-each in an environment of its own. Measured {date}; pruned by {versions}.
+`make downstream`: SmolLM2-135M-Instruct and Gemma 3 270M are pruned by the commands below and given
+to every tool, each in an environment of its own. Measured {date}; pruned by {versions}.
 
 Perplexity is that of eight windows of 256 tokens of the Python reference, which the models were not
 calibrated on. **A cell says how much it changes from the same model in float32.** *Refused*: the
 tool's words are below. "n left": so many linear layers are not quantised, mostly without a message;
 in llama.cpp: so many tensors are stored in a larger format, and the change is that from its F16.
 
-{table}
+## SmolLM2-135M
+
+{smollm2}
 
 SmolLM2 has a hidden size of 576, which no group of 128 or 256 divides, and nine heads, of which
 LlamaConfig demands that they divide the hidden size. So its files have larger formats in Q4_K_M,
 pruned or not, and llm-compressor's W4A16 takes none of these models.
+
+## Gemma 3 270M
+
+Its hidden size is 640, a multiple of 128 but not of 256. The weights come from a file in Q4_K_M,
+so that 4 bits cost less than they would of the original weights.
+
+{gemma}
 
 PEFT: LoRA of all linear layers on 16 windows; the adapter, and the merged model, are saved and
 loaded. TRL: 8 steps of supervised fine-tuning, saved and loaded. Their cells give the perplexity
@@ -51,27 +62,38 @@ machine did other work meanwhile, so speeds are rough.
 def page(numbers: dict[str, Any]) -> str:
     """Return ``docs/downstream.md``."""
     cases, answers = numbers["cases"], numbers["answers"]
-    head = ["", *(f"{case['name']}" for case in cases)]
-    rows = [head, ["hidden size, FFN", *(case["widths"] for case in cases)]]
-    rows.append(["parameters", *(f"{case['parameters'] / 1e6:,.1f} M" for case in cases)])
-    rows.append(["perplexity in float32", *(f"{case['perplexity']:.2f}" for case in cases)])
-    for name in numbers["tools"]:
-        given = answers.get(name, {})
-        base = answers.get("llama.cpp F16", {}) if name.startswith("llama.cpp") else None
-        cells = (_cell(given.get(case["key"]), case, base) for case in cases)
-        rows.append([name, *cells])
-    made = [f"- {case['name']}: `{line}`" for case in cases for line in case["commands"]]
+    smollm2, gemma = (
+        _markdown(list(_answers(numbers, [case for case in cases if case["model"] == model])))
+        for model in (SMOLLM2, GEMMA_3)
+    )
+    made = [f"- {_named(case)}: `{line}`" for case in cases for line in case["commands"]]
     offs = [a["off"] for given in answers.values() for a in given.values() if "off" in a]
     return _INTRO.format(
         date=numbers["date"],
         versions=", ".join(f"{name} {number}" for name, number in numbers["versions"].items()),
-        table=_markdown(rows),
+        smollm2=smollm2,
+        gemma=gemma,
         off=f"{max(offs, default=0):.0e}",
         llama_cpp=_markdown(list(_sizes(numbers))),
         made="\n".join(made),
         said="\n".join(_said(numbers)) or "Nothing was refused.",
         tools=_markdown([["tool", "versions"], *_versions(numbers)]),
     )
+
+
+def _answers(numbers: dict[str, Any], cases: list[dict[str, Any]]) -> Iterator[list[str]]:
+    yield ["", *(case["name"] for case in cases)]
+    yield ["hidden size, FFN", *(case["widths"] for case in cases)]
+    yield ["parameters", *(f"{case['parameters'] / 1e6:,.1f} M" for case in cases)]
+    yield ["perplexity in float32", *(f"{case['perplexity']:.2f}" for case in cases)]
+    for name in numbers["tools"]:
+        given = numbers["answers"].get(name, {})
+        base = numbers["answers"].get("llama.cpp F16") if name.startswith("llama.cpp") else None
+        yield [name, *(_cell(given.get(case["key"]), case, base) for case in cases)]
+
+
+def _named(case: dict[str, Any]) -> str:
+    return f"{case['model'].split()[0].split('-')[0]}, {case['name']}"
 
 
 def wrong(numbers: dict[str, Any]) -> Iterator[str]:
@@ -82,7 +104,7 @@ def wrong(numbers: dict[str, Any]) -> Iterator[str]:
             if tool["target"] in case["fits"] and (
                 {"error", "died"} & answer.keys() or answer.get("left") or answer.get("fallbacks")
             ):
-                yield f"{name}: {case['name']}: {_cell(answer, case, None)}"
+                yield f"{name}: {_named(case)}: {_cell(answer, case, None)}"
 
 
 def _cell(answer: dict[str, Any] | None, case: dict[str, Any], base: Any) -> str:
@@ -117,7 +139,7 @@ def _sizes(numbers: dict[str, Any]) -> Iterator[list[str]]:
             speeds = f"{answer['prompt_per_second']:,.0f}, {answer['new_per_second']:,.1f}"
             size = f"{answer['bytes'] / 1e6:,.1f} MB"
             cells.append(f"{size}; {answer['perplexity']:.2f}; {speeds} tokens/s")
-        yield [case["name"], *cells]
+        yield [_named(case), *cells]
 
 
 def _said(numbers: dict[str, Any]) -> Iterator[str]:
@@ -131,7 +153,7 @@ def _said(numbers: dict[str, Any]) -> Iterator[str]:
             said = answer.get("error") or answer.get("died")
             if said:
                 text = " ".join(said.split())[:300].replace("`", "'")
-                where.setdefault((name, text), []).append(case["name"])
+                where.setdefault((name, text), []).append(_named(case))
     for (name, text), cases in where.items():
         yield f"- **{name}** ({'; '.join(cases)}): `{text}`"
 

@@ -99,9 +99,27 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
             f"the tokenizer returned token id {int(ids.max())}, but the model has {rows} "
             "embeddings. Pass the tokenizer of this model"
         )
-    size = min(window_size(model), len(ids))
+    before, after = special_tokens(tokenizer)
+    size = min(window_size(model) - len(before) - len(after), len(ids))
     windows = ids[: len(ids) // size * size].view(-1, size)
-    return _split(windows)
+    around = (torch.tensor(part).expand(len(windows), -1) for part in (before, after))
+    first, last = (part.to(ids.dtype) for part in around)
+    return _split(torch.cat([first, windows, last], 1))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return what a tokenizer puts before and after a text.
+
+    Gemma computes nothing useful without its first token, BERT expects [CLS] and [SEP].
+    """
+    whole, bare = (
+        list(tokenizer("text", add_special_tokens=special)["input_ids"])
+        for special in (True, False)
+    )
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def _split(windows: Tensor) -> Text:
@@ -130,8 +148,11 @@ def window_size(model: PreTrainedModel) -> int:
     return min(WINDOW, positions - 2)  # RoBERTa never uses its first two positions
 
 
-def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
-    """Let a model write at least ``tokens`` tokens, each window from a random first token."""
+def own_text(model: PreTrainedModel, tokens: int, seed: int, start: Sequence[int] = ()) -> Text:
+    """Let a model write at least ``tokens`` tokens, each window from a random first token.
+
+    ``start``: the special tokens before it.
+    """
     size = window_size(model)
     rows = max(2, -(-tokens // size))
     embeddings: Any = model.get_input_embeddings()
@@ -139,6 +160,7 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
     written: list[Tensor] = []
     with evaluating(model), same_random_state(seed), torch.no_grad():
         first = torch.randint(embeddings.weight.shape[0], (rows, 1))
+        first = torch.cat([first.new_tensor(start).expand(rows, -1), first], 1)
         for prompt in torch.split(first, _AT_ONCE):
             ids = generate(
                 prompt.to(model.device),
@@ -146,8 +168,8 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int) -> Text:
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
-                min_new_tokens=size - 1,
-                max_new_tokens=size - 1,
+                min_new_tokens=size - first.shape[1],
+                max_new_tokens=size - first.shape[1],
                 pad_token_id=0,
             )
             written += list(ids.cpu()[:, :size])

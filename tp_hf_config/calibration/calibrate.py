@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from .batches import (
     own_text,
     runs_on_text,
     shipped_text,
+    special_tokens,
     split_batches,
     takes_token_ids,
     window_size,
@@ -119,7 +121,7 @@ def calibrate(
             six, is held out, to decide whether refits help. Padding is ignored: tokens that a
             padding mask leaves out, and decoder tokens whose ``labels`` are -100.
         tokenizer: tokenizer of the texts; default: the one that the model's folder or repository
-            has.
+            has. The special tokens that it puts around a text are put around each window.
         tokens: tokens to measure (rows, of images and sounds), in addition to held-out ones.
             Reading stops after the batch with the last of them, but not after a single batch: a
             second one is held out. Default: 12,288 for texts; all of batches with a length (a list,
@@ -217,7 +219,10 @@ def _text_of(
 ) -> Text:
     if data == "own":
         running: Any = behind(model)
-        return own_text(running, with_held_out(tokens), seed)
+        with suppress(CalibrationError):  # no tokenizer: nothing before the first token
+            tokenizer = tokenizer or _tokenizer_of(model)
+        start = special_tokens(tokenizer)[0] if tokenizer else ()
+        return own_text(running, with_held_out(tokens), seed, start)
     if not takes_token_ids(model):
         raise CalibrationError(
             f"{type(model).__name__} takes no text. Pass batches of its inputs: calibrate(model, "

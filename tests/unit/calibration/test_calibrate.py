@@ -522,6 +522,28 @@ def test_a_causal_language_model_needs_no_data() -> None:
     assert torch.equal(own.train[3]["input_ids"], again.train[3]["input_ids"])
 
 
+@pytest.mark.parametrize(("before", "after"), [([2], []), ([1], [0]), ([], [1, 1])])
+def test_windows_have_the_special_tokens_that_the_tokenizer_puts_around_a_text(
+    before: list[int], after: list[int]
+) -> None:
+    def tokenizer(text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = [3 + ord(letter) % 90 for letter in text]
+        return {"input_ids": [*before, *ids, *after] if add_special_tokens else ids}
+
+    model = llama()
+    given: Any = tokenizer
+    texts = calibrate(model, ["abc" * 100], tokenizer=given)
+    for batch in (*texts.train, *texts.held_out):
+        (row,) = batch["input_ids"].tolist()
+        assert len(row) == 62
+        inside = row[len(before) : 62 - len(after)]
+        assert row == before + inside + after
+        assert min(inside) > 2
+    own = calibrate(model, "own", tokenizer=given, tokens=620)
+    assert all(b["input_ids"][0, : len(before)].tolist() == before for b in own.train)
+    assert own.train[0]["input_ids"].shape == (1, 62)
+
+
 def test_own_text_is_written_without_dropout() -> None:
     """The same text in both modes; each module keeps the mode that it has."""
     config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=99, n_positions=64)
