@@ -40,5 +40,4 @@ def bits(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
             batch_size=1,
             bootstrap_iters=0,
         )
-    (value,) = (v for k, v in results["results"]["local_text"].items() if k.startswith("bits"))
-    return {"bits_per_byte": value}
+    return {"bits_per_byte": results["results"]["local_text"]["bits_per_byte,none"]}

@@ -1,9 +1,10 @@
 """How well pruned models do without training: ``python benchmarks/quality`` (``make quality``).
 
-SmolLM2-135M and all-MiniLM-L6-v2 are cut by several importances, with the cut only and with the
-readers refitted; then by other calibration texts, beside a peer, and with a clock.  Finished rows
-lie in ``.quality/`` and are not measured again by the next run with the same versions and seed, so
-that a slow machine can do it in pieces.  Writes ``docs/quality.json`` and ``docs/quality.md``.
+SmolLM2-135M, Gemma 3 270M and all-MiniLM-L6-v2 are cut by several importances, with the cut only
+and with the readers refitted; then by other calibration texts, beside a peer, and with a clock.
+Finished rows lie in ``.quality/`` and are not measured again by the next run with the same versions
+and seed, so that a slow machine can do it in pieces. Writes ``docs/quality.json`` and
+``docs/quality.md``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from embedder import Embedder
 from jobs import ROOT, Rows, Scale
-from language import IMPORTANCES, Language
+from language import IMPORTANCES, Gemma, Language
 from table import merged, write
 
-PARTS = ("smollm2", "text", "layers", "optipfair", "minilm", "time")
+PARTS = ("smollm2", "text", "layers", "optipfair", "gemma3", "minilm", "time")
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     scale = Scale.of(options.windows, options.seed)
-    jobs = [*Language(scale).jobs(), *Embedder(scale).jobs()]
+    jobs = [*Language(scale).jobs(), *Gemma(scale).jobs(), *Embedder(scale).jobs()]
     rows = Rows(scale)
     left_out = set(IMPORTANCES).difference(options.importances)
     chosen = [job for job in jobs if job.part in options.parts and job.variant not in left_out]

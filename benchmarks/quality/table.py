@@ -19,12 +19,17 @@ from tp_hf_config.reports import SCHEMA_VERSION, versions
 
 TEXTS = ("reference", "second")
 OTHER_TEXTS = ("prose", "mathematics")
-_ORDER = ("random", "magnitude", "taylor", "hessian", "wanda", "activation", "flap", "obs")
+_ORDER = (
+    *("random", "magnitude", "taylor", "hessian"),
+    *("wanda", "activation", "flap", "curvature"),
+)
 _LABELS = {
     "random": "random",
     "magnitude": "group magnitude (Torch-Pruning)",
     "taylor": "group Taylor (Torch-Pruning)",
     "hessian": "group Hessian (Torch-Pruning)",
+    "dropped": "layers dropped, not refitted",
+    "refitted": "layers dropped, refitted",
     "reference": "the reference, its training part",
     "shipped": "the shipped text",
     "own": "the model's own writing",
@@ -143,7 +148,7 @@ def _about_measures(scale: Scale) -> list[str]:
         "- *KL*: how far the distribution of the next token is from that of the original model,",
         "  on held-out windows of the calibration text: estimated for the cut only and with",
         "  refits, then measured after the cut.",
-        "- `obs` ranks channels that are read through norms as `wanda` does.",
+        "- `curvature` ranks channels that are read through norms as `wanda` does.",
         f"- Taylor and Hessian see {scale.gradients} windows. Torch-Pruning's Hessian gets the",
         "  mean of squared gradients at once; sample by sample it keeps only the last one.",
     ]
@@ -178,12 +183,25 @@ def sheets(rows: list[Row]) -> list[Sheet]:
 
 
 def _smollm2(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
+    return _importances("SmolLM2-135M", rows)
+
+
+def _gemma3(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
+    dropped = [row for row in rows if "layers" in row]
+    yield from _importances("Gemma 3 270M", [row for row in rows if row not in dropped])
+    if dropped:
+        title = f"Gemma 3 270M, layers {', '.join(map(str, dropped[0]['layers']))} dropped"
+        lines = [(_label(row), *_plain(row, "refitted")) for row in dropped]
+        yield Sheet(title, ("what", "reference", "code and licences"), lines)
+
+
+def _importances(model: str, rows: list[Row]) -> Iterable[Sheet]:
     whole = [row for row in rows if row["subject"] == "unpruned"]
     for cut in _distinct(row["subject"] for row in rows if row not in whole):
         own = _ranked(row for row in rows if row["subject"] == cut)
         lines = [_unpruned(row) for row in whole]
         lines += [(*_compared(row, _perplexity), *_refits(row)) for row in own]
-        title = f"SmolLM2-135M, {_widths(own[0])}"
+        title = f"{model}, {_widths(own[0])}"
         yield Sheet(title, ("importance", *_BOTH_TEXTS, "weights refitted", _KL), lines)
 
 
@@ -295,6 +313,7 @@ _PARTS: dict[str, Callable[[list[Row], list[Row]], Iterable[Sheet]]] = {
     "text": _text,
     "layers": _layers,
     "optipfair": _optipfair,
+    "gemma3": _gemma3,
     "minilm": _minilm,
     "four texts": _four_texts,
     "time": _time,

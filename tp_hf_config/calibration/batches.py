@@ -287,12 +287,7 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
         return
     of_decoder = ("decoder", "labels") if decodes else ("decoder",)
     for row in range(rows):
-        single = {
-            key: value[row : row + 1]
-            if isinstance(value, Tensor) and value.ndim and len(value) == rows
-            else value
-            for key, value in batch.items()
-        }
+        single = _row_of(batch, row, rows)
         for name, mask in masks.items():
             places = mask[row].nonzero().flatten()
             if not len(places):
@@ -307,6 +302,25 @@ def unpadded(batch: Batch, decodes: bool) -> Iterator[Batch]:
                 single[key] = single[key].index_select(1, places)
         else:
             yield single
+
+
+def rows_of(batch: Batch) -> Iterator[Batch]:
+    """Yield a batch's rows one by one; whole, if it cannot be split or has no token ids."""
+    ids = batch.get("input_ids")
+    rows = len(ids) if isinstance(ids, Tensor) and ids.ndim else 1
+    if rows == 1 or _not_by_rows(batch, rows) is not None:
+        yield batch
+        return
+    yield from (_row_of(batch, row, rows) for row in range(rows))
+
+
+def _row_of(batch: Batch, row: int, rows: int) -> dict[str, Any]:
+    return {
+        key: value[row : row + 1]
+        if isinstance(value, Tensor) and value.ndim and len(value) == rows
+        else value
+        for key, value in batch.items()
+    }
 
 
 def _not_by_rows(batch: Batch, rows: int) -> str | None:

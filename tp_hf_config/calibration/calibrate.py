@@ -63,18 +63,20 @@ class Calibration(MeasuredModel):
 
     @check_arguments
     def importance(
-        self, kind: Kind = "wanda", normalizer: str | None = "mean"
+        self, kind: Kind = "auto", normalizer: str | None = "mean"
     ) -> CalibratedImportance:
         """Return an importance for any Torch-Pruning pruner of this model.
 
         Args:
-            kind: ``"wanda"``: a channel's norm times the norm of the weights that read it (Wanda,
-                arXiv 2306.11695, summed over each channel as in Wanda-sp). ``"activation"``: the
-                channel's norm alone (Minitron, arXiv 2407.14679). ``"flap"``: the channel's
-                variance times the squared norm of those weights (FLAP, arXiv 2312.11983).
-                ``"obs"``: channels are removed in small blocks, always those that cost the least
-                loss after the remaining weights are refitted (SlimGPT, arXiv 2412.18110; OSSCAR,
-                arXiv 2403.12983).
+            kind: ``"auto"``: what does best in ``docs/quality.md``: ``"curvature"`` for whole
+                heads, ``"wanda"`` for all else, and everywhere with ``refits=False`` or on several
+                ranks. ``"wanda"``: a channel's norm times the norm of the weights that read it
+                (Wanda, arXiv 2306.11695, summed over each channel as in Wanda-sp).
+                ``"activation"``: the channel's norm alone (Minitron, arXiv 2407.14679).
+                ``"flap"``: the channel's variance times the squared norm of those weights (FLAP,
+                arXiv 2312.11983). ``"curvature"``: how much the outputs react
+                to a unit, by products of gradients on some 3,000 tokens and of what it carries
+                (K-FAC; LLM Surgeon, arXiv 2312.17244).
                 Whole experts are ranked by what each adds to the output of its layer, whatever the
                 kind (REAP, arXiv 2510.13999).
             normalizer: as in Torch-Pruning's ``GroupMagnitudeImportance``.
@@ -134,8 +136,8 @@ def calibrate(
         seed: seed of the text that the model writes itself.
         measure: False: only keep the data, and measure on first use; ``drop_layers(model,
             count=...)`` needs no measurement.
-        refits: False: measure for importances only. If a refit or ``"obs"`` is used later, another
-            pass measures the Gram matrices, which take most of the time and memory.
+        refits: False: measure for importances only. If a refit or ``"curvature"`` is used later,
+            another pass measures the Gram matrices, which take most of the time and memory.
         distributed: True: every process of a run has a copy of the model (DistributedDataParallel)
             and calls this; the sums over all data are added up, as always under FSDP2. Ranks may
             have different numbers of batches, or none. If all ranks have the same data, nothing is

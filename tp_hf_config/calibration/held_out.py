@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from ..graph.sides import ConfigGroup
 from ..reports import fields_as_json
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
-from .passes import ALONE, Ranks, watched_pass
+from .passes import ALONE, Ranks, class_logits, logits_of, watched_pass
 from .refit import Copies, StepRefits
 from .sources import Sources
 
@@ -48,7 +48,7 @@ class Difference:
                 "or infinite. Load the model in float32 or bfloat16, and check that it runs on "
                 "this data"
             )
-        if not _has_classes(_logits_of(result)):
+        if class_logits(result) is None:
             self.measure = _RELATIVE
         self._outputs.append(output.detach().cpu())
 
@@ -88,19 +88,8 @@ def _divergence(before: Tensor, now: Tensor) -> float:
     return total / max(1, len(before))
 
 
-def _logits_of(result: Any) -> Tensor | None:
-    logits = result.get("logits") if isinstance(result, Mapping) else None
-    return logits if isinstance(logits, Tensor) else None
-
-
-def _has_classes(logits: Tensor | None) -> bool:
-    """True if logits have several classes along the last axis (images have them along axis 1)."""
-    # a softmax of one logit is always 1
-    return logits is not None and 2 <= logits.ndim <= 3 and logits.shape[-1] > 1
-
-
 def _output_of(result: Any) -> Tensor:
-    logits = _logits_of(result)
+    logits = logits_of(result)
     output = next(tensors_in(result), None) if logits is None else logits
     if output is None:
         raise CalibrationError(

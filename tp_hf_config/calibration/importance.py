@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch_pruning.pruner import function
 
-from ..errors import CalibrationError, CalibrationWarning, warn
+from ..errors import CalibrationError, CalibrationWarning, in_one_line, warn
 from ..forward.observed_pass import hidden_in, hidden_out
+from ..forward.output_tensors import tensors_in
 from ..graph.sides import ParameterView
 from ..model.tensors import is_matrix_stack
-from .batches import Batch, writes_text
-from .linear_ops import Consumer, Contribution
+from .batches import Batch, rows_of, tokens_in, writes_text
+from .linear_ops import Consumer, Contribution, LinearOp, WatchedOps
 from .measured import InputStatistics, Readings
-from .passes import ALONE, Ranks, watched_pass
+from .passes import ALONE, Ranks, class_logits, run, shown, undisturbed, watched_pass
 
 if TYPE_CHECKING:
     from .measured import MeasuredModel
 
 
-Kind = Literal["wanda", "activation", "flap", "obs"]
+Kind = Literal["auto", "wanda", "activation", "flap", "curvature"]
 _READS = (function.prune_linear_in_channels, function.prune_conv_in_channels)
-_RIDGE = 1e-2  # so that rounding does not decide the cost of a channel that others can replace
-_AT_ONCE = 16  # channels removed between two updates; fewer gain nothing
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
     """
 
     def __init__(
-        self, calibration: MeasuredModel, kind: Kind = "wanda", normalizer: str | None = "mean"
+        self, calibration: MeasuredModel, kind: Kind = "auto", normalizer: str | None = "mean"
     ):
         super().__init__(p=2, group_reduction="sum", normalizer=normalizer)
         self.calibration, self.kind = calibration, kind
+        self.used: set[str] = set()  # what groups were ranked by so far
+        self._has_gradients = True
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Any:
@@ -65,10 +69,12 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         for root, contribution in _experts_in(group, self.calibration.model, readings):
             scores[root] += contribution.score
         if scores.any():
+            self.used.add("what experts add")
             return self._normalize(scores[first], self.normalizer)
         readers = list(self._readers(group, readings))
         if not readers:
             self._warn_unread(group)
+            self.used.add("magnitude")
             return super().__call__(group)
         width = roots // len(group.units) if hasattr(group, "units") else 1  # channels of a head
         units = roots // max(1, width)
@@ -78,10 +84,16 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
     def _scores(self, readers: list[_Reader], units: int, width: int) -> Tensor:
         """Return the score of each unit, of ``width`` root channels, shape ``(units,)``."""
-        if self.kind == "obs":
-            scores = self._greedy_scores(readers, units, width)
+        kind = self.kind
+        if kind == "auto":
+            curved = width > 1 and self.calibration.refits and self._has_gradients
+            kind = "curvature" if curved else "wanda"
+        if kind == "curvature":
+            scores = self._curvature_scores(readers, units, width)
             if scores is not None:
+                self.used.add(kind)
                 return scores
+        self.used.add(kind if kind in ("activation", "flap") else "wanda")
         total = torch.zeros(units, dtype=torch.float64)
         for reader in readers:
             channels = self._channel_scores(reader)[reader.channels].cpu()
@@ -97,32 +109,64 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             return statistics.variances * squares
         return statistics.norms * squares.sqrt()
 
-    def _greedy_scores(self, readers: list[_Reader], units: int, width: int) -> Tensor | None:
-        """Return each unit's place in the elimination order; ``None`` without Gram matrices."""
+    def _has_grams(self, readers: list[_Reader]) -> bool:
+        """True if the readers have Gram matrices now; they have none behind a norm."""
         readings = self.calibration.readings  # current: `_readers` has measured again if needed
         leaders = [readings.leaders[reader.consumer] for reader in readers]
         if not all(map(readings.needs_gram, leaders)):
+            return False
+        if self.calibration.require_all(leaders):
+            return True
+        warn(
+            f"{readers[0].consumer.parameter} and other weights read the channels of one "
+            "group, and their Gram matrices do not fit into max_memory together, so "
+            'it is ranked by "wanda", not by "curvature". Pass a larger max_memory= to calibrate()',
+            CalibrationWarning,
+        )
+        return False
+
+    def _curvature_scores(self, readers: list[_Reader], units: int, width: int) -> Tensor | None:
+        """Return what the outputs lose with each unit; ``None`` without products of gradients."""
+        if not self._has_grams(readers):
             return None
-        if not self.calibration.require_all(leaders):
+        try:
+            gradients = self._gradients_of({reader.consumer for reader in readers})
+        except (CalibrationError, RuntimeError) as error:
+            if self.kind != "auto":
+                raise
             warn(
-                f"{readers[0].consumer.parameter} and other weights read the channels of one "
-                'group, and their Gram matrices do not fit into max_memory together, so "obs" '
-                'ranks this group like "wanda". Pass a larger max_memory= to calibrate()',
+                f"{type(self.calibration.model).__name__}: gradients cannot be measured "
+                f'({in_one_line(error)}), so heads are ranked by "wanda"',
                 CalibrationWarning,
             )
+            self._has_gradients = False
             return None
-        parts: list[Part] = []
+        if not gradients:
+            return None
+        total = torch.zeros(units, dtype=torch.float64)
         for reader in readers:
-            order = (reader.roots // width).argsort(stable=True)
-            if len(order) % units:
-                return None  # some units are wider than others
-            assert reader.statistics.gram is not None
-            table = reader.channels[order].view(units, -1)
-            parts.append(Part(reader.statistics.gram, reader.weight, table))
-        order = elimination_order(parts)
-        scores = torch.empty(units)
-        scores[order] = torch.arange(1, units + 1, dtype=torch.float32)
-        return scores
+            table = _table(reader, units, width)
+            if table is None:
+                return None
+            if reader.consumer not in gradients:
+                continue  # an expert that none of these tokens reached
+            gram = reader.statistics.gram
+            assert gram is not None
+            table = table.to(gram.device)
+            products = gram.double() * gradients[reader.consumer].to(gram.device)
+            total += products[table[:, :, None], table[:, None, :]].sum((1, 2)).cpu()
+        return total.float()
+
+    def _gradients_of(self, consumers: set[Consumer]) -> dict[Consumer, Tensor]:
+        """Return their products of gradients, measured with those of other layers."""
+        calibration = self.calibration
+        if calibration.ranks.count == 1 and not consumers <= calibration.gradients.keys():
+            leaders = calibration.readings.leaders
+            wanted = {other for one in consumers for other in _alike(one, leaders)}
+            found = _gradient_products(calibration.model, calibration.train, wanted)
+            # a new dict: copies of the model share the old one (on_copy)
+            calibration.gradients = {**calibration.gradients, **found}
+        return {c: calibration.gradients[c] for c in consumers if c in calibration.gradients}
 
     def _readers(self, group: Any, readings: Readings) -> Iterator[_Reader]:
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
@@ -147,6 +191,12 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             why = "what each expert adds to its layer's output was not found"
         name = group[0].dep.target.name
         warn(f"{name}: {why}, so the group is ranked by magnitude", CalibrationWarning)
+
+
+def _table(reader: _Reader, units: int, width: int) -> Tensor | None:
+    """Return each unit's channels, ``(units, channels)``; ``None``: some are wider than others."""
+    order = (reader.roots // width).argsort(stable=True)
+    return None if len(order) % units else reader.channels[order].view(units, -1)
 
 
 def holds_experts(group: Any, model: nn.Module) -> bool:
@@ -204,68 +254,93 @@ def advice(importance: Any, model: Any) -> str | None:
     )
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one consumer reads of the units."""
-
-    gram: Tensor  # ``(channels, channels)``
-    weight: Tensor  # ``(outputs, channels)``
-    table: Tensor  # each unit's channels, ``(units, channels of a unit)``
+_TOKENS = 3_072  # of gradients; more hardly change the order of heads (twelve windows)
 
 
-class _Remaining:
-    """A part from which units are removed: its inverse Gram matrix and its refitted weight."""
+def _gradient_products(
+    model: nn.Module, batches: Sequence[Batch], consumers: Collection[Consumer]
+) -> dict[Consumer, Tensor]:
+    """Return for each consumer the mean product of the gradients of what it reads.
 
-    def __init__(self, part: Part, ridge: float):
-        gram = part.gram.double()
-        mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        self.inverse = torch.linalg.inv(gram + max(ridge, 1e-8) * mean * eye)
-        self.weight = part.weight.to(gram)
-        self.table = part.table.to(gram.device)
-
-    def costs(self, units: Tensor) -> Tensor:
-        """Return the squared error of removing each unit by itself, shape ``(units,)``."""
-        table = self.table[units]
-        if table.shape[1] == 1:
-            channels = table[:, 0]
-            squares: Tensor = self.weight[:, channels].square().sum(0)
-            cost: Tensor = squares / self.inverse.diagonal()[channels]
-            return cost
-        blocks = self.inverse[table[:, :, None], table[:, None, :]]
-        weights = self.weight[:, table].permute(1, 0, 2)
-        solved: Tensor = torch.linalg.solve(blocks, weights.mT)
-        return (weights.mT * solved).sum((1, 2))
-
-    def remove(self, units: Tensor) -> None:
-        """Remove units: refit the weight, and update the inverse."""
-        gone = self.table[units].flatten()
-        block = self.inverse[gone][:, gone]
-        rows = torch.linalg.solve(block, self.inverse[gone])
-        self.weight = self.weight - self.weight[:, gone] @ rows
-        self.inverse = self.inverse - self.inverse[:, gone] @ rows
-
-
-def elimination_order(parts: Sequence[Part], ridge: float = _RIDGE) -> Tensor:
-    """Return the units in the order of removal, 1-D: always a block of the cheapest.
-
-    The cost is the squared error of all outputs after the remaining weights are refitted.
+    Shape ``(channels, channels)``, in float32. Consumers that no output depends on are left out.
+    With the products of what it reads, they tell how much the outputs change without some channels
+    (K-FAC, arXiv 1503.05671; LLM Surgeon, arXiv 2312.17244). Outputs are sampled, so no labels are
+    needed.
     """
-    remaining = [_Remaining(part, ridge) for part in parts]
-    width = max(part.table.shape[1] for part in parts)
-    at_once = max(1, _AT_ONCE // width)
-    units = torch.arange(len(parts[0].table))
-    order: list[Tensor] = []
-    while len(units):
-        costs = torch.stack([part.costs(units).cpu() for part in remaining]).sum(0)
-        leaving = costs.argsort()[: min(at_once, len(units))]
-        order.append(units[leaving])
-        for part in remaining:
-            part.remove(units[leaving])
-        stays = torch.ones(len(units), dtype=torch.bool)
-        stays[leaving] = False
-        units = units[stays]
-    return torch.cat(order)
+    products: dict[Consumer, Tensor] = {}
+    tokens: dict[Consumer, int] = {}
+    read: list[tuple[LinearOp, Tensor]] = []  # in this batch, in a node of its own
+
+    def visit(op: LinearOp) -> Any:
+        if op.consumer not in consumers:
+            return op.run()
+        own = op.inputs.view_as(op.inputs) if op.inputs.requires_grad else op.inputs.detach()
+        read.append((op, own.requires_grad_()))
+        return op.run(own)
+
+    generator = torch.Generator().manual_seed(0)
+    with undisturbed(model), torch.enable_grad():
+        for number, batch in enumerate(shown(_first(batches), "gradients for heads")):
+            read.clear()
+            result = run(model, number, batch, WatchedOps(model, visit))
+            loss = _sampled_loss(result, generator)
+            inputs = [own for _, own in read]
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+            for (op, _), gradient in zip(read, gradients, strict=True):
+                if gradient is not None:
+                    rows = gradient.movedim(op.axis, -1).flatten(0, -2).float()
+                    before = products.get(op.consumer)
+                    product = rows.T @ rows
+                    products[op.consumer] = product if before is None else before.add_(product)
+                    tokens[op.consumer] = tokens.get(op.consumer, 0) + len(rows)
+    return {consumer: product / tokens[consumer] for consumer, product in products.items()}
+
+
+def _alike(consumer: Consumer, others: Collection[Consumer]) -> list[Consumer]:
+    """Return the consumers that differ by numbers in their names only: those of other layers."""
+    name = _without_numbers(consumer.parameter)
+    return [
+        other
+        for other in others
+        if _without_numbers(other.parameter) == name and other.dim == consumer.dim
+    ]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _first(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first rows, one by one: a backward pass keeps all that the forward pass made."""
+    chosen: list[Batch] = []
+    for row in chain.from_iterable(map(rows_of, batches)):
+        if chosen and tokens_in(chosen) >= _TOKENS:
+            break
+        chosen.append(row)
+    return chosen
+
+
+def _sampled_loss(result: Any, generator: torch.Generator) -> Tensor:
+    """Return a loss whose gradient's square is the outputs' Fisher information, in expectation.
+
+    Of logits of classes: the cross entropy with classes that they sample. Of other outputs: their
+    sum with random signs.
+    """
+    logits = class_logits(result)
+    if logits is not None:
+        rows = logits.flatten(0, -2).float()
+        chances = rows.detach().softmax(-1).cpu()
+        sampled = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        return cross_entropy(rows, sampled.to(rows.device), reduction="sum")
+    outputs = [each for each in tensors_in(result) if each.requires_grad]
+    if not outputs:
+        raise CalibrationError("no output of the model depends on its weights")
+    signs = [torch.randint(0, 2, each.shape, generator=generator) * 2 - 1 for each in outputs]
+    products = (
+        (each.float() * sign.to(each.device)).sum()
+        for each, sign in zip(outputs, signs, strict=True)
+    )
+    return torch.stack([*products]).sum()
 
 
 def layer_influence(

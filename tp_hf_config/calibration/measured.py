@@ -381,6 +381,8 @@ class MeasuredModel:
         self.model, self.train, self.held_out = model, list(train), list(held_out)
         self.ridge, self.max_memory = ridge, max_memory
         self.readings = Readings()
+        # mean products of the gradients of what consumers read, for importances
+        self.gradients: dict[Consumer, Tensor] = {}
         self.seconds = 0.0
         self._measured_at: tuple[Any, ...] = ()
 
@@ -439,6 +441,7 @@ class MeasuredModel:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
             self.readings = Readings()  # frees the old Gram matrices
+            self.gradients = {}
             self.readings = measure(
                 self.model, self.train, self.max_memory, again, self.ranks, self.refits
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -127,8 +127,8 @@ def watched_pass(
     ops = None if visit is None else WatchedOps(model, visit, selected, experts)
     passes = Passes(model, lambda part: None if ops is None else ops.locate(part))
 
-    def run(number: int, batch: Batch) -> None:
-        after(number, _run(model, number, batch, ops or nullcontext(), sources))
+    def run_one(number: int, batch: Batch) -> None:
+        after(number, run(model, number, batch, ops or nullcontext(), sources))
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
@@ -136,10 +136,10 @@ def watched_pass(
         if sources is not None:
             stack.enter_context(sources.watching())
         if ranks.count > 1:
-            _run_together(model, batches, run, passes, what, ranks)
+            _run_together(model, batches, run_one, passes, what, ranks)
         else:
             for number, batch in enumerate(shown(batches, what)):
-                run(number, batch)
+                run_one(number, batch)
 
 
 def _run_together(
@@ -177,8 +177,12 @@ def _run_together(
     agree(CalibrationError, f"the end of {when}", failure=failure)
 
 
-def _run(
-    model: nn.Module, number: int, batch: Batch, ops: AbstractContextManager[Any], sources: Any
+def run(
+    model: nn.Module,
+    number: int,
+    batch: Batch,
+    ops: AbstractContextManager[Any],
+    sources: Sources | None = None,
 ) -> Any:
     try:
         with ops:
@@ -240,6 +244,19 @@ def shown_by(track: Track) -> Iterator[None]:
         yield
     finally:
         _track.reset(token)
+
+
+def logits_of(result: Any) -> Tensor | None:
+    logits = result.get("logits") if isinstance(result, Mapping) else None
+    return logits if isinstance(logits, Tensor) else None
+
+
+def class_logits(result: Any) -> Tensor | None:
+    """Return logits of several classes along the last axis (images have them along axis 1)."""
+    logits = logits_of(result)
+    if logits is None or not 2 <= logits.ndim <= 3 or logits.shape[-1] < 2:
+        return None
+    return logits
 
 
 def shown(items: Sequence[_Item], what: str, unit: str = "windows") -> Iterator[_Item]:

@@ -176,7 +176,7 @@ Drop = Annotated[
     Any, _value("first drop the N layers of least influence, or LIST=N", "N", values.layers)
 ]
 First = Annotated[
-    Importance | None, Option(help="how units are ranked; default: wanda on a text, else magnitude")
+    Importance | None, Option(help="how units are ranked; default: auto on a text, else magnitude")
 ]
 Text = Annotated[
     Any,

@@ -378,8 +378,10 @@ class Attachment:
             synced = True
         finally:
             refitting, self._refitting = self._refitting, None
+            used = getattr(self._pruner.importance, "used", ()) if in_step else ()
             report = replace(
                 report,
+                ranked_by=sorted(used),
                 parameters=(before, self._parameters),
                 seconds=time.perf_counter() - started,
                 error=None if failure is None else str(failure),

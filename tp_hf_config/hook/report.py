@@ -37,6 +37,7 @@ class SyncReport(Report):
         inputs: encoder-state input (an encoder outside the model computes it) -> the channels that
             the model still reads, as numbered when the hook was attached.
         refits: the result of ``HFConfigSyncHook(refit=)``.
+        ranked_by: what a calibration's importance ranked units by.
     """
 
     step: int
@@ -53,6 +54,7 @@ class SyncReport(Report):
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     refits: Refits | None = None
+    ranked_by: Sequence[str] = ()
     most_lines = MOST_LINES
 
     def title(self) -> str:
@@ -78,7 +80,9 @@ class SyncReport(Report):
         yield from (f"  note: {note}" for note in self.notes)
 
     def details(self) -> Iterator[str]:
-        """Yield what else was updated, and how the config was proved."""
+        """Yield what ranked units, what else was updated, and how the config was proved."""
+        if self.ranked_by:
+            yield f"  ranked by {' and '.join(self.ranked_by)}"
         updated = {"attribute": self.attributes, "buffer": self.buffers, "tie": self.ties}
         counts = ", ".join(_count(len(items), word) for word, items in updated.items() if items)
         if self.error is None:

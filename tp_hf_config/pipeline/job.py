@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
-Importance = Literal["wanda", "activation", "flap", "obs", "magnitude", "random"]
+Importance = Literal["auto", "wanda", "activation", "flap", "curvature", "magnitude", "random"]
 Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -57,7 +57,7 @@ class Job:
     source: Source
     out: Path
     widths: Mapping[str, Any]  # arguments of plan(); none: only layers are dropped
-    importance: Importance | None = None  # None: wanda if there is a text, else magnitude
+    importance: Importance | None = None  # None: auto if there is a text, else magnitude
     # None: the shipped text for a causal language model
     calibration: Path | Literal["own"] | None = None
     recover: int = 0  # updates of distillation from the unpruned model, spread over the steps

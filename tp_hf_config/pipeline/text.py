@@ -114,7 +114,8 @@ def choose(
                 stacklevel=3,
             )
         return Choice(job.importance or "magnitude")
-    importance = job.importance or "wanda"
+    # gradients of a model larger than memory take too much of it
+    importance = job.importance or ("wanda" if is_large(job.source) else "auto")
     own = job.calibration == "own"
     tokenizer = None
     try:

@@ -155,7 +155,7 @@ def allocate(
     *,
     target_params: Positive,
     prune: str | Iterable[str] | None = None,
-    importance: Kind = "wanda",
+    importance: Kind = "auto",
     shares: Sequence[Share] = SHARES,
     batches: Count = 4,
     round_to: Count | None = None,

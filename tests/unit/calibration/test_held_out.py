@@ -128,7 +128,7 @@ def test_two_runs_give_the_same_bits() -> None:
         model = llama()
         calibration = calibrate(model, calibrated.batches(model, 10))
         hook = HFConfigSyncHook(refit=calibration)
-        importance = calibration.importance("obs")
+        importance = calibration.importance("curvature")
         calibrated.pruner_of(model, hook, importance=importance, iterative_steps=2).step()
         states.append(model.state_dict())
     first, second = states

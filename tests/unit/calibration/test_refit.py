@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tp_hf_config.calibration.importance import Part, elimination_order
 from tp_hf_config.calibration.refit import refit_from_gram, refit_from_products
 from tp_hf_config.graph.cut_list import plain_cut
 
@@ -115,22 +113,3 @@ def test_the_ridge_grows_until_the_solve_succeeds() -> None:
     refit = refit_from_gram(rows.T @ rows, torch.tensor([0, 1, 2]), 0.0)
     assert refit is not None
     assert bool(torch.isfinite(refit.share).all())
-
-
-@pytest.mark.parametrize("width", [1, 2])
-def test_units_that_others_make_up_for_go_first(width: int) -> None:
-    """The last units are combinations of the first; magnitude would keep them, they are larger."""
-    units, free = 24, 8
-    rows = data(0, 400, units * width)
-    start = (units - free) * width
-    rows[:, start:] = rows[:, :start] @ data(1, start, free * width)
-    weight = data(2, 5, units * width)
-    table = torch.arange(units * width).view(units, width)
-    order = elimination_order([Part(rows.T @ rows, weight, table)], 1e-8)
-    assert sorted(order.tolist()) == list(range(units))
-    kept = order[free:]
-    refit = refit_from_gram(rows.T @ rows, table[kept.sort().values].flatten(), 1e-10)
-    assert refit is not None
-    wanted = rows @ weight.T
-    error = (rows[:, refit.kept] @ refit.of(weight, 1).T - wanted).square().sum()
-    assert error < 1e-6 * wanted.square().sum()

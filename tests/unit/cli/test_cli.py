@@ -87,7 +87,7 @@ WRONG = {
     f"prune whole {NEW} --calibration ./own": "own: calibration text cannot be read: No such fi",
     f"prune whole {NEW} --calibration text": "text: expected plain text in UTF-8, found anothe",
     f"prune whole {NEW} --dtype flaot32": "'flaot32' is not one of 'float32', ",
-    f"prune whole {NEW} --importance best": "'best' is not one of 'wanda', 'activation', 'flap'",
+    f"prune whole {NEW} --importance best": "'best' is not one of 'auto', 'wanda', 'activation'",
     f"prune whole {NEW} --pruning-ration 0.2": "--max-pruning-ratio",
     f"prune whole {NEW} --max-shard-size 5": "'5': expected a size such as 500MB or 5GB",
     "prune x --out y --drop-layers 0": "'0': expected a whole number, 1 or more",
@@ -222,7 +222,7 @@ def test_values() -> None:
     ("typed", "settings"),
     [
         ("", {"importance": None, "calibration": None, "refit": True, "stream": None}),
-        ("--importance obs --no-stream", {"importance": "obs", "stream": False}),
+        ("--importance flap --no-stream", {"importance": "flap", "stream": False}),
         ("--calibration own", {"calibration": "own"}),
         ("--no-refit --recover 8", {"refit": False, "recover": 8}),
         ("--drop-layers decoder=2", {"drop_layers": 2, "drop_from": "decoder"}),

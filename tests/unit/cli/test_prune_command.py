@@ -361,7 +361,7 @@ class TestCalibrated:
         out = tmp_path / "out"
         found, errors = self.prune(capsys, models / "llama-gqa", out)
         settings = found["settings"]
-        assert settings["importance"] == "wanda"
+        assert settings["importance"] == "auto"
         assert settings["calibration"] == "shipped text"
         assert settings["refit"] is True
         assert "calibrating: 226 windows" in errors
@@ -370,7 +370,7 @@ class TestCalibrated:
         before, after = found["perplexity"][SECOND_TEXT].values()
         assert after == pytest.approx(before, rel=1e-5)
         cut, _ = self.prune(capsys, models / "llama-gqa", tmp_path / "cut", "--no-refit")
-        assert cut["settings"]["importance"] == "wanda"
+        assert cut["settings"]["importance"] == "auto"
         assert cut["settings"]["refit"] is False
         assert cut["steps"][0]["refits"] is None
         assert cut["perplexity"][SECOND_TEXT]["before"] == before
@@ -379,7 +379,7 @@ class TestCalibrated:
         for line in (
             f"- Perplexity on a second text, not used for calibration: {before:.1f} before, "
             f"{after:.1f} after.",
-            "| importance | `wanda` |",
+            "| importance | `auto` |",
             "| calibration | `shipped text` |",
             "| refit | `True` |",
         ):
@@ -409,10 +409,10 @@ class TestCalibrated:
         assert "| tokens | `620` |" in card
 
     def test_own(self, capsys: Any, models: Path, tmp_path: Path) -> None:
-        more = ("--calibration", "own", "--importance", "obs", "--seed", 4)
+        more = ("--calibration", "own", "--importance", "flap", "--seed", 4)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
         settings = found["settings"]
-        assert (settings["importance"], settings["calibration"]) == ("obs", "own")
+        assert (settings["importance"], settings["calibration"]) == ("flap", "own")
         assert "the model writes the text that it is calibrated on" in errors
         assert self.refitted(found) == [self.DOWN]
         assert list(found["perplexity"]) == [SECOND_TEXT]
@@ -428,7 +428,7 @@ class TestCalibrated:
             weights = hf.AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp
             return str(weights.gate_proj.weight[:, 0].tolist())  # rows are cut, never refitted
 
-        kinds = ("wanda", "activation", "flap", "obs", "magnitude")
+        kinds = ("wanda", "activation", "flap", "curvature", "magnitude")
         chosen = {kind: gone(kind) for kind in kinds}
         assert len(set(chosen.values())) == len(kinds)
         assert chosen["wanda"] == gone("wanda", "--no-refit")
@@ -475,7 +475,7 @@ class TestCalibrated:
         """It has no logits; on a file it can be calibrated, as sentence encoders are."""
         more = ("--calibration", models / "text.txt")
         found, _ = self.prune(capsys, models / "bert", tmp_path / "out", *more)
-        assert found["settings"]["importance"] == "wanda"
+        assert found["settings"]["importance"] == "auto"
         assert self.refitted(found) == [
             {f"encoder.layer.{number}.output.dense.weight" for number in range(2)}
         ]
@@ -487,7 +487,7 @@ class TestCalibrated:
         code, printed, errors = shell(capsys, *typed, *more)
         assert code == 0, errors
         found = json.loads(printed)
-        assert found["settings"]["importance"] == "wanda"
+        assert found["settings"]["importance"] == "auto"
         sides = (("encoder", 1), ("decoder", 2))
         assert self.refitted(found) == [
             {

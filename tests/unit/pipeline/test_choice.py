@@ -49,15 +49,15 @@ class TestChosen:
     @pytest.mark.parametrize(
         ("name", "settings", "importance", "origin", "refit"),
         [
-            ("llama-gqa", {}, "wanda", "shipped", True),
-            ("llama-gqa", {"refit": False}, "wanda", "shipped", False),
+            ("llama-gqa", {}, "auto", "shipped", True),
+            ("llama-gqa", {"refit": False}, "auto", "shipped", False),
             ("llama-gqa", {"importance": "magnitude"}, "magnitude", "shipped", True),
             ("llama-gqa", {"importance": "random"}, "random", "shipped", True),
-            ("llama-gqa", {"importance": "obs"}, "obs", "shipped", True),
-            ("llama-gqa", {"recover": 3}, "wanda", "shipped", True),
-            ("llama-gqa", {"drop_layers": 1}, "wanda", "shipped", True),
-            ("llama-gqa", {"calibration": "own"}, "wanda", "own", True),
-            ("llama-gqa", {"calibration": FILE}, "wanda", "file", True),
+            ("llama-gqa", {"importance": "curvature"}, "curvature", "shipped", True),
+            ("llama-gqa", {"recover": 3}, "auto", "shipped", True),
+            ("llama-gqa", {"drop_layers": 1}, "auto", "shipped", True),
+            ("llama-gqa", {"calibration": "own"}, "auto", "own", True),
+            ("llama-gqa", {"calibration": FILE}, "auto", "file", True),
             (
                 "llama-gqa",
                 {"importance": "magnitude", "refit": False},
@@ -72,13 +72,13 @@ class TestChosen:
                 "file",
                 False,
             ),
-            ("no-tokenizer", {"calibration": "own"}, "wanda", "own", True),
+            ("no-tokenizer", {"calibration": "own"}, "auto", "own", True),
             ("bert", {}, "magnitude", None, False),
-            ("bert", {"calibration": FILE}, "wanda", "file", True),
+            ("bert", {"calibration": FILE}, "auto", "file", True),
             ("roberta", {"importance": "random"}, "random", None, False),
             ("roberta", {"calibration": FILE, "importance": "flap"}, "flap", "file", True),
             ("t5", {}, "magnitude", None, False),
-            ("t5", {"calibration": FILE, "recover": 2}, "wanda", "file", True),
+            ("t5", {"calibration": FILE, "recover": 2}, "auto", "file", True),
             ("vit", {}, "magnitude", None, False),
             ("vit", {"importance": "random"}, "random", None, False),
         ],
@@ -203,7 +203,7 @@ class TestRefused:
             chosen(models / "llama-gqa", allocate=True, importance="random")
         assert str(refused.value) == (
             "--allocate needs an importance that is measured by calibration, and --importance "
-            "random is not: leave it out, or use one of wanda, activation, flap, obs"
+            "random is not: leave it out, or use one of auto, wanda, activation, flap, curvature"
         )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])
@@ -243,10 +243,10 @@ def test_the_settings_of_the_card(models: Path) -> None:
         own = {"importance": importance, "calibration": calibration, "refit": refit}
         return own | plain
 
-    assert settings("llama-gqa") == done("wanda", "shipped text")
-    assert settings("llama-gqa", calibration="own") == done("wanda", "own")
-    assert settings("bert", calibration=FILE) == done("wanda", "text.txt")
-    assert settings("llama-gqa", refit=False) == done("wanda", "shipped text", False)
+    assert settings("llama-gqa") == done("auto", "shipped text")
+    assert settings("llama-gqa", calibration="own") == done("auto", "own")
+    assert settings("bert", calibration=FILE) == done("auto", "text.txt")
+    assert settings("llama-gqa", refit=False) == done("auto", "shipped text", False)
     assert settings("vit") == {"importance": "magnitude", **plain}
     assert settings("llama-gqa", drop_layers=2, drop_from="model.layers") == {
         "drop_layers": "model.layers=2",

@@ -125,7 +125,7 @@ class TestWindows:
     def test_own(self) -> None:
         """It needs no tokenizer; then there is no second text."""
         model = tiny.build("llama-gqa")
-        own = Choice("obs", "own", refit=True, writes=True)
+        own = Choice("curvature", "own", refit=True, writes=True)
         one, said = gathered(model, own, seed=3, tokens=620)
         other, _ = gathered(model, own, seed=3, tokens=620)
         assert one.calibration is not None
