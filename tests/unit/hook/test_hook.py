@@ -639,6 +639,7 @@ def test_report_to_json():
         "notes": [],
         "inputs": {},
         "refits": None,
+        "ranked_by": [],
         "error": None,
     }
     assert SCHEMA_VERSION == 1
