@@ -29,7 +29,7 @@ pruned or not, and llm-compressor's W4A16 takes none of these models.
 ## Gemma 3 270M
 
 Its hidden size is 640, a multiple of 128 but not of 256. The weights come from a file in Q4_K_M,
-so that 4 bits cost less than they would of the original weights.
+so that this format costs less than it would of the original weights.
 
 {gemma}
 
