@@ -18,6 +18,7 @@ from torch import nn
 
 from ..calibration.calibrate import Calibration
 from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refitting, in_words
+from ..calibration.importance import CalibratedImportance
 from ..errors import (
     CalibrationWarning,
     ConfigSyncError,
@@ -378,10 +379,11 @@ class Attachment:
             synced = True
         finally:
             refitting, self._refitting = self._refitting, None
-            used = getattr(self._pruner.importance, "used", ()) if in_step else ()
+            importance = self._pruner.importance
+            calibrated = in_step and isinstance(importance, CalibratedImportance)
             report = replace(
                 report,
-                ranked_by=sorted(used),
+                ranked_by=sorted(importance.used) if calibrated else [],
                 parameters=(before, self._parameters),
                 seconds=time.perf_counter() - started,
                 error=None if failure is None else str(failure),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
 import calibrated
@@ -121,6 +122,17 @@ def test_each_kind_of_width_has_a_score_of_its_own_by_default() -> None:
     alone = calibrate(model, calibrated.batches(model, 10), refits=False).importance()
     values_of(model, alone, **HEADS)
     assert alone.used == {"wanda"}
+
+
+def test_the_report_names_what_ranked_units() -> None:
+    model = zoo.build("qwen3")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    hook = HFConfigSyncHook(gqa="group", prune=())
+    importance = calibration.importance()
+    calibrated.pruner_of(model, hook, importance=importance, head_pruning_ratio=0.5).step()
+    assert hook.last_report.ranked_by == ["curvature"]
+    assert "ranked by curvature" in hook.last_report.text(full=True)
+    assert json.loads(json.dumps(hook.last_report.to_dict()))["ranked_by"] == ["curvature"]
 
 
 def test_gradients_change_nothing_of_a_model() -> None:
