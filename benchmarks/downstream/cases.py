@@ -17,6 +17,8 @@ from perplexity import load, perplexity
 from real_models import GEMMA_3, SMOLLM2, original
 from transformers import AutoTokenizer
 
+from tp_hf_config.calibration.batches import special_tokens
+
 WINDOW = 256  # tokens
 EVALUATED, TRAINED = 8, 16  # windows of one text, after each other
 
@@ -135,7 +137,7 @@ def question(folder: Path) -> dict[str, Any]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     text = "\n\n".join(topics[name] for name in ("specialnames", "class", "import", "assignment"))
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    start = tokenizer("").input_ids  # Gemma computes nothing useful without its first token
+    start, _ = special_tokens(tokenizer)
     size = WINDOW - len(start)
     cut = [ids[i : i + size] for i in range(0, size * (EVALUATED + TRAINED), size)]
     assert len(cut[-1]) == size, "the text is too short"

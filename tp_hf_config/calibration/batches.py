@@ -102,8 +102,7 @@ def windows_of(text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedM
     before, after = special_tokens(tokenizer)
     size = min(window_size(model) - len(before) - len(after), len(ids))
     windows = ids[: len(ids) // size * size].view(-1, size)
-    around = (torch.tensor(part).expand(len(windows), -1) for part in (before, after))
-    first, last = (part.to(ids.dtype) for part in around)
+    first, last = (ids.new_tensor(part).expand(len(windows), -1) for part in (before, after))
     return _split(torch.cat([first, windows, last], 1))
 
 
@@ -148,11 +147,17 @@ def window_size(model: PreTrainedModel) -> int:
     return min(WINDOW, positions - 2)  # RoBERTa never uses its first two positions
 
 
-def own_text(model: PreTrainedModel, tokens: int, seed: int, start: Sequence[int] = ()) -> Text:
+def own_text(
+    model: PreTrainedModel,
+    tokens: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Text:
     """Let a model write at least ``tokens`` tokens, each window from a random first token.
 
-    ``start``: the special tokens before it.
+    The tokenizer's special tokens stand before it.
     """
+    start = special_tokens(tokenizer)[0] if tokenizer else []
     size = window_size(model)
     rows = max(2, -(-tokens // size))
     embeddings: Any = model.get_input_embeddings()

@@ -24,7 +24,6 @@ from .batches import (
     own_text,
     runs_on_text,
     shipped_text,
-    special_tokens,
     split_batches,
     takes_token_ids,
     window_size,
@@ -223,8 +222,7 @@ def _text_of(
         running: Any = behind(model)
         with suppress(CalibrationError):  # no tokenizer: nothing before the first token
             tokenizer = tokenizer or _tokenizer_of(model)
-        start = special_tokens(tokenizer)[0] if tokenizer else ()
-        return own_text(running, with_held_out(tokens), seed, start)
+        return own_text(running, with_held_out(tokens), seed, tokenizer)
     if not takes_token_ids(model):
         raise CalibrationError(
             f"{type(model).__name__} takes no text. Pass batches of its inputs: calibrate(model, "

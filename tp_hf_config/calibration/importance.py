@@ -93,21 +93,13 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             if scores is not None:
                 self.used.add(kind)
                 return scores
-        self.used.add(kind if kind in ("activation", "flap") else "wanda")
+            kind = "wanda"
+        self.used.add(kind)
         total = torch.zeros(units, dtype=torch.float64)
         for reader in readers:
-            channels = self._channel_scores(reader)[reader.channels].cpu()
+            channels = _channel_scores(reader, kind)[reader.channels].cpu()
             total.scatter_add_(0, reader.roots // width, channels)
         return total.float()
-
-    def _channel_scores(self, reader: _Reader) -> Tensor:
-        squares = reader.weight.float().square().sum(0).double().cpu()
-        statistics = reader.statistics
-        if self.kind == "activation":
-            return statistics.norms
-        if self.kind == "flap":
-            return statistics.variances * squares
-        return statistics.norms * squares.sqrt()
 
     def _has_grams(self, readers: list[_Reader]) -> bool:
         """True if the readers have Gram matrices now; they have none behind a norm."""
@@ -127,7 +119,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
     def _curvature_scores(self, readers: list[_Reader], units: int, width: int) -> Tensor | None:
         """Return what the outputs lose with each unit; ``None`` without products of gradients."""
-        if not self._has_grams(readers):
+        if self.calibration.ranks.count > 1 or not self._has_grams(readers):
             return None
         try:
             gradients = self._gradients_of({reader.consumer for reader in readers})
@@ -141,32 +133,28 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             )
             self._has_gradients = False
             return None
-        if not gradients:
-            return None
         total = torch.zeros(units, dtype=torch.float64)
         for reader in readers:
             table = _table(reader, units, width)
             if table is None:
                 return None
-            if reader.consumer not in gradients:
-                continue  # an expert that none of these tokens reached
             gram = reader.statistics.gram
             assert gram is not None
             table = table.to(gram.device)
             products = gram.double() * gradients[reader.consumer].to(gram.device)
             total += products[table[:, :, None], table[:, None, :]].sum((1, 2)).cpu()
-        return total.float()
+        return total.float() if total.any() else None
 
     def _gradients_of(self, consumers: set[Consumer]) -> dict[Consumer, Tensor]:
-        """Return their products of gradients, measured with those of other layers."""
+        """Return products of gradients of consumers, measured with those of other layers."""
         calibration = self.calibration
-        if calibration.ranks.count == 1 and not consumers <= calibration.gradients.keys():
+        if not consumers <= calibration.gradients.keys():
             leaders = calibration.readings.leaders
             wanted = {other for one in consumers for other in _alike(one, leaders)}
             found = _gradient_products(calibration.model, calibration.train, wanted)
             # a new dict: copies of the model share the old one (on_copy)
             calibration.gradients = {**calibration.gradients, **found}
-        return {c: calibration.gradients[c] for c in consumers if c in calibration.gradients}
+        return calibration.gradients
 
     def _readers(self, group: Any, readings: Readings) -> Iterator[_Reader]:
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
@@ -191,6 +179,16 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             why = "what each expert adds to its layer's output was not found"
         name = group[0].dep.target.name
         warn(f"{name}: {why}, so the group is ranked by magnitude", CalibrationWarning)
+
+
+def _channel_scores(reader: _Reader, kind: Kind) -> Tensor:
+    squares = reader.weight.float().square().sum(0).double().cpu()
+    statistics = reader.statistics
+    if kind == "activation":
+        return statistics.norms
+    if kind == "flap":
+        return statistics.variances * squares
+    return statistics.norms * squares.sqrt()
 
 
 def _table(reader: _Reader, units: int, width: int) -> Tensor | None:
@@ -262,13 +260,13 @@ def _gradient_products(
 ) -> dict[Consumer, Tensor]:
     """Return for each consumer the mean product of the gradients of what it reads.
 
-    Shape ``(channels, channels)``, in float32. Consumers that no output depends on are left out.
+    Shape ``(channels, channels)``, in float32; 0 if no output depends on it, or no token came.
     With the products of what it reads, they tell how much the outputs change without some channels
     (K-FAC, arXiv 1503.05671; LLM Surgeon, arXiv 2312.17244). Outputs are sampled, so no labels are
     needed.
     """
-    products: dict[Consumer, Tensor] = {}
-    tokens: dict[Consumer, int] = {}
+    products = dict.fromkeys(consumers, torch.zeros(()))
+    tokens = dict.fromkeys(consumers, 0)
     read: list[tuple[LinearOp, Tensor]] = []  # in this batch, in a node of its own
 
     def visit(op: LinearOp) -> Any:
@@ -289,11 +287,9 @@ def _gradient_products(
             for (op, _), gradient in zip(read, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient.movedim(op.axis, -1).flatten(0, -2).float()
-                    before = products.get(op.consumer)
-                    product = rows.T @ rows
-                    products[op.consumer] = product if before is None else before.add_(product)
-                    tokens[op.consumer] = tokens.get(op.consumer, 0) + len(rows)
-    return {consumer: product / tokens[consumer] for consumer, product in products.items()}
+                    products[op.consumer] = products[op.consumer] + rows.T @ rows
+                    tokens[op.consumer] += len(rows)
+    return {one: product / max(1, tokens[one]) for one, product in products.items()}
 
 
 def _alike(consumer: Consumer, others: Collection[Consumer]) -> list[Consumer]:

