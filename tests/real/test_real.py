@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import prune_smollm2
 import pytest
 import small
 import torch
@@ -13,16 +14,23 @@ import torch_pruning as tp
 from conftest import Collector
 from reloading import assert_reloaded
 from smollm2_file import gguf_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tp_hf_config import HFConfigSyncHook
+from tp_hf_config import HFConfigSyncHook, calibrate
 
 Importance = tp.importance.GroupMagnitudeImportance
 
 
+def pruner_of(
+    model: Any, hook: HFConfigSyncHook, importance: Any, **settings: Any
+) -> tp.pruner.MetaPruner:
+    return tp.pruner.MetaPruner(
+        model, example_inputs=None, importance=importance, hooks=[hook], **settings
+    )
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    from transformers import AutoModelForCausalLM
-
     gguf = gguf_file()
     return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).eval()
 
@@ -34,12 +42,7 @@ def test_smollm2_is_pruned_saved_and_loaded_elsewhere(smollm2: Any, collector: C
     if small.TRANSFORMERS < (5,):  # it does not call a model quantised that it read from GGUF
         said = nullcontext()
     with said:
-        pruner = tp.pruner.MetaPruner(
-            smollm2,
-            example_inputs=None,
-            importance=Importance(),
-            hooks=[hook],
-        )
+        pruner = pruner_of(smollm2, hook, Importance())
     assert not hasattr(smollm2.config, "quantization_config")
     pruner.step()
     assert hook.last_report is not None
@@ -62,13 +65,7 @@ def test_a_sentence_transformer_keeps_its_embeddings(tmp_path: Path) -> None:
 
     model = SentenceTransformer(str(get_model_path()), device="cpu")
     hook = HFConfigSyncHook(ratios={"hidden_size": 0.125, "intermediate_size": 0.25})
-    pruner = tp.pruner.MetaPruner(
-        model,
-        example_inputs=None,
-        importance=Importance(),
-        hooks=[hook],
-    )
-    pruner.step()
+    pruner_of(model, hook, Importance()).step()
     assert hook.last_report is not None
     assert hook.last_report.fields == {
         "hidden_size": (384, 336),
@@ -82,3 +79,41 @@ def test_a_sentence_transformer_keeps_its_embeddings(tmp_path: Path) -> None:
     model.save(str(tmp_path))
     again = SentenceTransformer(str(tmp_path), device="cpu").encode(sentences)
     assert (embeddings == again).all()
+
+
+@pytest.mark.full
+def test_gemma_3_still_speaks_and_loads_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, collector: Collector
+) -> None:
+    """Sliding layers, one key/value head, norms around each part, scaled embeddings."""
+    monkeypatch.syspath_prepend(small.ROOT / "benchmarks")
+    models: Any = small.module_of(small.ROOT / "benchmarks" / "real_models.py")
+    place = small.ROOT / ".real"  # stays: its weights are 250 MB of packages
+    place.mkdir(exist_ok=True)
+    folder = models.original(models.GEMMA_3, place)
+    unpruned, model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration = calibrate(model, tokenizer=tokenizer, tokens=4096)
+    hook = HFConfigSyncHook(refit=calibration)
+    importance = calibration.importance()
+    pruner_of(model, hook, importance, pruning_ratio=0.2).step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"intermediate_size": (2048, 1664)}
+
+    start = torch.tensor([[tokenizer.bos_token_id]])  # without it, it computes nothing useful
+    windows = prune_smollm2.split_text(tokenizer, False, 4)[1]
+    windows = torch.cat([start.expand(len(windows), 1), windows], dim=1)
+    before, after = (prune_smollm2.perplexity(each, windows) for each in (unpruned, model))
+    assert after < 1.5 * before
+    prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        answer = prune_smollm2.greedy(model, prompt)[0, prompt.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+
+    hook = HFConfigSyncHook(ratios={"hidden_size": 0.1, "num_attention_heads": 0.5})
+    pruner_of(model, hook, Importance()).step()
+    assert hook.last_report is not None
+    assert hook.last_report.fields == {"hidden_size": (640, 576), "num_attention_heads": (4, 2)}
+    assert_reloaded(collector.reloaded(model, {"input_ids": prompt}))

@@ -150,7 +150,7 @@ def of_measurement(calibration: Any) -> dict[Any, Any]:
     return {
         "leaders": readings.leaders,
         "chains": readings.chains,
-        "tables": readings.tables,
+        "unread": readings.unread,
         "sums": {
             leader: (each.tokens, each.total, each.squares, each.gram)
             for leader, each in readings.statistics.items()

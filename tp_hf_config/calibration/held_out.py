@@ -117,9 +117,10 @@ def run_as_cut(
 ) -> None:
     """Run the model on held-out data, with each weight reading its inputs as the step leaves them.
 
-    Only consumers in ``using`` are refitted. Operations without a weight (products of shorter
-    queries and keys) run as in the whole model.
+    Only consumers in ``using`` are refitted, tied heads also where they embed tokens. Operations
+    without a weight (products of shorter queries and keys) run as in the whole model.
     """
+    heads = {each.parameter: step.refits[each] for each in using if each.dim == 1}
     sources, copies = step.sources(_leaders(step)), Copies()
     latest: tuple[Any, Tensor, Tensor] | None = None
 
@@ -136,14 +137,24 @@ def run_as_cut(
             latest = alike, values, _cut(op, rows, step) if refit is None else refit.estimate(rows)
         return op.run(op.shaped(latest[2]))
 
-    run_held_out(step.calibration, after_batch, what, visit, sources)
+    def embedded(name: str, values: Tensor) -> Tensor:
+        refit = heads.get(name)
+        if refit is None:
+            return values
+        return values.index_copy(-1, refit.kept.to(values.device), refit.of(values, -1))
+
+    run_held_out(step.calibration, after_batch, what, visit, sources, embedded)
 
 
 def layer_errors(
     step: StepRefits, after_batch: Callable[[int, Any], None]
-) -> dict[Consumer, Errors]:
-    """Run the whole model on held-out data; return each refit's errors there, over all ranks."""
+) -> tuple[dict[Consumer, Errors], set[Consumer]]:
+    """Run the whole model on held-out data; return each refit's errors there, over all ranks.
+
+    Also the refits of weights in which inputs were looked up (tied heads).
+    """
     errors = {consumer: Errors() for consumer in step.refits}
+    tables: set[str] = set()
     sources, copies = step.sources(_leaders(step)), Copies()
 
     def visit(op: LinearOp) -> Any:
@@ -156,10 +167,17 @@ def layer_errors(
             found.output += _squares(whole)
         return whole
 
-    run_held_out(step.calibration, after_batch, "held-out data, unpruned", visit, sources)
+    def embedded(name: str, values: Tensor) -> Tensor:
+        tables.add(name)
+        return values
+
+    what, ranks = "held-out data, unpruned", step.calibration.ranks
+    run_held_out(step.calibration, after_batch, what, visit, sources, embedded)
     own = [value for each in errors.values() for value in astuple(each)]
-    sums = iter(step.calibration.ranks.sums(own))
-    return {consumer: Errors(*islice(sums, 3)) for consumer in errors}
+    sums = iter(ranks.sums(own))
+    tables = set[str]().union(*ranks.gathered(tables))
+    tied = {consumer for consumer in errors if consumer.parameter in tables}
+    return {consumer: Errors(*islice(sums, 3)) for consumer in errors}, tied
 
 
 def run_held_out(
@@ -168,9 +186,10 @@ def run_held_out(
     what: str = "",
     visit: Callable[[LinearOp], Any] | None = None,
     sources: Sources | None = None,
+    embedded: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     model, batches, ranks = calibration.model, calibration.held_out, calibration.ranks
-    watched_pass(model, batches, visit, sources, after_batch, what, ranks)
+    watched_pass(model, batches, visit, sources, after_batch, what, ranks, embedded=embedded)
 
 
 def _cut(op: LinearOp, rows: Tensor, step: StepRefits) -> Tensor:
@@ -302,7 +321,7 @@ class Refitting:
         if not step.refits:
             return set()
         holds_out = step.calibration.holds_out()
-        errors = layer_errors(step, outputs.note) if holds_out else {}
+        errors, tied = layer_errors(step, outputs.note) if holds_out else ({}, set())
         using: set[Consumer] = set()
         unjudged = 0
         for consumer in step.refits:
@@ -327,13 +346,21 @@ class Refitting:
             )
         if not holds_out:
             return using
-        changes: list[float] = []
-        for some, how in ((set[Consumer](), "cut"), (using, "refitted")):
-            outputs.begin()
-            run_as_cut(step, some, outputs.compare, f"held-out data, {how}")
-            changes.append(outputs.mean())
-        result.measure, (result.cut, result.refit) = outputs.measure, changes
+        result.cut = self._change(step, set(), "cut")
+        result.refit = self._change(step, using, "refitted")
+        result.measure = outputs.measure
+        if tied & using:  # their embeddings change too, which no error of a layer shows
+            change = self._change(step, using - tied, "refitted but for tied heads")
+            if not result.refit <= change:
+                names = listed(sorted({consumer.parameter for consumer in tied & using}))
+                result.notes.append(
+                    f"not refitted, because it embeds tokens too, and with other embeddings the "
+                    f"whole model changes more ({result.measure} {result.refit:.3g} instead of "
+                    f"{change:.3g}): {names}"
+                )
+                result.refit, using = change, using - tied
         if result.refit <= result.cut:
+            self._mark(using)
             return using
         result.notes.append(
             "no weight is refitted: without these channels the model's output on held-out data is "
@@ -344,17 +371,25 @@ class Refitting:
             "calibration data may help"
         )
         result.refit = result.cut
-        for layer in result.layers:
-            layer.used = False
+        self._mark(set())
         return set()
 
+    def _change(self, step: StepRefits, using: set[Consumer], how: str) -> float:
+        self._outputs.begin()
+        run_as_cut(step, using, self._outputs.compare, f"held-out data, {how}")
+        return self._outputs.mean()
+
+    def _mark(self, using: set[Consumer]) -> None:
+        for consumer, layer in zip(self._step.refits, self.result.layers, strict=True):
+            layer.used = consumer in using
+
     def _note_unfitted(self) -> None:
-        step, tables = self._step, self._step.readings.tables
+        step, unread = self._step, self._step.readings.unread
         lost = {c.parameter for c in step.kept if c not in step.refits}
         reasons = {
-            "it is also the embedding matrix": lost & tables,
-            "no calibration data reached it": lost - tables,
-            "it was not measured": set(step.unseen) - tables,
+            "it also embeds tokens, and the data has none": lost & unread,
+            "no calibration data reached it": lost - unread,
+            "it was not measured": set(step.unseen) - unread,
         }
         self.result.notes += [
             f"not refitted, because {why}: {listed(sorted(names))}"
@@ -365,9 +400,7 @@ class Refitting:
     def expected_of(self, groups: Sequence[ConfigGroup]) -> float:
         """Estimate the change by cutting other groups, with refits; nothing is pruned."""
         other = StepRefits(self._step.calibration, groups)
-        self._outputs.begin()
-        run_as_cut(other, set(other.refits), self._outputs.compare, "held-out data, another cut")
-        return self._outputs.mean()
+        return self._change(other, set(other.refits), "another cut")
 
     def finished(self, synced: bool) -> Refits:
         """Return the effect of the refits."""

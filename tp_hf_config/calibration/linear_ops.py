@@ -45,7 +45,7 @@ class LinearOp:
     inputs: Tensor  # what the weight reads
     axis: int
     run: Callable[..., Any]  # computes the result; an argument replaces ``inputs``
-    is_table: bool = False  # the weight is a table of embeddings too (a tied head)
+    is_unread: bool = False  # the weight embeds tokens too, but no input was looked up there
 
     def channels_last(self) -> Tensor:
         return self.inputs.movedim(self.axis, -1).flatten(0, -2)  # (tokens, channels)
@@ -70,7 +70,8 @@ class WatchedOps(TorchFunctionMode):
     """Passes each linear operation on a model's parameters to ``visit``, which returns the result.
 
     ``selected`` gets each selection of rows: function, arguments, keyword arguments, result.
-    ``experts`` follows every call.
+    ``embedded`` gets the name of a table of embeddings and what was looked up in it, and returns
+    that. ``experts`` follows every call.
     """
 
     def __init__(
@@ -79,10 +80,13 @@ class WatchedOps(TorchFunctionMode):
         visit: Callable[[LinearOp], Any],
         selected: Callable[[Select, Sequence[Any], Mapping[str, Any], Any], None] | None = None,
         experts: ExpertOutputs | None = None,
+        embedded: Callable[[str, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.visit, self._selected, self._experts = visit, selected, experts
-        self._tables: set[str] = set()
+        self._embedded = embedded
+        self._tables: set[str] = set()  # of the model's inputs
+        self._looked_up: set[str] = set()
         self._model = model
         self._owners = [(name, *owner(model, name)) for name, _ in model.named_parameters()]
         self._by_storage: dict[int, dict[str, Tensor]] = {}
@@ -96,7 +100,7 @@ class WatchedOps(TorchFunctionMode):
             if parameter is not None and not is_dtensor(parameter):
                 self._by_storage.setdefault(_storage(parameter), {})[name] = parameter
         for table in _input_tables(self._model):  # inputs_embeds bypass F.embedding
-            self._note_table(table)
+            self._tables.update(self._names_of(table))
 
     def _parameters_at(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         at = 0 if is_dtensor(values) else _storage(values)
@@ -113,10 +117,11 @@ class WatchedOps(TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         names = _ARGUMENTS.get(func)
-        if func is F.embedding:
-            self._note_table(args[1] if len(args) > 1 else given.get("weight"))
         if names is None:
             result = func(*args, **given)
+            if func is F.embedding:
+                table = args[1] if len(args) > 1 else given.get("weight")
+                result = self._looked_up_in(table, result)
             if func in _SELECTIONS and self._selected is not None:
                 self._selected(func, args, given, result)
             return self._followed(func, args, given, result)
@@ -135,8 +140,9 @@ class WatchedOps(TorchFunctionMode):
                         now[at] = changed
                     return func(*now, *rest, **given)
 
-                axis, table = reads.axis % inputs.ndim, consumer.parameter in self._tables
-                result = self.visit(LinearOp(consumer, inputs, axis, run, table))
+                axis = reads.axis % inputs.ndim
+                unread = consumer.parameter in self._tables - self._looked_up
+                result = self.visit(LinearOp(consumer, inputs, axis, run, unread))
                 return self._followed(func, values, given, result, [consumer])
         stack = self._stack(values[-1]) if func in _BATCH_PRODUCTS else []
         return self._followed(func, values, given, func(*values, *rest, **given), stack)
@@ -158,11 +164,16 @@ class WatchedOps(TorchFunctionMode):
                     return [Consumer(name, dim, part) for part in range(len(weight))]
         return []
 
-    def _note_table(self, table: Any) -> None:
-        if isinstance(table, Tensor):
-            for name, parameter in self._parameters_at(table):
-                if _view_of(table, parameter) is not None:
-                    self._tables.add(name)
+    def _names_of(self, table: Any) -> list[str]:
+        found = self._parameters_at(table) if isinstance(table, Tensor) else ()
+        return [name for name, parameter in found if _view_of(table, parameter) is not None]
+
+    def _looked_up_in(self, table: Any, values: Tensor) -> Tensor:
+        for name in self._names_of(table):
+            self._looked_up.add(name)
+            if self._embedded is not None:
+                values = self._embedded(name, values)
+        return values
 
     def _consumer(self, weight: Any, axis: int) -> Consumer | None:
         """Return the parameter's dimension that an axis of a weight, perhaps a view, runs along."""

@@ -118,7 +118,8 @@ class Readings:
     leaders: dict[Consumer, Consumer] = field(default_factory=dict)  # consumer -> its leader
     # Leader -> the layers from a norm to what it reads; only leaders behind a norm.
     chains: dict[Consumer, Chain] = field(default_factory=dict)
-    tables: set[str] = field(default_factory=set)  # weights that embed tokens too (tied heads)
+    # Weights that embed tokens too (tied heads) where no batch has tokens: no refit could be judged
+    unread: set[str] = field(default_factory=set)
     # Of consumers whose outputs are added up row by row, as experts' are; the last layer's last.
     experts: dict[Consumer, Contribution] = field(default_factory=dict)
 
@@ -135,7 +136,7 @@ class Readings:
 
     def needs_gram(self, leader: Consumer) -> bool:
         """True if a refit needs the Gram matrix; behind a norm, other products are needed."""
-        return leader not in self.chains and leader.parameter not in self.tables
+        return leader not in self.chains and leader.parameter not in self.unread
 
 
 def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> Readings:
@@ -152,7 +153,7 @@ def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> R
     merged, sizes = Readings(), dict[Consumer, int]()
     unsure = {consumer for _, some, _ in everyone for consumer in some}
     for readings, _, theirs in everyone:
-        merged.tables |= readings.tables
+        merged.unread |= readings.unread
         for consumer, contribution in readings.experts.items():
             merged.experts.setdefault(consumer, Contribution()).add(contribution)
         for consumer, leader in readings.leaders.items():
@@ -263,8 +264,8 @@ class Measuring:
         chain = self._sources.chain_of(op.inputs, op.axis)
         if chain:
             readings.chains[consumer] = chain
-        if op.is_table:
-            readings.tables.add(consumer.parameter)
+        if op.is_unread:
+            readings.unread.add(consumer.parameter)
         size = 4 * op.inputs.shape[op.axis] ** 2
         wanted = readings.needs_gram(consumer) if self._only is None else consumer in self._only
         if wanted and (not self._grams or sum(self._grams.values()) + size <= self._limit):
@@ -504,7 +505,7 @@ class Input:
     dim: int
     parts: int  # matrices that it stacks (experts); 1: no stack
     # What a refit needs: "gram"; "products" behind a norm (of the kept channels); "": nothing,
-    # because another weight reads the same or this one is a table of embeddings too.
+    # because another weight reads the same or no input was looked up in this one.
     sums: _Need
 
 
@@ -554,7 +555,7 @@ def _places(field_map: FieldMap) -> list[_Place] | None:
 
 
 def _sums_of(consumer: Consumer, readings: Readings) -> _Need:
-    if readings.leaders[consumer] != consumer or consumer.parameter in readings.tables:
+    if readings.leaders[consumer] != consumer or consumer.parameter in readings.unread:
         return ""
     return "gram" if readings.needs_gram(consumer) else "products"
 

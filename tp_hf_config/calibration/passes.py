@@ -114,6 +114,7 @@ def watched_pass(
     what: str = "",
     ranks: Ranks = ALONE,
     experts: ExpertOutputs | None = None,
+    embedded: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Run a model over batches, calling ``visit`` instead of each linear operation on a parameter.
 
@@ -124,7 +125,7 @@ def watched_pass(
     model = behind(model)  # a meta copy's sharded model
     after = after_batch or (lambda number, result: None)
     selected = None if sources is None else sources.note_selection
-    ops = None if visit is None else WatchedOps(model, visit, selected, experts)
+    ops = None if visit is None else WatchedOps(model, visit, selected, experts, embedded)
     passes = Passes(model, lambda part: None if ops is None else ops.locate(part))
 
     def run_one(number: int, batch: Batch) -> None:

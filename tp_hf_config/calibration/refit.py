@@ -95,7 +95,7 @@ class StepRefits:
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
         for consumer in self.kept:
-            if consumer.parameter not in self.readings.tables:
+            if consumer.parameter not in self.readings.unread:
                 leader = self.readings.leaders[consumer]
                 some = behind_norms if leader in self.readings.chains else plain
                 some.setdefault(leader, []).append(consumer)

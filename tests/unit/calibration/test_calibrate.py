@@ -129,12 +129,6 @@ def test_experts_have_their_own_tokens() -> None:
     assert model.get_experts_implementation() != {"": "eager"}
 
 
-def test_a_tied_head_is_told_from_other_weights() -> None:
-    model = zoo.build("gpt2")
-    readings = calibrate(model, calibrated.batches(model, 2)).readings
-    assert readings.tables == {"transformer.wte.weight"}
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_model_is_left_as_it_was(fails: bool) -> None:
     model = llama().train()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
 from tp_hf_config.calibration.linear_ops import Consumer, LinearOp, WatchedOps
@@ -101,27 +102,35 @@ def test_other_operations_are_left_alone(case: str) -> None:
             assert torch.equal(run(model, inputs), expected)
 
 
-def test_a_table_of_embeddings_is_told_from_other_weights() -> None:
-    model, tables = Holder(), list[bool]()
+def test_a_tied_head_is_told_while_no_input_was_looked_up_in_it() -> None:
+    model, unread, looked_up = zoo.build("gemma2"), list[bool](), list[Any]()
+    name, ids = "model.embed_tokens.weight", torch.tensor([[1, 2]])
 
     def visit(op: LinearOp) -> Any:
-        tables.append(op.is_table)
+        if op.consumer.parameter == name:
+            unread.append(op.is_unread)
         return op.run()
 
-    with torch.no_grad(), WatchedOps(model, visit):
-        F.linear(ROWS, model.table)
-        F.embedding(torch.tensor([1, 2]), model.table)
-        F.linear(ROWS, model.table)
-        F.linear(ROWS, model.square)
-    assert tables == [False, True, False]
+    def embedded(table: str, values: Tensor) -> Tensor:
+        looked_up.append((table, values))
+        return torch.zeros_like(values)
+
+    with torch.no_grad(), WatchedOps(model, visit, embedded=embedded):
+        model(inputs_embeds=torch.ones(1, 2, model.config.hidden_size))
+        result = model(input_ids=ids)
+    assert unread == [True, False]
+    ((table, values),) = looked_up
+    assert table == name
+    assert torch.equal(values, model.get_input_embeddings().weight[ids])
+    assert not result.logits.any()
 
 
-def seen_by(model: nn.Module, run: Callable[[], Any]) -> list[tuple[Consumer, bool]]:
-    """The weights that are used, and whether they are tables."""
-    seen: list[tuple[Consumer, bool]] = []
+def seen_by(model: nn.Module, run: Callable[[], Any]) -> list[Consumer]:
+    """The weights that are used."""
+    seen: list[Consumer] = []
 
     def visit(op: LinearOp) -> Any:
-        seen.append((op.consumer, op.is_table))
+        seen.append(op.consumer)
         return op.run()
 
     with torch.no_grad(), WatchedOps(model, visit):
@@ -147,11 +156,11 @@ def test_parameters_on_one_storage_are_told_apart(dim: int) -> None:
             F.linear(ROWS, weight[2, 1:])
 
     assert seen_by(model, run) == [
-        (Consumer(name, 2, part), False) for name in ("second", "first") for part in (1, 2)
+        Consumer(name, 2, part) for name in ("second", "first") for part in (1, 2)
     ]
 
 
-def test_a_weight_on_the_storage_of_a_table_is_none() -> None:
+def test_weights_on_one_storage_with_a_table_are_told_apart() -> None:
     model = nn.Module()
     table, other = torch.rand(13, 4).split([9, 4])
     model.table, model.other = nn.Parameter(table), nn.Parameter(other)
@@ -161,4 +170,4 @@ def test_a_weight_on_the_storage_of_a_table_is_none() -> None:
         F.linear(ROWS, model.other)
         F.linear(ROWS, model.table)
 
-    assert seen_by(model, run) == [(Consumer("other", 1), False), (Consumer("table", 1), True)]
+    assert seen_by(model, run) == [Consumer("other", 1), Consumer("table", 1)]

@@ -238,7 +238,7 @@ class TestOwnData:
 
     def test_sums_of_both(self, own: list[dict[str, Any]]) -> None:
         ours, theirs = own[0]["measurement"], of_measurement(measured_alone("mixtral", 2))
-        for name in ("leaders", "chains", "tables"):
+        for name in ("leaders", "chains", "unread"):
             assert ours[name] == theirs[name]
         assert list(ours["sums"]) == list(theirs["sums"])
         for leader, sums in theirs["sums"].items():
