@@ -94,7 +94,7 @@ def main() -> None:
             refitted = copy.deepcopy(model)
             before = perplexity(model, held_out)
             sample = list(islice(batches, args.recovery_steps))
-            recover(model, unpruned, sample, args.lr, f"{name} recover")
+            recover(model, unpruned, sample, args.lr, f"{name} recover", args.lora)
             after = perplexity(model, held_out)
             console.print(f"perplexity: {before:.1f} refitted, {after:.1f} after recovery\n")
 
@@ -198,14 +198,25 @@ def print_groups(model: Model) -> None:
     console.print(str(prunable(model)), soft_wrap=True)
 
 
-def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name: str) -> None:
+def recover(
+    model: Model, teacher: Model, batches: list[Tensor], lr: float, name: str, lora: int = 0
+) -> None:
     """Distil the unpruned model's next-token distribution into what is left of it.
 
     The teacher's distribution, and not the text, is the target: training on the text would teach
     the model Python documentation, and flatter its perplexity on Python documentation.
     """
+    if lora:  # small matrices beside the weights are trained, and merged into them at the end
+        from peft import LoraConfig, get_peft_model
+
+        trained = get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear"))
+        recover(trained, teacher, batches, lr, name)
+        trained.merge_and_unload()
+        model.requires_grad_(True)
+        return
     # Pruning replaced the Parameter objects, so every step needs a new optimizer.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     total = len(batches)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 5, 1 - i / total))
     for batch in track(batches, name, console):
@@ -215,7 +226,7 @@ def recover(model: Model, teacher: Model, batches: list[Tensor], lr: float, name
         loss = F.kl_div(guess, target, log_target=True, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay.step()
 
@@ -397,6 +408,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1, help="pruning steps")
     parser.add_argument("--recovery-steps", type=int, help="updates after each step")
     parser.add_argument("--trial-steps", type=int, help="updates per choice of heads; 0: no table")
+    parser.add_argument("--lora", type=int, default=0, help="its rank: recover by LoRA, with PEFT")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of recovery")
     parser.add_argument("--out", help="folder for the checkpoint (default: a temporary one)")
     parser.add_argument("--validate", action="store_true", help="measure on the validation text")

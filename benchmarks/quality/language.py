@@ -50,7 +50,7 @@ OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind) if kind != "auto"
 # The first are measured first: a run that is stopped has what matters most.
 IMPORTANCES = (
     *("wanda", "curvature", "magnitude", "taylor"),
-    *("activation", "flap", "hessian", "random"),
+    *("activation", "hessian", "random"),
 )
 MEANS = (1218, 1065, 978)  # feed-forward widths, over all layers
 WAYS = ("uniform", "allocated")

@@ -21,7 +21,7 @@ TEXTS = ("reference", "second")
 OTHER_TEXTS = ("prose", "mathematics")
 _ORDER = (
     *("random", "magnitude", "taylor", "hessian"),
-    *("wanda", "activation", "flap", "curvature"),
+    *("wanda", "activation", "curvature"),
 )
 _LABELS = {
     "random": "random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import subprocess
@@ -9,9 +10,13 @@ import sys
 from pathlib import Path
 
 import progress
+import prune_smollm2
 import pytest
 import small
+import torch
+import zoo
 from rich.console import Console
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 
@@ -68,3 +73,20 @@ class TestProgress:
         assert list(progress.track([1, 2], "recover", console)) == [1, 2]
         assert "\x1b[" in printed.getvalue()
         assert "100%" in printed.getvalue()
+
+
+def test_recovery_by_lora_leaves_a_plain_model() -> None:
+    model = zoo.build("llama")
+    teacher, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    ids = torch.arange(3, 19)[None]
+    prune_smollm2.recover(model, teacher, [ids, ids], 1e-2, "recover", lora=2)
+    after = model.state_dict()
+    assert {name: each.shape for name, each in after.items()} == {
+        name: each.shape for name, each in before.items()
+    }
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert changed == linear  # embeddings and norms stay

@@ -152,7 +152,7 @@ def of_measurement(calibration: Any) -> dict[Any, Any]:
         "chains": readings.chains,
         "unread": readings.unread,
         "sums": {
-            leader: (each.tokens, each.total, each.squares, each.gram)
+            leader: (each.tokens, each.squares, each.gram)
             for leader, each in readings.statistics.items()
         },
     }
@@ -163,7 +163,7 @@ def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, An
     tp.pruner.MetaPruner(
         model,
         example_inputs=None,
-        importance=calibration.importance("flap"),
+        importance=calibration.importance("activation"),
         pruning_ratio=0.5,
         hooks=[hook],
     ).step()

@@ -72,10 +72,8 @@ class Calibration(MeasuredModel):
                 ranks. ``"wanda"``: a channel's norm times the norm of the weights that read it
                 (Wanda, arXiv 2306.11695, summed over each channel as in Wanda-sp).
                 ``"activation"``: the channel's norm alone (Minitron, arXiv 2407.14679).
-                ``"flap"``: the channel's variance times the squared norm of those weights (FLAP,
-                arXiv 2312.11983). ``"curvature"``: how much the outputs react
-                to a unit, by products of gradients on some 3,000 tokens and of what it carries
-                (K-FAC; LLM Surgeon, arXiv 2312.17244).
+                ``"curvature"``: how much the outputs react to a unit, by products of gradients on
+                some 3,000 tokens and of what it carries (K-FAC; LLM Surgeon, arXiv 2312.17244).
                 Whole experts are ranked by what each adds to the output of its layer, whatever the
                 kind (REAP, arXiv 2510.13999).
             normalizer: as in Torch-Pruning's ``GroupMagnitudeImportance``.
@@ -285,9 +283,9 @@ def _warn_of_few_tokens(readings: Readings) -> None:
         if readings.needs_gram(leader) and not statistics.is_enough
     ]
     if thin:
-        leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].total))
+        leader, statistics = min(thin, key=lambda pair: pair[1].tokens / len(pair[1].squares))
         warn(
-            f"{leader.parameter} reads {len(statistics.total):,} channels but was measured on "
+            f"{leader.parameter} reads {len(statistics.squares):,} channels but was measured on "
             f"{statistics.tokens:,} tokens: refits need at least {TOKENS_PER_CHANNEL} tokens a "
             f"channel ({len(thin)} inputs have fewer). Pass more data, or a larger tokens=",
             CalibrationWarning,

@@ -27,20 +27,21 @@ from .sources import Sources
 NOTICEABLE, TOO_MUCH = 0.1, 0.5
 _RELATIVE = "squared error"
 _AT_ONCE = 16  # tokens; avoids a float32 copy of all logits
+_KEPT = 2**30  # bytes of outputs; of more, rows (tokens) at equal distances are kept
 
 
 class Difference:
-    """Compares a model's outputs with those that it kept, batch by batch."""
+    """Compares a model's outputs with those that it kept, of so many batches, batch by batch."""
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        self._ranks = ranks
+    def __init__(self, batches: int = 1, ranks: Ranks = ALONE) -> None:
+        self._ranks, self._room = ranks, _KEPT // max(1, batches)
         # "KL": of logits of several classes, for each input or token; else "squared error"
         self.measure = "KL"
-        self._outputs: list[Tensor] = []
+        self._outputs: list[tuple[torch.Size, Tensor]] = []  # whole shape, and kept rows
         self._sums: list[float] = []
 
     def note(self, number: int, result: Any) -> None:
-        """Keep a batch's output, on the CPU, in the model's dtype; raise if it holds NaN or inf."""
+        """Keep a batch's output, on the CPU, in its dtype; raise if it holds NaN or inf."""
         output = _output_of(result)
         if not bool((output < math.inf).all()):  # false for NaN; -inf may mask a class
             raise CalibrationError(
@@ -50,22 +51,30 @@ class Difference:
             )
         if class_logits(result) is None:
             self.measure = _RELATIVE
-        self._outputs.append(output.detach().cpu())
+        self._outputs.append((output.shape, self._rows_of(output)))
 
     def begin(self) -> None:
         self._sums = []
 
     def compare(self, number: int, result: Any) -> None:
-        before, now = self._outputs[number], _output_of(result).detach().cpu()
-        if before.shape != now.shape:
+        (shape, before), output = self._outputs[number], _output_of(result)
+        if shape != output.shape:
             self._sums.append(math.nan)  # the pruning narrowed the output
             return
+        now = self._rows_of(output)
         if self.measure == "KL":
-            self._sums.append(_divergence(before.flatten(0, -2), now.flatten(0, -2)))
+            self._sums.append(_divergence(before, now))
         else:
             before, now = before.float(), now.float()
             scale = float(before.square().sum()) or 1.0
             self._sums.append(float((now - before).square().sum()) / scale)
+
+    def _rows_of(self, output: Tensor) -> Tensor:
+        rows = output.detach().reshape(-1, output.shape[-1] if output.ndim else 1)
+        fit = max(1, self._room // max(1, rows[:1].nbytes))
+        if len(rows) > fit:
+            rows = rows[torch.linspace(0, len(rows) - 1, fit, device=rows.device).long()]
+        return rows.cpu()
 
     def mean(self) -> float:
         """Return the mean over all batches; NaN if an output changed its shape.
@@ -301,7 +310,7 @@ class Refitting:
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         started = time.perf_counter()
         self._step = StepRefits(calibration, groups)
-        self._outputs = Difference(calibration.ranks)
+        self._outputs = Difference(len(calibration.held_out), calibration.ranks)
         self.result = Refits()
         using = self._worth_it()
         self._note_unfitted()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .measured import MeasuredModel
 
 
-Kind = Literal["auto", "wanda", "activation", "flap", "curvature"]
+Kind = Literal["auto", "wanda", "activation", "curvature"]
 _READS = (function.prune_linear_in_channels, function.prune_conv_in_channels)
 
 
@@ -182,13 +182,10 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
 
 def _channel_scores(reader: _Reader, kind: Kind) -> Tensor:
-    squares = reader.weight.float().square().sum(0).double().cpu()
-    statistics = reader.statistics
+    norms = reader.statistics.norms
     if kind == "activation":
-        return statistics.norms
-    if kind == "flap":
-        return statistics.variances * squares
-    return statistics.norms * squares.sqrt()
+        return norms
+    return norms * reader.weight.float().square().sum(0).double().cpu().sqrt()
 
 
 def _table(reader: _Reader, units: int, width: int) -> Tensor | None:

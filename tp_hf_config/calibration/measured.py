@@ -43,7 +43,6 @@ class InputStatistics:
     """Sums over the tokens that a consumer read."""
 
     tokens: int = 0  # how many
-    total: Tensor = field(default_factory=lambda: torch.zeros(0))  # sum of each channel, float64
     # sum of each channel's squares, float64
     squares: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Sums of products of two channels, ``(channels, channels)``, in float32 (float64 for a float64
@@ -53,16 +52,13 @@ class InputStatistics:
 
     @classmethod
     def none_of(cls, channels: int) -> InputStatistics:
-        zeros = torch.zeros(2, channels, dtype=torch.float64)
-        return cls(0, zeros[0], zeros[1])
+        return cls(0, torch.zeros(channels, dtype=torch.float64))
 
     def add(self, rows: Tensor, with_gram: bool) -> None:
         """Add tokens, shape ``(tokens, channels)``."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        total, squares = rows.sum(0).double().cpu(), rows.square().sum(0).double().cpu()
-        if self.tokens:
-            total, squares = self.total + total, self.squares + squares
-        self.total, self.squares = total, squares
+        squares = rows.square().sum(0).double().cpu()
+        self.squares = self.squares + squares if self.tokens else squares
         self.tokens += len(rows)
         if with_gram:
             if self.gram is None:
@@ -87,18 +83,12 @@ class InputStatistics:
 
     @property
     def is_enough(self) -> bool:
-        return self.tokens >= TOKENS_PER_CHANNEL * len(self.total)
+        return self.tokens >= TOKENS_PER_CHANNEL * len(self.squares)
 
     @property
     def norms(self) -> Tensor:
         """Each channel's root mean square."""
         return (self.squares / max(1, self.tokens)).sqrt()
-
-    @property
-    def variances(self) -> Tensor:
-        """Each channel's variance over the tokens (FLAP's fluctuation)."""
-        mean = self.total / max(1, self.tokens)
-        return (self.squares / max(1, self.tokens) - mean.square()).clamp_min(0)
 
 
 def _add_upper(gram: Tensor, rows: Tensor) -> None:
@@ -146,7 +136,7 @@ def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> R
     left to another pass. ``apart``: consumers that shared their inputs with different leaders.
     """
     seen = {
-        leader: (len(each.total), None if each.gram is None else each.gram.dtype)
+        leader: (len(each.squares), None if each.gram is None else each.gram.dtype)
         for leader, each in own.statistics.items()
     }
     everyone = ranks.gathered((replace(own, statistics={}), apart, seen))
@@ -177,14 +167,14 @@ def added_up(own: Readings, apart: Set[Consumer], ranks: Ranks, limit: int) -> R
 
 def _summed(own: InputStatistics, dtype: torch.dtype | None, ranks: Ranks) -> InputStatistics:
     """Return one input's sums over all ranks; a dtype asks for a Gram matrix."""
-    size = len(own.total)
+    size = len(own.squares)
     tokens = torch.tensor([own.tokens], dtype=torch.float64)
-    sums = ranks.summed(torch.cat([own.total, own.squares, tokens]))
+    sums = ranks.summed(torch.cat([own.squares, tokens]))
     gram = None
     if dtype is not None:
         gram = torch.zeros(size, size, dtype=dtype, device=ranks.device)
         gram = ranks.summed(gram if own.gram is None else own.gram)
-    return InputStatistics(int(sums[-1]), sums[:size].clone(), sums[size:-1].clone(), gram)
+    return InputStatistics(int(sums[-1]), sums[:-1].clone(), gram)
 
 
 RIDGE = 1e-2
@@ -319,7 +309,7 @@ def _add_grams(
     for statistics in readings.statistics.values():
         statistics.gram = None
     if ranks.count > 1:  # chosen beforehand: ranks reach experts in different orders
-        sizes = {each: 4 * len(readings.statistics[each].total) ** 2 for each in leaders}
+        sizes = {each: 4 * len(readings.statistics[each].squares) ** 2 for each in leaders}
         leaders = that_fit(sizes, memory_limit(model, max_memory, ranks))
     what = "calibrate, another pass"
     again = _measured(model, batches, max_memory, what, ranks, leaders)

@@ -101,7 +101,7 @@ class StepRefits:
                 some.setdefault(leader, []).append(consumer)
         self._solve_plain(plain)
         kept = {of: len(self.kept[some[0]]) for of, some in behind_norms.items()}
-        totals = {of: len(self.readings.statistics[of].total) for of in kept}
+        totals = {of: len(self.readings.statistics[of].squares) for of in kept}
         sizes = {of: 4 * count * (count + totals[of]) for of, count in kept.items()}
         limit = memory_limit(calibration.model, calibration.max_memory, calibration.ranks)
         while sizes:
@@ -182,7 +182,7 @@ class _Products:
             dtypes = [dtypes[leader] for dtypes in seen if leader in dtypes]
             if dtypes:
                 kept = len(self._step.kept[leader])
-                size = len(self._step.readings.statistics[leader].total)
+                size = len(self._step.readings.statistics[leader].squares)
                 zeros = torch.zeros(kept, kept + size, dtype=dtypes[0], device=ranks.device)
                 own = self._sums.get(leader) or torch.split(zeros, [kept, size], 1)
                 self._sums[leader] = [*map(ranks.summed, own)]
@@ -218,7 +218,7 @@ def _kept_channels(
     places = readings.by_place()
     for place, lost in gone.items():
         for consumer in places.get(place, ()):
-            size = len(readings.statistics[readings.leaders[consumer]].total)
+            size = len(readings.statistics[readings.leaders[consumer]].squares)
             stays = torch.ones(size, dtype=torch.bool)
             stays[list(lost)] = False
             kept[consumer] = stays.nonzero().flatten()

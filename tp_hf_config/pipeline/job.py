@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ranking = Literal["local", "global", "isomorphic"]
-Importance = Literal["auto", "wanda", "activation", "flap", "curvature", "magnitude", "random"]
+Importance = Literal["auto", "wanda", "activation", "curvature", "magnitude", "random"]
 Format = Literal["padded", "decilm", "gguf"]  # what a model can be exported to
 # config field -> its values by layer before and after
 ByLayer = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]

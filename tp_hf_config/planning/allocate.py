@@ -248,7 +248,7 @@ class _Sensitivity:
         self._target = target
         self._view, self._importance = view, calibration.importance(kind)
         self._calibration = calibration.comparing_on(calibration.held_out[:batches])
-        self._outputs = Difference(calibration.ranks)
+        self._outputs = Difference(len(self._calibration.held_out), calibration.ranks)
         run_held_out(self._calibration, self._outputs.note)
 
     @property

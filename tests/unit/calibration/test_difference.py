@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BackboneOutput
 
 from tp_hf_config import CalibrationError
+from tp_hf_config.calibration import held_out
 from tp_hf_config.calibration.held_out import Difference
 
 
@@ -70,3 +71,20 @@ def test_an_output_without_tensors_is_refused() -> None:
             CalibrationError, match=r"the model returns a .* without tensors, so its outputs"
         ):
             Difference().note(0, one)
+
+
+def test_of_large_outputs_some_rows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of every output, at equal distances, over all batches no more than fit."""
+    monkeypatch.setattr(held_out, "_KEPT", 2 * 3 * 5 * 4)  # three rows of two batches
+    pairs = [torch.rand(2, 2, 4, 5), torch.rand(2, 1, 3, 5)]
+    difference = Difference(batches=2)
+    for number, (before, _) in enumerate(pairs):
+        difference.note(number, {"logits": before})
+    difference.begin()
+    expected = []
+    for number, (before, now) in enumerate(pairs):
+        difference.compare(number, {"logits": now})
+        some = [0, 3, 7] if number == 0 else [0, 1, 2]
+        wanted, found = (each.view(-1, 5)[some].log_softmax(-1) for each in (before, now))
+        expected.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))
+    assert difference.mean() == pytest.approx(sum(expected) / 2)

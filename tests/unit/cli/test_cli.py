@@ -222,7 +222,7 @@ def test_values() -> None:
     ("typed", "settings"),
     [
         ("", {"importance": None, "calibration": None, "refit": True, "stream": None}),
-        ("--importance flap --no-stream", {"importance": "flap", "stream": False}),
+        ("--importance activation --no-stream", {"importance": "activation", "stream": False}),
         ("--calibration own", {"calibration": "own"}),
         ("--no-refit --recover 8", {"refit": False, "recover": 8}),
         ("--drop-layers decoder=2", {"drop_layers": 2, "drop_from": "decoder"}),

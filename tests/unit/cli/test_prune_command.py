@@ -409,10 +409,10 @@ class TestCalibrated:
         assert "| tokens | `620` |" in card
 
     def test_own(self, capsys: Any, models: Path, tmp_path: Path) -> None:
-        more = ("--calibration", "own", "--importance", "flap", "--seed", 4)
+        more = ("--calibration", "own", "--importance", "activation", "--seed", 4)
         found, errors = self.prune(capsys, models / "llama-gqa", tmp_path / "out", *more)
         settings = found["settings"]
-        assert (settings["importance"], settings["calibration"]) == ("flap", "own")
+        assert (settings["importance"], settings["calibration"]) == ("activation", "own")
         assert "the model writes the text that it is calibrated on" in errors
         assert self.refitted(found) == [self.DOWN]
         assert list(found["perplexity"]) == [SECOND_TEXT]
@@ -428,7 +428,7 @@ class TestCalibrated:
             weights = hf.AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp
             return str(weights.gate_proj.weight[:, 0].tolist())  # rows are cut, never refitted
 
-        kinds = ("wanda", "activation", "flap", "curvature", "magnitude")
+        kinds = ("wanda", "activation", "curvature", "magnitude")
         chosen = {kind: gone(kind) for kind in kinds}
         assert len(set(chosen.values())) == len(kinds)
         assert chosen["wanda"] == gone("wanda", "--no-refit")

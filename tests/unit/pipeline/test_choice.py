@@ -76,7 +76,13 @@ class TestChosen:
             ("bert", {}, "magnitude", None, False),
             ("bert", {"calibration": FILE}, "auto", "file", True),
             ("roberta", {"importance": "random"}, "random", None, False),
-            ("roberta", {"calibration": FILE, "importance": "flap"}, "flap", "file", True),
+            (
+                "roberta",
+                {"calibration": FILE, "importance": "activation"},
+                "activation",
+                "file",
+                True,
+            ),
             ("t5", {}, "magnitude", None, False),
             ("t5", {"calibration": FILE, "recover": 2}, "auto", "file", True),
             ("vit", {}, "magnitude", None, False),
@@ -182,7 +188,7 @@ class TestRefused:
         [
             ({"calibration": FILE}, "--calibration"),
             ({"calibration": "own"}, "--calibration"),
-            ({"importance": "flap"}, "--importance flap"),
+            ({"importance": "activation"}, "--importance activation"),
             ({"recover": 1, "calibration": FILE}, "--recover"),
             ({"drop_layers": 1}, "--drop-layers"),
             ({"allocate": True}, "--allocate"),
@@ -203,7 +209,7 @@ class TestRefused:
             chosen(models / "llama-gqa", allocate=True, importance="random")
         assert str(refused.value) == (
             "--allocate needs an importance that is measured by calibration, and --importance "
-            "random is not: leave it out, or use one of auto, wanda, activation, flap, curvature"
+            "random is not: leave it out, or use one of auto, wanda, activation, curvature"
         )
 
     @pytest.mark.parametrize("settings", [{"importance": "wanda"}, {"calibration": FILE}])
