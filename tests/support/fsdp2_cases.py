@@ -163,7 +163,7 @@ def cut_by(calibration: Any, model: Any, hook: HFConfigSyncHook) -> dict[str, An
     tp.pruner.MetaPruner(
         model,
         example_inputs=None,
-        importance=calibration.importance("activation"),
+        importance=calibration.importance("wanda"),
         pruning_ratio=0.5,
         hooks=[hook],
     ).step()
