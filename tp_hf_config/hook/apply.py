@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ConfigSyncError, in_one_line
 from ..model.config_json import FieldPath, changed_values, config_json, is_own, is_plain
-from ..model.layer_entries import KEY, entries_of, entries_supported
+from ..model.layer_entries import KEY, entries_of
 from ..model.tensors import Tie, owner
 
 _MISSING = object()
@@ -53,8 +53,6 @@ def all_or_nothing() -> Iterator[Changes]:
 def _read(target: Any, key: Any) -> Any:
     if isinstance(target, dict):
         return target.get(key, _MISSING)
-    if key == KEY and entries_supported():
-        return entries_of(target)
     if key in (getattr(target, "per_layer_attributes", None) or ()):
         return vars(target).get(key, _MISSING)  # getattr would ask for one layer's value
     return getattr(target, key, _MISSING)
@@ -75,21 +73,25 @@ class Attribute:
     value: Any
     old_dtype: torch.dtype | None = None  # of a tensor in the old reference build
 
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.key}".lstrip(".")
+
 
 @dataclass(frozen=True)
 class Difference:
-    fields: Sequence[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
-    attributes: Sequence[Attribute]
-    buffers: Sequence[Attribute]
+    """What a build from the new config changes beside parameters and saved buffers."""
+
+    fields: list[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
+    attributes: list[Attribute]
+    buffers: list[Attribute]
+    unfilled: list[str]  # non-persistent buffers of a new shape whose values cannot be computed
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
     """Return the difference between builds from the old and new config, with buffers computed."""
-    present = {name for name, _ in live.named_modules()}
-    fields: list[tuple[str, FieldPath, Any]] = []
-    attributes: list[Attribute] = []
-    buffers: list[Attribute] = []
-    before = dict(old.named_modules())
+    present, before = dict(live.named_modules()), dict(old.named_modules())
+    result = Difference([], [], [], [])
     compared: set[int] = set()
     for name, module in new.named_modules():
         reference = before.get(name)
@@ -101,72 +103,57 @@ def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
             changed = changed_values(
                 config_json(reference.config, False), config_json(config, False)
             )
-            fields += [(name, field, value) for field, value in changed]
-        attributes += _attributes(name, reference, module)
-        buffers += _buffers(name, reference, module, live.get_submodule(name))
-    return Difference(fields, attributes, buffers)
+            result.fields.extend((name, field, value) for field, value in changed)
+        for key, value in vars(module).items():
+            previous = vars(reference).get(key, _MISSING)
+            comparable = previous is _MISSING or is_plain(previous)
+            if is_own(key) and is_plain(value) and comparable and previous != value:
+                result.attributes.append(Attribute(name, key, value))
+        _compare_buffers(result, name, reference, module, present[name])
+    return result
 
 
-def _attributes(name: str, old: nn.Module, new: nn.Module) -> Iterator[Attribute]:
-    before = vars(old)
-    for key, value in vars(new).items():
-        if not is_own(key) or not is_plain(value):
+def _compare_buffers(
+    result: Difference, name: str, old: nn.Module, new: nn.Module, live: nn.Module
+) -> None:
+    """Add the non-persistent buffers and tensor attributes of a module that differ."""
+    unsaved = {key: new._buffers[key] for key in new._non_persistent_buffers_set}
+    for key, value in (unsaved | vars(new)).items():
+        if not isinstance(value, torch.Tensor):
             continue
-        previous = before.get(key, _MISSING)
-        if previous is _MISSING or (is_plain(previous) and previous != value):
-            yield Attribute(name, key, value)
-
-
-def _buffers(name: str, old: nn.Module, new: nn.Module, live: nn.Module) -> Iterator[Attribute]:
-    """Yield the non-persistent buffers and tensor attributes of a module that differ."""
-    loose = {key: value for key, value in vars(new).items() if isinstance(value, torch.Tensor)}
-    for key, built in {**_unsaved(new), **loose}.items():
-        previous = getattr(old, key, None)
-        value = built
-        if built.is_meta and (previous is None or previous.shape != built.shape):
-            value = _same_number(getattr(live, key, None), built)
+        previous: torch.Tensor | None = getattr(old, key, None)
+        dtype = None if previous is None else previous.dtype
+        reshaped = previous is None or previous.shape != value.shape
+        if value.is_meta and reshaped:  # it is filled together with the weights
+            held: Any = getattr(live, key, None)
+            if _holds_one_number(held):
+                value = held.flatten()[:1].cpu().expand(value.shape).clone()
+        attribute = Attribute(name, key, value, dtype)
         if value.is_meta:
-            continue
-        if (
+            if reshaped and previous is not None and key in unsaved:
+                result.unfilled.append(attribute.name)
+        elif (
             previous is None
-            or previous.shape != value.shape
+            or reshaped
             or previous.dtype != value.dtype
             or not torch.equal(previous, value)
         ):
-            yield Attribute(name, key, value, None if previous is None else previous.dtype)
+            result.buffers.append(attribute)
 
 
-def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
-    buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
-    return {key: value for key, value in buffers.items() if value is not None}
-
-
-def _same_number(held: Any, built: torch.Tensor) -> torch.Tensor:
-    """Return ``built`` filled with the live buffer's value if that has only one; else ``built``."""
-    if isinstance(held, torch.Tensor) and held.numel() and bool((held == held.flatten()[0]).all()):
-        return held.flatten()[:1].cpu().expand(built.shape).clone()
-    return built
-
-
-def unfilled_buffers(live: nn.Module, old: nn.Module, new: nn.Module) -> list[str]:
-    """Names of non-persistent buffers with a new shape whose values cannot be computed."""
-    before, now = dict(old.named_modules()), dict(live.named_modules())
-    return [
-        f"{name}.{key}".lstrip(".")
-        for name, module in new.named_modules()
-        if name in before and name in now
-        for key, built in _unsaved(module).items()
-        if built.is_meta and built.shape != getattr(before[name], key, built).shape
-        # filled together with the weights, and the live one holds several numbers
-        if _same_number(getattr(now[name], key, None), built).is_meta
-    ]
+def _holds_one_number(held: Any) -> bool:
+    return (
+        isinstance(held, torch.Tensor)
+        and bool(held.numel())
+        and bool((held == held.flatten()[0]).all())
+    )
 
 
 def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
     """Write a difference; return the names of attributes, and of buffers."""
     write_fields(changes, live, difference.fields)
-    attributes = _write_attributes(changes, live, difference.attributes)
-    return attributes, _write_buffers(changes, live, difference.buffers)
+    attributes = _write_values(changes, live, difference.attributes)
+    return attributes, _write_values(changes, live, difference.buffers)
 
 
 def write_fields(
@@ -180,24 +167,20 @@ def write_fields(
             continue
         target = _config_part(changes, live, module_name, field[:-1])
         if _read(target, field[-1]) != value:
-            _set_field(changes, target, field[-1], value)
+            try:
+                changes.set(target, field[-1], value)
+            except Exception as error:  # a config's setter may raise anything
+                raise ConfigSyncError(
+                    f"{type(target).__name__} refuses {field[-1]}={value!r}: "
+                    f"{in_one_line(error)}. Nothing was changed."
+                ) from error
     for (module_name, path), written in entries.items():
         target = _config_part(changes, live, module_name, path)
         layers = entries_of(target)
         for (number, key), value in written.items():
             layers.setdefault(int(number), {})[str(key)] = value
-        if _read(target, KEY) != layers:
+        if entries_of(target) != layers:
             changes.set(target, KEY, layers)
-
-
-def _set_field(changes: Changes, config: Any, key: Any, value: Any) -> None:
-    try:
-        changes.set(config, key, value)
-    except Exception as error:  # a config's setter may raise anything
-        raise ConfigSyncError(
-            f"{type(config).__name__} refuses {key}={value!r}: {in_one_line(error)}. Nothing was "
-            "changed."
-        ) from error
 
 
 def _config_part(changes: Changes, live: nn.Module, module_name: str, path: FieldPath) -> Any:
@@ -210,33 +193,23 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
     return target
 
 
-def _write_attributes(
-    changes: Changes, live: nn.Module, attributes: Sequence[Attribute]
-) -> list[str]:
-    """Write plain attributes; return the names of those that changed, without torch's layers."""
+def _write_values(changes: Changes, live: nn.Module, items: Sequence[Attribute]) -> list[str]:
+    """Write attributes and buffers; return the names of those that changed."""
     written: list[str] = []
-    for item in attributes:
-        module = live.get_submodule(item.module)
-        if getattr(module, item.key, _MISSING) != item.value:
-            changes.set(module, item.key, item.value)
-            # sizes of torch's own layers (out_features) say no more than the weights' shapes
-            if not type(module).__module__.startswith("torch.nn."):
-                written.append(f"{item.module}.{item.key}".lstrip("."))
-    return written
-
-
-def _write_buffers(changes: Changes, live: nn.Module, buffers: Sequence[Attribute]) -> list[str]:
-    written: list[str] = []
-    for item in buffers:
-        module = live.get_submodule(item.module)
-        value = item.value
-        present = getattr(module, item.key, None)
-        if isinstance(present, torch.Tensor):
-            same = present.dtype == item.old_dtype  # else the user chose the dtype: keep it
-            value = value.to(present.device, value.dtype if same else present.dtype)
-        holder = module._buffers if item.key in module._buffers else module
-        changes.set(holder, item.key, value.clone())
-        written.append(f"{item.module}.{item.key}".lstrip("."))
+    for item in items:
+        module, value = live.get_submodule(item.module), item.value
+        present = getattr(module, item.key, _MISSING)
+        if isinstance(value, torch.Tensor):
+            if isinstance(present, torch.Tensor):
+                same = present.dtype == item.old_dtype  # else the user chose the dtype: keep it
+                value = value.to(present.device, value.dtype if same else present.dtype)
+            value = value.clone()
+        elif present == value:
+            continue
+        changes.set(module._buffers if item.key in module._buffers else module, item.key, value)
+        # sizes of torch's own layers (out_features) say no more than the weights' shapes
+        if not type(module).__module__.startswith("torch.nn."):
+            written.append(item.name)
     return written
 
 

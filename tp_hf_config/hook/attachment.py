@@ -9,16 +9,17 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from ..calibration.calibrate import Calibration
 from ..calibration.held_out import NOTICEABLE, TOO_MUCH, Refitting, in_words
-from ..calibration.importance import CalibratedImportance
+from ..calibration.importance import CalibratedImportance, advice
 from ..errors import (
     CalibrationWarning,
     ConfigSyncError,
@@ -33,6 +34,7 @@ from ..graph.config_graph import ConfigGraph, kept_positions
 from ..graph.cut_list import CutList, Edit, NotKept, RefitInPlace, edits_of, explained
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width
+from ..graph.pruner_access import arguments_of, cannot_replace_trace, replace_graph, restore_trace
 from ..graph.sides import ConfigGroup
 from ..model.config_json import config_json
 from ..model.fill import LiveCut
@@ -40,10 +42,13 @@ from ..model.layer_class import stock_class
 from ..model.layer_entries import name_in_all_layers
 from ..model.shapes import Shapes, shapes
 from ..model.sharded import behind
+from ..planning.preflight import preflight
 from ..planning.selection import inner_widths_of
+from ..planning.settings import Target
 from .follow import Follower, Proof
 from .ranks import Agreement, ShardedModel
-from .report import GroupCut, SyncReport, layers_of
+from .registration import constructor_of
+from .report import LayerCut, PrunedGroup, SyncReport, layers_of
 from .unit_choice import UnitChoice, is_unmodified
 
 _MOST = 0.9  # of the inner widths: removing more is no alternative
@@ -130,13 +135,52 @@ def _spread(refitting: Refitting) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Done:
-    """What is cut, or was cut last."""
+def _examined(hook: Any, pruner: Any) -> tuple[Follower, UnitChoice]:
+    """Check a pruner's model and settings, and give the pruner the config graph."""
+    follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or hook.make_inputs)
+    if hook.refit is not None:
+        hook.refit.check_measures(follower.model)
+    elif (better := advice(pruner.importance, follower.model)) is not None:
+        warn(better, CalibrationWarning)
+    with ExitStack() as undo:
+        if not isinstance(pruner.DG, ConfigGraph):
+            _check_replaceable(hook, pruner)
+            arguments = arguments_of(pruner)
+            replace_graph(pruner, hook._graph_for(arguments), arguments)
+            undo.callback(restore_trace, pruner)
+        choice = UnitChoice(pruner)
+        target = Target.of(hook._settings.target)
+        choice.preflight = preflight(pruner, follower.view, hook.strict, target)
+        undo.pop_all()
+    return follower, choice
 
-    groups: Sequence[GroupCut] = ()  # as numbered before the cut
+
+def _check_replaceable(hook: Any, pruner: Any) -> None:
+    """Raise if the trace that a pruner has made cannot be replaced by the config graph."""
+    if hook.plan is not None:
+        raise ValueError(
+            "a plan sets the pruner's ratios and steps, so pass its hook to the pruner's "
+            "constructor: hooks=[HFConfigSyncHook(plan=plan)]"
+        )
+    refusal = cannot_replace_trace(pruner, constructor_of(type(pruner)))
+    if refusal is not None:
+        name = type(pruner).__name__
+        raise ValueError(
+            f"this {name} has already traced its model, and the groups of that trace are not "
+            "proved. They cannot be replaced by the graph made from the config: "
+            f"{refusal.reason}. Pass the hook to the pruner's constructor: "
+            f"{name}(model, ..., hooks=[HFConfigSyncHook()])."
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is cut together; by default nothing, or other code cut."""
+
+    groups: Sequence[Sequence[LayerCut]] = ()  # as numbered before the cut
     edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)  # of each tensor
-    proof: Proof | None = None  # None: nothing was cut, or other code cut
+    proof: Proof | None = None
+    refitting: Refitting | None = None
 
 
 class Attachment:
@@ -147,38 +191,26 @@ class Attachment:
     describes the result.
     """
 
-    def __init__(
-        self,
-        choice: UnitChoice,
-        follower: Follower,
-        agreement: Agreement,
-        sharded: ShardedModel | None,
-        cut_log: CutLog,
-        per_layer: bool,
-        graph_reason: str,
-        refit: Callable[[], Calibration | None],  # it may change between steps
-        reports: list[SyncReport],  # the hook's
-    ):
-        self.follower, self._pruner, self._model = follower, follower.pruner, follower.model
-        self._choice, self._agreement, self._sharded = choice, agreement, sharded
-        self._cut_log, self._per_layer, self._graph_reason = cut_log, per_layer, graph_reason
-        self._refit, self._reports = refit, reports
-        self._first = len(reports)  # the first report on this pruner
-        self._parameters = follower.model.num_parameters()
-        self._refitting: Refitting | None = None  # of the current step
-        self.recorded = self._pruner.DG.recorded
+    def __init__(self, hook: Any, pruner: Any):
+        self._hook, self._pruner = hook, pruner
+        sharded = behind(pruner.model) is not pruner.model
+        self._agreement = Agreement(sharded, hook.distributed)
+        self.sharded = ShardedModel(pruner.model, hook.shard, self._agreement) if sharded else None
+        with layers_listed(pruner.model, hook.per_layer):
+            self.follower, self._choice = _examined(hook, pruner)
+        self._model = self.follower.model
+        self._parameters = self._model.num_parameters()
+        self.recorded = pruner.DG.recorded
         self.recorded.settle = self._settle
-        self._pruner.DG.choose = choice.groups
-        # steps taken, and sizes that ratios are relative to, before the running step
-        self._before: tuple[int, dict[str, int]] = (0, {})
-        self._reason = ""
+        pruner.DG.choose = self._choice.groups
+        # steps taken, and sizes that ratios are relative to, before the running step; None once a
+        # part of it has a report, so that it counts
+        self._before: tuple[int, dict[str, int]] | None = None
         self._stepping = self._own_step = False
         self._loop: object | None = None  # the running loop over an interactive step
         self._refused = False  # True until the running step has completed
-        self._told = False  # the user was warned that the recorded prunes wait
-        self._synced = False  # a part of the current or last step has a report
-        # a cut that failed twice; sync() finishes it
-        self._unfinished: tuple[LiveCut, _Done] | None = None
+        self._reason = ""  # why the recorded prunes wait, once the user knows
+        self._unfinished: tuple[LiveCut, _Cut] | None = None  # it failed twice; sync() finishes it
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -190,22 +222,17 @@ class Attachment:
             names.append("the end of the loop over step(interactive=True)")
         return tuple(names) or (self._reason,)
 
-    def _groups(self) -> list[GroupCut]:
-        graph = self._pruner.DG
-        return [GroupCut(tuple(layers_of(graph, group))) for group in self.recorded.groups()]
-
     @contextmanager
     def step(self) -> Iterator[None]:
         """Surround a call of ``step()``; if it raises, drop what it recorded."""
         self._refused = True
         self.release()
         self.follower.check_parts()
-        if self._sharded is not None:
-            self._sharded.before_step()
+        if self.sharded is not None:
+            self.sharded.before_step()
         self._agreement.on_settings(self._pruner)
         self._before = self._pruner.current_step, dict(self._pruner._scope_initial_channels)
-        self._stepping, self._synced = True, False
-        self._own_step = not is_unmodified(self._pruner)
+        self._stepping, self._own_step = True, not is_unmodified(self._pruner)
         try:
             yield
         except BaseException:
@@ -229,37 +256,32 @@ class Attachment:
         if refused:
             return
         looping, self._loop = self._loop is not None, None
-        if not self.recorded:
-            told, self._synced = self._synced, True
-            if not told:
-                self._sync(True, _Done())
-            return
-        try:
-            result = self._carry_out(in_step=True, may_wait=looping)
-        except BaseException:
-            if not looping:
+        if looping and self.recorded:
+            self._cut_or_wait(in_step=True)
+        elif self.recorded:
+            try:
+                self._carry_out(in_step=True, may_wait=False)
+            except BaseException:
                 self._take_back()  # the step does not count
-            raise
-        if isinstance(result, ConfigSyncError):
-            self._wait(result)
+                raise
+        elif self._before is not None:
+            self._before = None
+            self._sync(True, _Cut())
 
     def _settle(self) -> None:
-        """Cut what is recorded if a config describes the result; else warn once."""
-        if self._loop is not None or (self._stepping and not self._own_step):
-            return  # it is cut when the loop or step ends
-        result = self._carry_out(in_step=self._stepping, may_wait=True)
-        if isinstance(result, ConfigSyncError):
-            self._wait(result)
+        """Cut what is recorded, unless it is cut when the loop or step ends."""
+        if self._loop is None and (self._own_step or not self._stepping):
+            self._cut_or_wait(in_step=self._stepping)
 
     def sync(self) -> SyncReport:
         """Cut what is recorded and sync; if no config describes the result, raise and keep it."""
         if self._unfinished is not None:
             return self._cut(in_step=False)
         if not self.recorded:
-            return self._sync(False, _Done())
-        result = self._carry_out(in_step=self._loop is not None, may_wait=True)
+            return self._sync(False, _Cut())
+        result = self._carry_out(in_step=self._loop is not None)
         if isinstance(result, ConfigSyncError):
-            return self._sync(False, _Done(self._groups()), result)
+            return self._sync(False, _Cut(self._layers(self.recorded.groups())), result)
         return result
 
     def release(self) -> None:
@@ -267,9 +289,7 @@ class Attachment:
         looping, self._loop = self._loop is not None, None
         if self._unfinished is not None:
             self._cut(in_step=False)
-        if not self.recorded:
-            return
-        failure = self._carry_out(in_step=looping, may_wait=True)
+        failure = self._carry_out(in_step=looping) if self.recorded else None
         if isinstance(failure, ConfigSyncError):
             missing = self.recorded.missing()
             what = (
@@ -277,50 +297,68 @@ class Attachment:
                 if missing
                 else str(failure).rstrip(". ")
             )
-            self.recorded.clear()
-            self._told = False
+            self._clear()
             warn(
                 "recorded groups are discarded, because no config describes the model with only "
                 f"these groups pruned: {what}. The model and its config are unchanged."
             )
 
-    def _carry_out(self, in_step: bool, may_wait: bool) -> SyncReport | ConfigSyncError:
+    def _layers(self, groups: Iterable[ConfigGroup]) -> list[list[LayerCut]]:
+        return [[*layers_of(self._pruner.DG, group)] for group in groups]
+
+    def _cut_or_wait(self, in_step: bool) -> None:
+        """Cut what is recorded if a config describes the result; else warn once."""
+        failure = self._carry_out(in_step)
+        if not isinstance(failure, ConfigSyncError):
+            return
+        known, self._reason = self._reason, str(failure).removesuffix(AGAIN).rstrip()
+        if known or self._stepping:
+            return
+        missing = self.recorded.missing()
+        why = (
+            f"a config describes the result only if these are pruned too: {listed(missing)} "
+            "(hook.pending)"
+            if missing
+            else self._reason.rstrip(".")
+        )
+        warn(
+            f"pruned groups are recorded but not cut yet: {why}. Until then the model and its "
+            "config are unchanged."
+        )
+
+    def _carry_out(self, in_step: bool, may_wait: bool = True) -> SyncReport | ConfigSyncError:
         """Prove, refit, cut and sync what is recorded. If it may wait, return why it has to."""
-        with layers_listed(self._pruner.model, self._per_layer):
-            groups, pruned = self.recorded.groups(), self._groups()
-            kept = kept_positions(self._model, groups)
-            proof: Proof | None = None
-            failure: ConfigSyncError | None = None
+        with layers_listed(self._pruner.model, self._hook.per_layer):
+            groups = self.recorded.groups()
+            layers, kept = self._layers(groups), kept_positions(self._model, groups)
             try:
-                proof = self.follower.prove(pruned, kept)
+                proof = self.follower.prove([*chain(*layers)], kept)
             except ConfigSyncError as error:
                 if may_wait:
                     return error
                 failure = self._of_step(error)
-            self._agreement.on_groups(self._pruner, pruned, failure)  # raises a failure
-            assert proof is not None
-            refits = self._solve_refits(groups, proof.shapes) if in_step else {}
-            edits = edits_of(self._model, refits, kept)
-        self._told, self._synced = False, True
+                self._agreement.on_groups(self._pruner, layers, failure)
+                raise failure from None
+            self._agreement.on_groups(self._pruner, layers)
+            refitting = self._refitting(groups, proof.shapes) if in_step else None
+            edits = edits_of(self._model, refitting.edits if refitting else {}, kept)
+        self._reason, self._before = "", None
         self.recorded.take()
         cut = LiveCut(self._model, CutList("", {}, {}, edits))
-        self._unfinished = cut, _Done(pruned, edits, proof)
+        self._unfinished = cut, _Cut(layers, edits, proof, refitting)
         return self._cut(in_step)
 
-    def _solve_refits(
-        self, groups: Sequence[ConfigGroup], remaining: Shapes
-    ) -> dict[str, list[RefitInPlace]]:
-        """Return each weight's refits for a step's groups; warn if the step costs too much."""
-        calibration = self._refit()
+    def _refitting(self, groups: Sequence[ConfigGroup], remaining: Shapes) -> Refitting | None:
+        """Return the refits for a step's groups; warn if the step costs too much."""
+        calibration = self._hook.refit  # it may change between steps
         if calibration is None:
-            return {}
+            return None
         refitting = Refitting(calibration, groups)
         self._agreement.on_refits(self._pruner, refitting.result)
-        self._refitting = refitting
         told = _advice_before(self.follower.view, calibration, refitting, groups, remaining)
         if told is not None:
             warn(told, CalibrationWarning)
-        return refitting.edits
+        return refitting
 
     def _cut(self, in_step: bool) -> SyncReport:
         """Cut the weights, also the rest of an interrupted cut, and sync."""
@@ -347,38 +385,34 @@ class Attachment:
             raise
 
     def _sync(
-        self, in_step: bool, done: _Done, failure: ConfigSyncError | None = None
+        self, in_step: bool, done: _Cut, failure: ConfigSyncError | None = None
     ) -> SyncReport:
         """Update the config and append a report, also on failure."""
         started = time.perf_counter()
-        report = SyncReport(
-            len(self._reports) + 1, self._graph_reason, [group.counted() for group in done.groups]
-        )
+        hook, graph, reports = self._hook, self._pruner.DG, self._hook.reports
+        groups = [PrunedGroup(tuple(cut.counted() for cut in cuts)) for cuts in done.groups]
+        report = SyncReport(len(reports) + 1, hook._graph_reason, groups)
         try:
             if failure is not None:
                 raise failure
-            with layers_listed(self._pruner.model, self._per_layer):
+            with layers_listed(self._pruner.model, hook.per_layer):
                 report = self.follower.follow(report, done.proof)
-            notes = [*self.follower.notes, *report.notes]
-            if len(self._reports) == self._first:
-                notes = [*self._pruner.DG.notes, *notes]
+            notes = [*graph.notes, *self.follower.notes, *report.notes]
             if in_step:
-                notes += self._choice.notes(bool(report.groups))
-            report = replace(report, notes=notes)
+                notes += self._choice.notes(bool(groups))
+            report, graph.notes = replace(report, notes=notes), []  # the graph's: told once
+            hook._cut_log.take(done.edits)
         except ConfigSyncError as error:
             failure = error
         before, self._parameters = self._parameters, self._model.num_parameters()
-        if failure is None:
-            self._cut_log.take(done.edits)
         synced = False
         try:
-            if self._sharded is not None:
-                self._sharded.carry_out(self._pruner, done.edits, failure)
+            if self.sharded is not None:
+                self.sharded.carry_out(self._pruner, done.edits, failure)
             elif failure is not None:
                 raise failure
             synced = True
         finally:
-            refitting, self._refitting = self._refitting, None
             importance = self._pruner.importance
             calibrated = in_step and isinstance(importance, CalibratedImportance)
             report = replace(
@@ -387,13 +421,13 @@ class Attachment:
                 parameters=(before, self._parameters),
                 seconds=time.perf_counter() - started,
                 error=None if failure is None else str(failure),
-                refits=None if refitting is None else refitting.finished(synced),
+                refits=None if done.refitting is None else done.refitting.finished(synced),
             )
-            self._reports.append(report)
+            reports.append(report)
         return report
 
     def _of_step(self, failure: ConfigSyncError) -> ConfigSyncError:
-        more = " more" if self._synced else ""
+        more = " more" if self._before is None else ""
         return ConfigSyncError(
             f"{type(self._pruner).__name__}: nothing{more} of step {self._pruner.current_step} is "
             "pruned, because no config would describe the result: "
@@ -401,43 +435,14 @@ class Attachment:
             failure.conflicts,
         )
 
-    def _wait(self, failure: ConfigSyncError) -> None:
-        """Keep the reason why what is recorded has to wait, and warn once."""
-        self._reason = str(failure).removesuffix(AGAIN).rstrip()
-        if self._told or self._stepping:
-            return
-        self._told = True
-        missing = self.recorded.missing()
-        why = (
-            f"a config describes the result only if these are pruned too: {listed(missing)} "
-            "(hook.pending)"
-            if missing
-            else self._reason.rstrip(".")
-        )
-        warn(
-            f"pruned groups are recorded but not cut yet: {why}. Until then the model and its "
-            "config are unchanged."
-        )
+    def _clear(self) -> None:
+        self.recorded.clear()
+        self._reason = ""
 
     def _take_back(self) -> None:
-        self.recorded.clear()
-        self._told = False
-        if not self._synced:  # else the step counts, as a part of it was cut
+        self._clear()
+        if self._before is not None:
             self._pruner.current_step, self._pruner._scope_initial_channels = self._before
-
-
-@dataclass(frozen=True)
-class _State:
-    """A model between two syncs: class name, config as JSON, shapes."""
-
-    model: str
-    config: dict[str, Any]
-    shapes: Shapes
-
-    @classmethod
-    def of(cls, model: Any) -> _State:
-        name = stock_class(type(model)).__name__
-        return cls(name, config_json(model.config), shapes(model))
 
 
 class CutLog:
@@ -449,12 +454,17 @@ class CutLog:
         self._known = True
 
     def begin(self) -> None:
-        self._before = _State.of(self.model())
+        """Note the class, config and shapes that the next cut starts from."""
+        model: Any = self.model()
+        name = stock_class(type(model)).__name__
+        self._before = name, config_json(model.config), shapes(model)
 
     def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
+        class_name, config, old_shapes = self._before
+        self.begin()
+        _, new_config, new_shapes = self._before
         model: Any = self.model()
-        before, self._before = self._before, _State.of(model)
-        self._known &= explained(model, edits, before.shapes, self._before.shapes)
+        self._known &= explained(model, edits, old_shapes, new_shapes)
         if not self._known:
             self.total = None
         if not self._known or not edits:
@@ -463,5 +473,5 @@ class CutLog:
             name: tuple(NotKept() if isinstance(edit, RefitInPlace) else edit for edit in done)
             for name, done in edits.items()
         }
-        step = CutList(before.model, before.config, self._before.config, kept)
+        step = CutList(class_name, config, new_config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)

@@ -46,8 +46,8 @@ from ..model.config_json import (
 )
 from ..model.shapes import Shapes, shapes, vanished_counts
 from ..model.tensors import ties_of
-from .apply import Changes, all_or_nothing, difference, unfilled_buffers, write, write_ties
-from .report import GroupCut, SyncReport
+from .apply import Changes, Difference, all_or_nothing, difference, write, write_ties
+from .report import LayerCut, SyncReport
 
 # suffix in a history of the outputs of a projection other than ``nn.Linear`` (I-BERT's)
 _ROWS = ".weight#0"
@@ -65,6 +65,7 @@ class Proof:
     values: dict[FieldPath, int]
     data: dict[str, Any]  # the config's JSON
     build: nn.Module  # the class, built from it
+    change: Difference  # from the build that was proved last
     notes: list[str]
 
 
@@ -103,14 +104,13 @@ class Follower:
                 )
 
     def prove(
-        self, groups: Sequence[GroupCut] = (), kept: Mapping[Place, Tensor] | None = None
+        self, cuts: Sequence[LayerCut] = (), kept: Mapping[Place, Tensor] | None = None
     ) -> Proof:
         """Return the config of the model, or of what a cut of it leaves; raise if there is none.
 
-        Nothing is changed. ``groups``: what is to be cut; ``kept``: the positions that then remain.
+        Nothing is changed. ``cuts``: what is to be cut; ``kept``: the positions that then remain.
         """
-        after = self._shapes_after(kept or {})
-        splits, inputs = self._splits_after(groups), self._inputs_after(groups)
+        after, splits = self._shapes_after(kept or {}), self._splits_after(cuts)
         values = self._solve(after, splits)
         data, built, notes = with_mirrored_fields(
             self.field_map.builder, config_json(self.model.config), *self._build(after, values)
@@ -118,10 +118,11 @@ class Follower:
         vanished = vanished_counts(self.reference, built)  # counts that would become 0
         if vanished:
             raise explain_vanished(self.model, vanished)
-        unfilled = unfilled_buffers(self.model, self.reference, built)
-        if unfilled:
-            raise explain_unfilled(self.model, unfilled)
-        proof = Proof(after, splits, inputs, values, data, built, notes)
+        change = difference(self.model, self.reference, built)
+        if change.unfilled:
+            raise explain_unfilled(self.model, change.unfilled)
+        inputs = self._inputs_after(cuts)
+        proof = Proof(after, splits, inputs, values, data, built, change, notes)
         with all_or_nothing() as changes:
             self._write(changes, proof)  # a user's setter may raise anything
             changes.roll_back()
@@ -131,11 +132,9 @@ class Follower:
         """Update config, attributes, buffers and ties to match the weights: all or nothing."""
         if proof is None or self._shapes_after({}) != proof.shapes:  # other code cut layers
             proof = self.prove()
-        old = config_json(self.model.config, use_diff=False)
         with all_or_nothing() as changes:
-            attributes, buffers, outside = self._write(changes, proof)
+            written = self._write(changes, proof)
             ties = write_ties(changes, self.model, self.ties)
-        new = config_json(self.model.config, use_diff=False)
         self.reference, self.values = proof.build, proof.values
         self.splits, self.inputs = proof.splits, proof.inputs
         self._set_head_counts()
@@ -143,30 +142,29 @@ class Follower:
         name = type(self.model).__name__
         return replace(
             report,
-            fields={
-                field_name(field): (value_at(old, field), value)
-                for field, value in changed_values(old, new)
-            },
-            attributes=attributes,
-            buffers=buffers,
+            **written,
             ties=ties,
             proof=f"proved: {len(proof.shapes)} tensors have the shapes that {name} builds from "
             "the new config.json",
-            notes=[*proof.notes, *outside],
             inputs=dict(self.inputs),
         )
 
-    def _write(self, changes: Changes, proof: Proof) -> tuple[list[str], list[str], list[str]]:
-        """Write a proved config, except ties; return attributes, buffers and notes."""
-        change = difference(self.model, self.reference, proof.build)
+    def _write(self, changes: Changes, proof: Proof) -> dict[str, Any]:
+        """Write a proved config, except ties; return what the report says of it."""
         old = config_json(self.model.config, use_diff=False)
-        changed = {
-            field: (value_at(old, field), new) for name, field, new in change.fields if not name
-        }
-        attributes, buffers = write(changes, self.model, change)
+        attributes, buffers = write(changes, self.model, proof.change)
         self._check_written(proof)
-        written, outside = _write_around(changes, self.model, self.pruner.model, changed)
-        return [*attributes, *written], buffers, outside
+        new = config_json(self.model.config, use_diff=False)
+        changed = {
+            field: (value_at(old, field), value) for field, value in changed_values(old, new)
+        }
+        around, notes = _write_around(changes, self.model, self.pruner.model, changed)
+        return {
+            "fields": {field_name(field): values for field, values in changed.items()},
+            "attributes": [*attributes, *around],
+            "buffers": buffers,
+            "notes": [*proof.notes, *notes],
+        }
 
     def _shapes_after(self, kept: Mapping[Place, Tensor]) -> Shapes:
         """Return the shapes that a cut leaves; raise if tied weights would differ."""
@@ -191,27 +189,26 @@ class Follower:
             after.update(dict.fromkeys(tie.names, size))
         return after
 
-    def _inputs_after(self, groups: Sequence[GroupCut]) -> dict[str, tuple[int, ...]]:
+    def _inputs_after(self, cuts: Sequence[LayerCut]) -> dict[str, tuple[int, ...]]:
         """Return which channels of the encoder states are still read."""
         read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
-        cut = [
-            layer
-            for layer in (layer for group in groups for layer in group.layers)
-            if read is not None and not layer.out and self._own_name(layer.name) == read.layer
-        ]
-        if read is None or not cut:
+        if read is None:
+            return self.inputs
+        cut = [c for c in cuts if not c.out and self._own_name(c.name) == read.layer]
+        if not cut:
             return self.inputs
         removed = {channel for layer in cut for channel in layer.removed}
         remaining = self.inputs.get(read.argument, tuple(range(cut[0].before)))
         left = (channel for index, channel in enumerate(remaining) if index not in removed)
         return {**self.inputs, read.argument: tuple(left)}
 
-    def _splits_after(self, groups: Sequence[GroupCut]) -> Splits:
+    def _splits_after(self, cuts: Sequence[LayerCut]) -> Splits:
         """Return the head splits; None if a layer's heads lose different numbers of dimensions."""
         lost: dict[str, set[int]] = {}  # several groups may cut one layer, and a fused layer's
-        for layer in (layer for group in groups for layer in group.layers if layer.out):
-            name = (self._own_name(layer.name) or "").removesuffix(_ROWS)
-            lost.setdefault(name, set()).update(layer.removed)
+        for layer in cuts:
+            if layer.out:
+                name = self._own_name(layer.name).removesuffix(_ROWS)
+                lost.setdefault(name, set()).update(layer.removed)
         return {
             name: splits and splits_after(splits, lost[name]) if name in lost else splits
             for name, splits in self.splits.items()
@@ -227,16 +224,12 @@ class Follower:
                 if module in self.pruner.num_heads and module in counts:
                     counts[module] = count
 
-    def _own_name(self, name: str) -> str | None:
-        """Return a name inside the Hugging Face model; None for layers outside it."""
-        prefix = self.view.prefix
-        if not prefix:
-            return name
-        inside = name.startswith(f"{prefix}.")
-        return name.removeprefix(f"{prefix}.") if inside else None
+    def _own_name(self, name: str) -> str:
+        """Return a layer's name inside the Hugging Face model; groups cut only layers there."""
+        return name.removeprefix(f"{self.view.prefix}." if self.view.prefix else "")
 
-    def _targets(self, live: Shapes, splits: Splits) -> dict[Quantity, int]:
-        """Return each quantity's current size; raise if heads lost different dimension counts."""
+    def _solve(self, live: Shapes, splits: Splits) -> dict[FieldPath, int]:
+        """Return the fields' values; raise if heads lost different numbers of dimensions."""
         targets: dict[Quantity, int] = {
             (name, dim): size for name, shape in live.items() for dim, size in enumerate(shape)
         }
@@ -248,12 +241,9 @@ class Follower:
                     "pruner (num_heads={layer: heads}), or keep the layer (ignored_layers=)."
                 )
             targets.update({(name, which): count for which, count in counts_of(of_layer).items()})
-        return targets
-
-    def _solve(self, live: Shapes, splits: Splits) -> dict[FieldPath, int]:
         pruned = {field for fields in self.pruner.DG.fields for field in fields}
         hold = [field for field in self.field_map.values if field not in pruned]
-        result = fit(self.field_map, self._targets(live, splits), hold=hold)
+        result = fit(self.field_map, targets, hold=hold)
         if isinstance(result, Conflict):
             raise explain_conflict(self.model, self.field_map, result)
         return result
@@ -336,21 +326,16 @@ def with_mirrored_fields(
     before, after = (_every_default(builder, data) for data in (old, new))
     changed = [(value_at(before, p), value) for p, value in changed_values(before, after)]
     pairs = {was: now for was, now in reversed(changed) if type(was) is type(now) is int}
-    code: frozenset[str] = frozenset()
     notes: list[str] = []
-    general = of_every_config()
     for field, value in plain_fields(after) if pairs else ():
         if type(value) is not int or value not in pairs or value_at(before, field) != value:
             continue
-        if general & set(field):
+        # probes have covered every field that is read
+        if of_every_config() & set(field) or field[-1] in names_in_code(built):
             continue
-        code = code or names_in_code(built)
-        if field[-1] in code:
-            continue  # probes have covered every field that is read
         without = (_every_default(builder, without_field(data, field)) for data in (old, new))
         # derived from the changed field by default; the class has to build the same with it
-        derived = {value_at(data, field) for data in without}
-        if derived == {value, pairs[value]}:
+        if {value_at(data, field) for data in without} == {value, pairs[value]}:
             candidate = with_values(new, {field: pairs[value]})
             candidate_build = builder.build(candidate, buffers=True)
             if not isinstance(candidate_build, Refusal):

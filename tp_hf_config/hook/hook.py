@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..arguments import Share, check_arguments
-from ..errors import CalibrationWarning, warn
 from ..planning.settings import INNER, Gqa, PruneSettings
 from . import registration
 from .report import SyncReport
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
     from ..planning.allocate import Allocation
     from ..planning.plan import Plan
     from .attachment import Attachment, CutLog
-    from .follow import Follower
     from .ranks import Shard, ShardedModel
-    from .unit_choice import UnitChoice
 
 
 class HFConfigSyncHook:
@@ -164,17 +161,21 @@ class HFConfigSyncHook:
         """Surround a pruner's constructor: check the model, and give the pruner its graph."""
         from ..graph.layer_fields import layers_listed
         from ..graph.rebuild import on_meta_copy
-        from ..planning.pruner_graph import graph_for
 
         arguments |= on_meta_copy(arguments["model"], arguments)
         with layers_listed(arguments["model"], self.per_layer):
             if self.plan is not None:
                 self.plan.check_fits(arguments["model"])
                 arguments |= _planned(arguments, self.plan.of_pruner())
-            graph, self._graph_reason = graph_for(
-                arguments, self._settings, self.make_inputs, self._cheapest
-            )
-            yield graph
+            yield self._graph_for(arguments)
+
+    def _graph_for(self, arguments: dict[str, Any]) -> ConfigGraph:
+        from ..planning.pruner_graph import graph_for
+
+        graph, self._graph_reason = graph_for(
+            arguments, self._settings, self.make_inputs, self._cheapest
+        )
+        return graph
 
     def attach(self, pruner: Any) -> None:
         """Start to follow a pruner; ``register`` calls this.
@@ -188,10 +189,7 @@ class HFConfigSyncHook:
                 or its trace cannot be replaced: it has pruned already, or its constructor is not
                 Torch-Pruning's.
         """
-        from ..graph.layer_fields import layers_listed
-        from ..model.sharded import behind
         from .attachment import Attachment, CutLog
-        from .ranks import Agreement, ShardedModel
 
         if self._attachment is not None:
             raise ValueError(
@@ -203,75 +201,12 @@ class HFConfigSyncHook:
                 f"this {type(pruner).__name__} already has an HFConfigSyncHook, and it can have "
                 "one. To replace it, first call remove() on the handle of the other hook"
             )
-        sharded = behind(pruner.model) is not pruner.model
-        agreement = Agreement(sharded, self.distributed)
-        self._sharded = ShardedModel(pruner.model, self.shard, agreement) if sharded else None
-        with layers_listed(pruner.model, self.per_layer):
-            follower, choice = self._examined(pruner)
-        if self._cut_log is None or self._cut_log.model() is not follower.model:
-            self._cut_log = CutLog(follower.model)
+        attachment = Attachment(self, pruner)
+        model = attachment.follower.model
+        if self._cut_log is None or self._cut_log.model() is not model:
+            self._cut_log = CutLog(model)
         self._cut_log.begin()
-        self._attachment = Attachment(
-            choice,
-            follower,
-            agreement,
-            self._sharded,
-            self._cut_log,
-            self.per_layer,
-            self._graph_reason,
-            lambda: self.refit,
-            self.reports,
-        )
-
-    def _examined(self, pruner: Any) -> tuple[Follower, UnitChoice]:
-        """Check a pruner's model and settings, and give the pruner the config graph."""
-        from ..calibration.importance import advice
-        from ..graph.config_graph import ConfigGraph
-        from ..graph.pruner_access import arguments_of, replace_graph, restore_trace
-        from ..planning.preflight import preflight
-        from ..planning.pruner_graph import graph_for
-        from ..planning.settings import Target
-        from .follow import Follower
-        from .unit_choice import UnitChoice
-
-        follower = Follower(pruner, getattr(pruner.DG, "make_inputs", None) or self.make_inputs)
-        if self.refit is not None:
-            self.refit.check_measures(follower.model)
-        elif (better := advice(pruner.importance, follower.model)) is not None:
-            warn(better, CalibrationWarning)
-        with ExitStack() as undo:
-            if not isinstance(pruner.DG, ConfigGraph):
-                self._check_replaceable(pruner)
-                arguments = arguments_of(pruner)
-                graph, self._graph_reason = graph_for(
-                    arguments, self._settings, self.make_inputs, self._cheapest
-                )
-                replace_graph(pruner, graph, arguments)
-                undo.callback(restore_trace, pruner)
-            choice = UnitChoice(pruner)
-            target = Target.of(self._settings.target)
-            choice.preflight = preflight(pruner, follower.view, self.strict, target)
-            undo.pop_all()
-        return follower, choice
-
-    def _check_replaceable(self, pruner: Any) -> None:
-        """Raise if the trace that a pruner has made cannot be replaced by the config graph."""
-        from ..graph.pruner_access import cannot_replace_trace
-
-        if self.plan is not None:
-            raise ValueError(
-                "a plan sets the pruner's ratios and steps, so pass its hook to the pruner's "
-                "constructor: hooks=[HFConfigSyncHook(plan=plan)]"
-            )
-        refusal = cannot_replace_trace(pruner, registration.constructor_of(type(pruner)))
-        if refusal is not None:
-            name = type(pruner).__name__
-            raise ValueError(
-                f"this {name} has already traced its model, and the groups of that trace are not "
-                "proved. They cannot be replaced by the graph made from the config: "
-                f"{refusal.reason}. Pass the hook to the pruner's constructor: "
-                f"{name}(model, ..., hooks=[HFConfigSyncHook()])."
-            )
+        self._attachment, self._sharded = attachment, attachment.sharded
 
     def detach(self, pruner: Any) -> None:
         """Stop following a pruner, and restore its replaced trace if nothing was pruned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.held_out import Refits
-    from .report import GroupCut
+    from .report import LayerCut
 
 Shard = Callable[[Any], nn.Module | None]  # wraps a module with meta parameters, as the user does
 
@@ -46,14 +46,13 @@ class Agreement:
             self._on(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
 
     def on_groups(
-        self, pruner: Any, groups: Iterable[GroupCut], failure: Exception | None = None
+        self,
+        pruner: Any,
+        groups: Iterable[Sequence[LayerCut]],
+        failure: Exception | None = None,
     ) -> None:
         """Compare the channels to be pruned; ``failure``: why this rank cannot prune them."""
-        parts = (
-            (group.layers[0].name, _digest([vars(layer) for layer in group.layers]))
-            for group in groups
-            if group.layers
-        )
+        parts = [(group[0].name, _digest([*map(vars, group)])) for group in groups if group]
         self._on(_step(pruner), parts, failure)
 
     def on_refits(self, pruner: Any, refits: Refits) -> None:
@@ -70,8 +69,6 @@ class Agreement:
     ) -> None:
         if self._needed:
             agree(TrainingError, when, parts, failure, f". {self._what} is unchanged.")
-        elif failure is not None:
-            raise failure
 
 
 def _step(pruner: Any, more: int = 0) -> str:

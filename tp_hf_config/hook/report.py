@@ -187,14 +187,8 @@ class LayerCut:
     removed: tuple[int, ...]  # channels, as numbered before this cut
     before: int  # channels before this step
 
-
-@dataclass(frozen=True)
-class GroupCut:
-    layers: tuple[LayerCut, ...]
-
-    def counted(self) -> PrunedGroup:
-        counts = ((cut.name, cut.out, len(cut.removed), cut.before) for cut in self.layers)
-        return PrunedGroup(tuple(PrunedLayer(*count) for count in counts))
+    def counted(self) -> PrunedLayer:
+        return PrunedLayer(self.name, self.out, len(self.removed), self.before)
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
@@ -202,8 +196,7 @@ def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
     for dep, idxs in group:
         module, out = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
         side = graph.side_of(module, out)
-        if side is None or not len(idxs):
-            continue
-        size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
-        name, is_output = side
-        yield LayerCut(name, is_output, tuple(map(int, idxs)), size or 0)
+        if side is not None and len(idxs):
+            size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
+            name, is_output = side
+            yield LayerCut(name, is_output, tuple(map(int, idxs)), size or 0)

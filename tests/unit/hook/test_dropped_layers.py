@@ -272,7 +272,7 @@ class TestState:
         assert all(part.training for part in model.modules())
         assert not any(part._forward_hooks for part in model.modules())
 
-    @pytest.mark.parametrize("step", ["_write_buffers", "_write_attributes"])
+    @pytest.mark.parametrize("step", ["write_fields", "_write_values"])
     def test_a_failure_leaves_everything_as_it_was(
         self, step: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -299,7 +299,7 @@ class TestState:
         def fail(*_: Any) -> None:
             raise OSError("out of memory")
 
-        monkeypatch.setattr(apply, "_write_buffers", fail)
+        monkeypatch.setattr(apply, "_write_values", fail)
         with pytest.raises(OSError, match="out of memory"):
             drop_layers(model, [0])
         assert model.config.to_json_string() == before

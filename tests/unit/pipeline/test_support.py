@@ -319,8 +319,7 @@ def test_no_model_is_a_type_error() -> None:
 
 def test_a_scale_that_is_not_refreshed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's embedding scale: the shapes fit without it, the outputs do not."""
-    monkeypatch.setattr("tp_hf_config.hook.apply._write_buffers", lambda *args: [])
-    monkeypatch.setattr("tp_hf_config.hook.apply._write_attributes", lambda *args: [])
+    monkeypatch.setattr("tp_hf_config.hook.apply._write_values", lambda *args: [])
     config = zoo.build("gemma2").config
     found = {w.name: w for w in supports(config).widths}["hidden_size"]
     assert found.outcome == "failed"
