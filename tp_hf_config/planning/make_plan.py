@@ -33,7 +33,7 @@ from .plan import (
 from .quantised import QuantisedSize, sizes_compared, sizes_now
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose, unmet
 from .settings import Gqa, PruneSettings, Scheduler, Target
-from .trajectory import MovingWidth, Trajectory, by_name
+from .trajectory import MovingWidth, Trajectory, by_name, common_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -162,7 +162,6 @@ def _check_followed(
 
 
 def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Trajectory:
-    field_map = view.field_map
     check_ratios(chosen, settings.ratios)
     moving_widths = []
     for width in chosen.widths:
@@ -170,23 +169,25 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         ratio = named[-1] if named else settings.pruning_ratio
         if width in chosen.heads:
             ratio = settings.head_pruning_ratio
-        moving_widths.append(
-            MovingWidth(
-                width.fields,
-                tuple(dict.fromkeys(group.count for group in width.groups)),
-                ratio,
-                clamped=bool(named) or width in chosen.heads,
-                counts_heads=bool(set(width.fields) & field_map.count_fields()),
-            )
+        moving = MovingWidth(
+            width.fields,
+            common_count(group.count for group in width.groups),
+            ratio,
+            (),
+            clamped=bool(named) or width in chosen.heads,
+            counts_heads=bool(set(width.fields) & view.field_map.count_fields()),
         )
-    schedule = settings.iterative_pruning_ratio_scheduler or linear_scheduler
+        moving_widths.append(_at(ratio, moving, settings))
     return Trajectory(
-        field_map,
-        tuple(moving_widths),
-        lambda ratio: schedule(ratio, settings.iterative_steps),
-        settings.round_to,
-        settings.max_pruning_ratio,
+        view.field_map, tuple(moving_widths), settings.round_to, settings.max_pruning_ratio
     )
+
+
+def _at(ratio: float, moving: MovingWidth, settings: PruneSettings) -> MovingWidth:
+    schedule = settings.iterative_pruning_ratio_scheduler or linear_scheduler
+    most = settings.max_pruning_ratio if moving.clamped else 1.0
+    by_step = list(schedule(ratio, settings.iterative_steps))[1:]
+    return replace(moving, ratio=ratio, ratios=tuple(min(each, most) for each in by_step))
 
 
 def _plan(
@@ -209,7 +210,7 @@ def _plan(
         # a head ratio of 0 means that the target decides it too
         heads = {width.fields for width in chosen.heads if not settings.head_pruning_ratio}
         free = [m for m in trajectory.moving_widths if not m.clamped or m.fields in heads]
-        trajectory, ratio = _trajectory_to(trajectory, free, count, target)
+        trajectory, ratio = _trajectory_to(trajectory, free, settings, count, target)
         if any(not moving.clamped for moving in free):
             settings = replace(settings, pruning_ratio=ratio)
         if heads:
@@ -296,7 +297,7 @@ def _build_and_measure(
 
 def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> PlannedWidth:
     field_map = trajectory.field_map
-    units = trajectory.units_by_step[-1][moving.fields][0] // moving.unit_counts[0].per_field_unit
+    units = trajectory.units_by_step[-1][moving.fields]
     sizes = {
         units * group.count.per_field_unit * dim.layout.run
         for group in width.groups
@@ -310,7 +311,7 @@ def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> Planned
             for step_values in trajectory.steps()
         ),
         asked=moving.ratio,
-        reached=1 - units / moving.units,
+        reached=1 - units / moving.count.units,
         reachable=_reachable(trajectory, moving),
         multiple=largest_multiple(sizes),
         parameters=width.parameters,
@@ -320,7 +321,7 @@ def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> Planned
 def _reachable(trajectory: Trajectory, moving: MovingWidth) -> Sequence[int]:
     """Return the values that a width's first field can reach while all others keep theirs."""
     field_map, units = trajectory.field_map, trajectory.reachable(moving)
-    start = moving.unit_counts[0].units
+    start = moving.count.units
     value = field_map.values[moving.fields[0]]
     if not moving.counts_heads or len(units) > _ASKED:  # not tried with the class
         first, last, grid = (n * value // start for n in (units[0], units[-1], units.step))
@@ -336,12 +337,17 @@ _DIGITS = 5  # of a ratio that is searched for
 
 
 def _trajectory_to(
-    trajectory: Trajectory, moving_widths: Sequence[MovingWidth], count: ParameterCount, target: int
+    trajectory: Trajectory,
+    free: Sequence[MovingWidth],
+    settings: PruneSettings,
+    count: ParameterCount,
+    target: int,
 ) -> tuple[Trajectory, float]:
     """Return the smallest accepted common ratio that leaves at most ``target`` parameters."""
 
     def at(ratio: float) -> Trajectory:
-        return trajectory.at({moving.fields: ratio for moving in moving_widths})
+        moved = (_at(ratio, m, settings) if m in free else m for m in trajectory.moving_widths)
+        return replace(trajectory, moving_widths=tuple(moved))
 
     def parameters(trajectory: Trajectory) -> int:
         return count.at(trajectory.steps()[-1])
@@ -350,9 +356,9 @@ def _trajectory_to(
         return parameters(trajectory) <= target and trajectory.accepted()
 
     # above this ratio, some width would lose all units, and the pruner would skip it
-    highest = min((_highest(trajectory, moving) for moving in moving_widths), default=0.0)
+    highest = min((_highest(trajectory, moving) for moving in free), default=0.0)
     if parameters(at(highest)) > target:
-        names = ", ".join(moving.name for moving in moving_widths) or "no width"
+        names = ", ".join(moving.name for moving in free) or "no width"
         raise ValueError(
             f"target_params={target:,}: with one ratio for {names}, at least "
             f"{parameters(at(highest)):,} of {count.at({}):,} parameters remain. Prune more widths "
@@ -372,6 +378,6 @@ def _trajectory_to(
 
 def _highest(trajectory: Trajectory, moving: MovingWidth) -> float:
     fewest = trajectory.reachable(moving)[0]
-    if moving.counts_heads or fewest == moving.unit_counts[0].units:
+    if moving.counts_heads or fewest == moving.count.units:
         return 1.0
-    return moving.unit_counts[0].ratio_for(fewest)
+    return moving.count.ratio_for(fewest)

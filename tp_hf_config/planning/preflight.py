@@ -20,7 +20,7 @@ from ..model.layer_entries import may_differ, shared_field
 from .quantised import QuantisedSize, sizes_compared, sizes_now
 from .selection import ANY, unmet
 from .settings import Target
-from .trajectory import MovingWidth, Trajectory, Values
+from .trajectory import MovingWidth, Trajectory, Values, common_count
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _PrunedGroup:
     layer: str  # name of one of its layers, for messages
     scope: str  # in which the pruner ranks its units
     ratios: tuple[float, ...]  # share of its units removed after each step
-    unit_count: UnitCount
+    count: UnitCount
 
 
 _Groups = dict[tuple[FieldPath, ...], list[_PrunedGroup]]
@@ -112,32 +112,28 @@ def _preflight(pruner: Any, view: ModelView) -> tuple[Preflight | None, str | No
         problem += " Or let each layer have its own widths: per_layer=True."
     if ranked or problem is not None:
         return None, problem
-    moving_widths: list[MovingWidth] = []
-    for fields, groups in by_fields.items():
-        moving_widths.append(
-            MovingWidth(
-                fields,
-                tuple(dict.fromkeys(group.unit_count for group in groups)),
-                groups[0].ratios[-1] if groups[0].ratios else 0.0,
-                ratios=groups[0].ratios,
-                counts_heads=bool(set(fields) & view.field_map.count_fields()),
-            )
+    moving_widths = [
+        MovingWidth(
+            fields,
+            common_count(group.count for group in groups),
+            groups[0].ratios[-1] if groups[0].ratios else 0.0,
+            groups[0].ratios,
+            counts_heads=bool(set(fields) & view.field_map.count_fields()),
         )
+        for fields, groups in by_fields.items()
+    ]
     trajectory = Trajectory(
-        view.field_map,
-        tuple(moving_widths),
-        lambda ratio: pruner.iterative_pruning_ratio_scheduler(ratio, pruner.iterative_steps),
-        pruner.round_to,
-        pruner.max_pruning_ratio,
+        view.field_map, tuple(moving_widths), pruner.round_to, pruner.max_pruning_ratio
     )
     refusal = trajectory.refusal()
     problem = None if refusal is None else f"the class refuses the widths. {refusal}"
     units: dict[int, list[int]] = {}
-    for moving in moving_widths:
-        by_count = dict(zip(moving.unit_counts, trajectory.units(moving), strict=True))
-        for group in by_fields[moving.fields]:
-            count = group.unit_count
-            units[id(group.graph_group)] = [count.units, *by_count[count]]
+    for fields, groups in by_fields.items():
+        for group in groups:
+            left = (
+                state[fields] * group.count.per_field_unit for state in trajectory.units_by_step
+            )
+            units[id(group.graph_group)] = [group.count.units, *left]
     return Preflight(trajectory, units), problem
 
 
@@ -164,13 +160,10 @@ def _names(fields: tuple[FieldPath, ...]) -> str:
 
 def _different_ends(pruner: Any, groups: Sequence[_PrunedGroup]) -> str | None:
     """Return the problem, if any: groups of one field end with different numbers of units."""
-    ends: dict[tuple[int, ...], list[str]] = {}
+    count, ends = common_count(group.count for group in groups), dict[tuple[int, ...], list[str]]()
     for group in groups:
-        unit_count = group.unit_count
-        steps = unit_count.after(group.ratios, pruner.round_to, pruner.max_pruning_ratio)
-        ends.setdefault(tuple(n // unit_count.per_field_unit for n in steps), []).append(
-            group.layer
-        )
+        steps = count.after(group.ratios, pruner.round_to, pruner.max_pruning_ratio)
+        ends.setdefault(tuple(steps), []).append(group.layer)
     if len(ends) < 2:
         return None
     parts = "; ".join(

@@ -772,12 +772,12 @@ def test_a_search_does_not_depend_on_what_was_asked_before(
 
     monkeypatch.setattr(Trajectory, "_ask", refused)
     field_map: Any = SimpleNamespace(values={("width",): 1000})
-    moving = MovingWidth((("width",),), (UnitCount(1000),), 0.5)
-    alone = Trajectory(field_map, (moving,), lambda ratio: [0.0, ratio], patience=1)
+    moving = MovingWidth((("width",),), UnitCount(1000), 0.5, (0.5,))
+    alone = Trajectory(field_map, (moving,), patience=1)
     assert alone.steps() == [{("width",): 500}]
     for size in range(440, 500):
         alone.refusal_of({("width",): size})
-    again = alone.at({})
+    again = replace(alone)
     assert again.steps() == [{("width",): 500}]
     assert not again.accepted()
     assert replace(alone, patience=2).steps() == [{("width",): 450}]
