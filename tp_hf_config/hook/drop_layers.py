@@ -205,21 +205,20 @@ class _Dropping:
         chosen = tuple(sorted(order[:count]))
         if not isinstance(self._change(chosen), Refusal):
             return chosen, ()
-        chosen, passed_by, reason = (), [], ""
+        chosen, passed_by = (), dict[int, str]()  # number -> why it cannot be dropped too
         for number in order:
-            if len(chosen) == count:
-                break
-            more = tuple(sorted((*chosen, number)))
-            change = self._change(more)
-            if isinstance(change, Refusal):
-                passed_by.append(number)
-                reason = reason or change.reason
-            else:
-                chosen = more
+            if len(chosen) < count:
+                more = tuple(sorted((*chosen, number)))
+                change = self._change(more)
+                if isinstance(change, Refusal):
+                    passed_by[number] = change.reason
+                else:
+                    chosen = more
+        reason = next(iter(passed_by.values()))
         if len(chosen) < count:
             raise self._refused(order[:count], reason)
         note = (
-            f"layers {listed(passed_by)} change the hidden states less than some of the dropped "
+            f"layers {listed([*passed_by])} change the hidden states less than some of the dropped "
             f"layers, but were kept, because no config describes the model without them: {reason}"
         )
         return chosen, (note,)
@@ -260,7 +259,7 @@ class _Dropping:
             parameters=(parameters, self.model.num_parameters()),
             proof=f"proved: {tensors} tensors have the shapes that {name} builds from the new "
             f"config; {compared}",
-            notes=(*notes, *notes_on_options(self.model, self.builder), *outputs.notes()),
+            notes=(*notes, *notes_on_options(self.model, self.builder), *outputs.notes),
         )
 
     def _proved(self, change: Change) -> tuple[dict[str, Any], nn.Module]:
@@ -413,7 +412,13 @@ class OutputsWithout:
     ):
         self._model: Any = model
         self._total = len(layers)
-        self._inputs = _small_inputs(model, full)
+        self._inputs: dict[str, Any] | Refusal
+        try:
+            with torch.no_grad(), same_random_state():
+                self._inputs = example_inputs(model, find_recipe(full))
+        except Exception as error:  # it runs parts of the model
+            raise_shortage(error)
+            self._inputs = Refusal(in_one_line(error))
         with handed_on(layers) as handed:
             self._whole = self._run()
             text = text_inputs(model) if isinstance(self._whole, Refusal) else None
@@ -422,7 +427,7 @@ class OutputsWithout:
                 self._whole = self._run()
         self._expected = self._run([layers[number] for number in dropped], handed)
         self._failing = self._failures()
-        self._now_failing: dict[str, str] = {}  # because of the removed layers
+        self.notes: list[str] = []
 
     def _run(
         self, passing: Sequence[nn.Module] = (), handed: Mapping[int, Argument] | None = None
@@ -473,14 +478,6 @@ class OutputsWithout:
                 failures[what] = in_one_line(error)
         return failures
 
-    def notes(self) -> Iterator[str]:
-        if "generate" in self._now_failing:
-            yield (
-                "the model no longer generates with a cache, because the class makes the cache for "
-                f"another number of layers ({self._now_failing['generate']}). Pass use_cache=False "
-                "to generate(), or drop as many layers from the other list of layers"
-            )
-
     def compare(self, layers: str) -> str:
         """Say what was compared, once the layers are removed; raise if the outputs differ."""
         expected, now = self._expected, self._run()
@@ -493,13 +490,18 @@ class OutputsWithout:
                 f"{type(self._model).__name__} does not run without these layers of {layers}: "
                 f"{now.reason}. Nothing was changed."
             )
-        after = self._failures()
-        self._now_failing = {k: why for k, why in after.items() if k not in self._failing}
-        if "run" in self._now_failing:
+        failing = {k: why for k, why in self._failures().items() if k not in self._failing}
+        if "run" in failing:
             raise ConfigSyncError(
                 f"{type(self._model).__name__} without these layers of {layers} fails with the "
-                f"cache that it makes by default: {self._now_failing['run'].rstrip('.')}. Keep at "
-                "least one layer of each kind. Nothing was changed."
+                f"cache that it makes by default: {failing['run'].rstrip('.')}. Keep at least one "
+                "layer of each kind. Nothing was changed."
+            )
+        if "generate" in failing:
+            self.notes.append(
+                "the model no longer generates with a cache, because the class makes the cache for "
+                f"another number of layers ({failing['generate']}). Pass use_cache=False to "
+                "generate(), or drop as many layers from the other list of layers"
             )
         for key, value in expected.items():
             error = _relative_error(value, now.get(key))
@@ -519,15 +521,6 @@ class OutputsWithout:
             "its outputs equal those of the original whose dropped layers pass their input on "
             "unchanged"
         )
-
-
-def _small_inputs(model: nn.Module, full: nn.Module) -> dict[str, Any] | Refusal:
-    try:
-        with torch.no_grad(), same_random_state():
-            return example_inputs(model, find_recipe(full))
-    except Exception as error:  # it runs parts of the model
-        raise_shortage(error)
-        return Refusal(in_one_line(error))
 
 
 def tensors_by_name(output: Any, layers: int, name: str = "") -> Iterator[tuple[str, Tensor]]:

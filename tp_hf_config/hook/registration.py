@@ -165,22 +165,20 @@ def _fire(pruner: Any, quietly: bool = False) -> None:
         raise first
 
 
+_own_prune, _own_estimate = BasePruner._prune, BasePruner.estimate_importance
+
+
 def _prune(self: Any) -> Iterator[Any]:
-    """Replaces ``BasePruner._prune``: a config graph chooses the groups."""
+    """Replaces ``BasePruner._prune``: a config graph chooses the groups, a trace Torch-Pruning."""
     choose = getattr(self.DG, "choose", None)
-    return _own["_prune"](self) if choose is None else choose()  # type: ignore[no-any-return]
+    return _own_prune(self) if choose is None else choose()  # type: ignore[no-any-return]
 
 
 def _estimate_importance(self: Any, group: Any) -> Any:
     """Replaces ``BasePruner.estimate_importance``: a config graph gives one value per unit."""
-    estimate = functools.partial(_own["estimate_importance"], self)
+    estimate = functools.partial(_own_estimate, self)
     by_unit = not getattr(group, "by_channel", True)  # a ConfigGroup; its module is slow to import
     return self.DG.importance_of(group, estimate) if by_unit else estimate(group)
-
-
-# methods of ``BasePruner`` that ask the graph; other graphs get Torch-Pruning's
-_DOORS: dict[str, Any] = {"_prune": _prune, "estimate_importance": _estimate_importance}
-_own: dict[str, Any] = {name: getattr(BasePruner, name) for name in _DOORS}
 
 
 def _wrap_subclass(cls: Any, /, **kwargs: Any) -> None:
@@ -227,20 +225,11 @@ def _wrap_init(cls: Any) -> None:
 
 @dataclass
 class _Construction:
-    """A pruner whose constructor is running, and its hooks."""
+    """A pruner whose constructor is running."""
 
     pruner: Any
-    hooks: list[Any]
+    waiting: list[Any]  # hooks whose ``constructing`` is not entered yet
     surroundings: ExitStack  # holds the hooks' context managers
-    entered: bool = False  # True: they are entered
-
-    def begin(self, pruner: Any, arguments: dict[str, Any]) -> DependencyGraph | None:
-        """Enter the context managers if it is this pruner's turn; return the graph to use."""
-        if pruner is not self.pruner or self.entered:
-            return None
-        self.entered = True
-        given = _enter(self.surroundings, self.hooks, "constructing", arguments)
-        return next((one for one in given if isinstance(one, DependencyGraph)), None)
 
 
 def _construct(pruner: Any, construct: Callable[[], None], hooks: list[Any]) -> None:
@@ -264,12 +253,17 @@ def _construct_base(
     args: Any,
     kwargs: dict[str, Any],
 ) -> None:
+    """Run Torch-Pruning's own constructor, with the graph that a hook gives instead of a trace."""
     construction: _Construction | None = getattr(_constructing, "now", None)
     if construction is None:
         original(pruner, *args, **kwargs)
         return
     arguments = _with_own_dicts(signature, pruner, args, kwargs)
-    graph = construction.begin(pruner, arguments)
+    hooks: list[Any] = []
+    if pruner is construction.pruner:
+        hooks, construction.waiting = construction.waiting, hooks
+    given = _enter(construction.surroundings, hooks, "constructing", arguments)
+    graph = next((one for one in given if isinstance(one, DependencyGraph)), None)
     construct = original if graph is None else constructor_with(graph)
     construct(pruner, **arguments)
 
@@ -282,16 +276,14 @@ def _with_own_dicts(
     # a pruner sees what another one wrote (1.6.1, base_pruner.py)
     bound = signature.bind(pruner, *args, **kwargs)
     bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    arguments.pop(next(iter(signature.parameters)))
+    _, *arguments = bound.arguments.items()
     return {
         name: dict(value) if name in _DICTS and isinstance(value, dict) else value
-        for name, value in arguments.items()
+        for name, value in arguments
     }
 
 
 for _cls in family():
     _wrap_init(_cls)
 BasePruner.__init_subclass__ = classmethod(_wrap_subclass)
-for _name, _door in _DOORS.items():
-    setattr(BasePruner, _name, _door)
+BasePruner._prune, BasePruner.estimate_importance = _prune, _estimate_importance

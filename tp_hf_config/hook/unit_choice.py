@@ -161,7 +161,9 @@ class UnitChoice:
     def _estimate(self, group: ConfigGroup) -> Any:
         pruner: Any = self.pruner
         own = type(pruner).estimate_importance is BasePruner.estimate_importance
-        if own and "estimate_importance" not in vars(pruner) and _takes_pieces(pruner.importance):
+        # a subclass of such an importance may read more than a channel's weights
+        by_channel = type(pruner.importance) in _CHANNEL_BY_CHANNEL
+        if own and by_channel and "estimate_importance" not in vars(pruner):
             return _in_pieces(pruner.importance, group)
         with _gathered(group, group):
             return pruner.estimate_importance(group)
@@ -208,13 +210,8 @@ _CHANNEL_BY_CHANNEL = {
     tp.importance.GroupTaylorImportance,
     tp.importance.TaylorImportance,
 }
-_BY_SLICE = {tp.importance.GroupMagnitudeImportance}  # others sort the indices: no slices
 # fewest columns of a piece: sums over rows take this many at a time, in the same order
 _COLUMNS = 64
-
-
-def _takes_pieces(importance: Any) -> bool:  # a subclass may read more than a channel's weights
-    return type(importance) in _CHANNEL_BY_CHANNEL
 
 
 def _gathered(group: ConfigGroup, items: Iterable[Any]) -> AbstractContextManager[None]:
@@ -231,7 +228,7 @@ def _in_pieces(importance: Importance, group: Any) -> Any:
     values: list[torch.Tensor] = []
     roots: list[Any] = []
     types = tuple(importance.target_types)
-    by_slice = type(importance) in _BY_SLICE
+    by_slice = type(importance) is tp.importance.GroupMagnitudeImportance  # others sort indices
     for item in group:
         module = item.dep.target.module
         with _gathered(group, [item] if isinstance(module, types) else []):
