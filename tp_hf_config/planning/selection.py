@@ -79,13 +79,13 @@ def _needed(view: ModelView, width: Width, target: Target) -> int:
     fields, counts = set(width.fields), view.field_map.count_fields()
     if _counts_matrices(view, width):
         return 1
-    heads, ffn = view.head_fields(), target.least("ffn")
+    heads, ffn, ranks = view.head_fields(), target.least("ffn"), target.least("ranks")
     if fields & (heads - counts):
         each_rank, needed = 1, target.least("head_dim")
     else:
         # tensor parallelism divides heads and inner widths among the ranks, not the hidden size
-        inside = (target.ranks > 1 or ffn > 1) and all(map(Layers(view).hold, width.groups))
-        each_rank = target.ranks if inside else 1
+        inside = (ranks > 1 or ffn > 1) and all(map(Layers(view).hold, width.groups))
+        each_rank = ranks if inside else 1
         needed = lcm(each_rank, ffn) if inside and not fields & counts else each_rank
     for group in width.groups:
         for dim in group.dims:
@@ -114,15 +114,15 @@ def unmet(
     """Yield a line for each tool whose rule some width does not keep, with near ones that do."""
     named: set[str] = set()  # by a line of another tool
     found, largest = {**view.field_map.values, **values}, _largest(widths)
-    parts = sorted(target.parts.items(), key=lambda part: part[1] is None)  # ranks last
-    for part, of_tool in parts:
-        rule = of_tool or Rule(else_="these cannot be divided among the ranks")
-        if rule == Rule():
+    ranks = target.least("ranks")
+    parts = sorted(target.rules.items(), key=lambda part: part[1].ranks > 1)  # ranks last
+    for part, rule in parts:
+        if not rule.else_:
             continue  # a format that takes every width
         lines: dict[str, None] = {}
         for width in largest:
-            said = _unmet(view, width, found, rule, target.ranks)
-            if said is not None and (of_tool or width.name not in named):
+            said = _unmet(view, width, found, rule, ranks)
+            if said is not None and (rule.ranks == 1 or width.name not in named):
                 lines[said] = None
                 named.add(width.name)
         if lines:
@@ -145,10 +145,10 @@ def _unmet(
     of_head = field in view.head_fields() - view.field_map.count_fields()
     if of_head and rule.head_dims and value not in rule.head_dims:
         return f"{shared} {value:,} is none of {', '.join(map(str, rule.head_dims))}"
-    if not width.groups or (rule.source and _needed(view, width, Target(rules=(rule,))) == 1):
+    if not width.groups or (rule.source and _needed(view, width, Target(rules={"": rule})) == 1):
         return None
     each = most // width.units
-    needed = _needed(view, width, Target(rules=(rule,), ranks=ranks)) * each
+    needed = _needed(view, width, Target(rules={"": replace(rule, ranks=ranks)})) * each
     # key/value heads fewer than the ranks are copied
     if value % needed == 0 or (rule.columns == rule.rows == 1 and ranks % value == 0):
         return None

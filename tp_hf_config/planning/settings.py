@@ -23,6 +23,8 @@ class Rule:
         else_: what the tool does with other widths.
         source: where the rule is written.
         read: the version in which it was read.
+        ranks: tensor-parallel ranks among which heads and inner widths are divided.
+        format: of quantised files whose size is of interest.
     """
 
     columns: int = 1
@@ -33,6 +35,8 @@ class Rule:
     else_: str = ""
     source: str = ""
     read: str = ""
+    ranks: int = 1
+    format: str = ""
 
 
 _LLAMA_CPP = "llama.cpp, src/llama-quant.cpp (tensor_type_fallback)"
@@ -45,15 +49,15 @@ RULES: dict[str, Rule] = {
     ),
     "gguf-k": Rule(
         columns=256, else_="llama.cpp stores such weights as Q5_0, Q8_0 or F16",
-        source=_LLAMA_CPP, read="2026-12-01",
+        source=_LLAMA_CPP, read="2026-12-01", format="gguf-q4_k_m",
     ),
     "gguf-32": Rule(
         columns=32, else_="llama.cpp stores such weights as F16",
-        source=_LLAMA_CPP, read="2026-12-01",
+        source=_LLAMA_CPP, read="2026-12-01", format="gguf-q8_0",
     ),
     "marlin": Rule(
         128, 64, else_="vLLM cannot use its Marlin kernels (GPTQ, AWQ)",
-        source=f"{_MARLIN} (verify_marlin_supports_shape)", read="007d5005",
+        source=f"{_MARLIN} (verify_marlin_supports_shape)", read="007d5005", format="w4a16",
     ),
     "marlin-moe": Rule(
         128, 128, else_="vLLM cannot use its Marlin kernels for experts",
@@ -98,7 +102,16 @@ _RULE_OF_FORMAT = {
     "int8": "",
     "gguf-f16": "",
 }
-_FORMAT_OF_RULE = {"gguf-k": "gguf-q4_k_m", "gguf-32": "gguf-q8_0", "marlin": "w4a16"}
+
+
+def _rule_of(part: str) -> Rule | None:
+    """Return the rule of a tool, a format of quantised files or a number of ranks, if it is one."""
+    key, _, number = part.partition("=")
+    if key == "tp" and number.isdigit() and int(number):
+        return Rule(ranks=int(number), else_="these cannot be divided among the ranks")
+    if part in _RULE_OF_FORMAT:
+        return replace(RULES.get(_RULE_OF_FORMAT[part], Rule()), format=part)
+    return RULES.get(part)
 
 
 @dataclass(frozen=True)
@@ -107,25 +120,19 @@ class Target:
 
     Attributes:
         name: as the user wrote it: ``"gguf-k"``, ``"w4a16,tp=2"``.
-        rules: those of the tools.
-        ranks: tensor-parallel ranks that the model runs on.
-        formats: those of quantised files whose sizes are of interest.
+        rules: each part of the name -> its rule.
     """
 
     name: str = ""
-    rules: tuple[Rule, ...] = ()
-    ranks: int = 1
-    formats: tuple[str, ...] = ()
+    rules: Mapping[str, Rule] = field(default_factory=dict)
 
     @property
-    def parts(self) -> dict[str, Rule | None]:
-        """Each name -> its rule; ``None``: the number of ranks."""
-        names = [part.strip() for part in self.name.split(",")] if self.name else []
-        return {name: None if name.startswith("tp=") else rule_of(name) for name in names}
+    def formats(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(rule.format for rule in self.rules.values() if rule.format))
 
     def least(self, attribute: str) -> int:
         """Return the least common multiple of one number of all rules."""
-        return lcm(*(getattr(rule, attribute) for rule in self.rules))
+        return lcm(*(getattr(rule, attribute) for rule in self.rules.values()))
 
     @classmethod
     def of(cls, name: str | None) -> Target:
@@ -134,27 +141,15 @@ class Target:
         Raises:
             ValueError: a name is unknown, or ``tp=`` is not a number.
         """
-        rules: list[Rule] = []
-        formats: list[str] = []
-        ranks = 1
+        rules: dict[str, Rule] = {}
         for part in (each.strip() for each in name.split(",")) if name is not None else ():
-            key, _, number = part.partition("=")
-            if key == "tp" and number.isdigit() and int(number):
-                ranks = int(number)
-            elif part in RULES or part in _RULE_OF_FORMAT:
-                rules.append(rule_of(part))
-                found = part if part in _RULE_OF_FORMAT else _FORMAT_OF_RULE.get(part)
-                formats += [] if found is None else [found]
-            else:
+            rule = _rule_of(part)
+            if rule is None:
                 known = ", ".join(dict.fromkeys((*RULES, *_RULE_OF_FORMAT, "tp=N")))
                 near = closest(part, RULES)
                 raise ValueError(f"target={name!r}: {part!r} is no target{near}. Targets: {known}")
-        return cls(name or "", tuple(rules), ranks, tuple(dict.fromkeys(formats)))
-
-
-def rule_of(name: str) -> Rule:
-    """Return the rule of a tool, or of a format of quantised files."""
-    return RULES.get(_RULE_OF_FORMAT.get(name, name), Rule())
+            rules[part] = rule
+        return cls(name or "", rules)
 
 
 def rows() -> Iterator[tuple[str, str, str, str]]:

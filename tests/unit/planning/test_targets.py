@@ -313,4 +313,8 @@ class TestSources:
 
     def test_several(self) -> None:
         target = Target.of("gguf-k, marlin ,tp=4")
-        assert (target.least("columns"), target.least("rows"), target.ranks) == (256, 64, 4)
+        assert (target.least("columns"), target.least("rows"), target.least("ranks")) == (
+            256,
+            64,
+            4,
+        )
