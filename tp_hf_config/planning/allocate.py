@@ -60,7 +60,6 @@ class Allocation(Report):
     curves: tuple[LayerCurve, ...]
     widths: Mapping[str, int]
     parameters: tuple[int, int]
-    _before: Mapping[str, int] = field(default_factory=dict, repr=False)
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -69,9 +68,14 @@ class Allocation(Report):
         return self._make_inputs
 
     @property
+    def _before(self) -> dict[str, int]:
+        return {curve.field: curve.units for curve in self.curves}
+
+    @property
     def ratios(self) -> dict[str, float]:
         """The layer's own field -> the share of its units that is removed, for ``ratios=``."""
-        left = ((name, (self.widths[name] + 1e-6) / self._before[name]) for name in self.widths)
+        before = self._before
+        left = ((name, (width + 1e-6) / before[name]) for name, width in self.widths.items())
         return {name: 1 - share for name, share in left if share < 1}
 
     @check_arguments
@@ -206,7 +210,6 @@ def allocate(
         curves,
         left,
         (before, after),
-        {curve.field: curve.units for curve in curves},
         view.field_map.recipe.make_inputs,
     )
 

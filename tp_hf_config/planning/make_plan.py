@@ -6,13 +6,12 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ..arguments import Count, Positive, Share, check_arguments
-from ..errors import UnsupportedModelError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.model_view import ModelView, view_of
 from ..forward.run_recipe import MakeInputs
@@ -26,7 +25,6 @@ from .plan import (
     ParameterCount,
     Plan,
     PlannedWidth,
-    Size,
     size_of,
     working_time,
 )
@@ -136,7 +134,7 @@ def plan(
         trajectory = _trajectory(view, chosen, settings)
         if pruning_ratio:
             _check_followed(trajectory, settings, target_params, listed=prune is not None)
-        return _plan(model_or_config, view, chosen, trajectory, settings, target_params)
+        return _plan(view, chosen, trajectory, settings, target_params)
 
 
 def _check_followed(
@@ -191,7 +189,6 @@ def _at(ratio: float, moving: MovingWidth, settings: PruneSettings) -> MovingWid
 
 
 def _plan(
-    source: Any,
     view: ModelView,
     chosen: Chosen,
     trajectory: Trajectory,
@@ -199,10 +196,9 @@ def _plan(
     target_params: float | None,
 ) -> Plan:
     field_map = view.field_map
-    full, before, notes = _build_and_measure(field_map, {})
-    if full is None or before is None:
-        # cannot happen: map_of built it
-        raise UnsupportedModelError("the class cannot be built from its own config")
+    full = _full_model(field_map, {})
+    assert not isinstance(full, Refusal)  # map_of built it
+    before, notes = size_of(field_map, full)
     target, missed = None, None
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
@@ -221,18 +217,19 @@ def _plan(
             why = "widths are rounded" if rounded else "only whole units are removed"
             missed = f"{fewer:,} fewer, because {why}"
     values = trajectory.steps()[-1]
-    full_after, after, _ = _build_and_measure(field_map, values)
+    full_after, after = _full_model(field_map, values), None
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
     not_chosen = "not chosen" if settings.prune else "pruned only if it is named"
     tokens = "input_ids" in inspect.signature(view.model.forward).parameters
-    time = None
-    if full_after is not None and tokens:
-        time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
-    of = Target.of(settings.target)
+    time, of = None, Target.of(settings.target)
     quantised: tuple[QuantisedSize, ...] = ()
-    if full_after is not None and (tokens or of.formats):
-        quantised = sizes_compared(sizes_now(full, of), sizes_now(full_after, of), of)
+    if not isinstance(full_after, Refusal):
+        after, _ = size_of(field_map, full_after)
+        if tokens:
+            time = working_time(field_map, full, full_after, settings.iterative_steps, before.flops)
+        if tokens or of.formats:
+            quantised = sizes_compared(sizes_now(full, of), sizes_now(full_after, of), of)
     return Plan(
         model=type(view.model).__name__,
         settings=settings,
@@ -256,7 +253,7 @@ def _plan(
         why_not_exactly=missed,
         time=time,
         tokens=tokens,
-        notes=(*notes, *_input_notes(chosen), *_head_notes(chosen, settings)),
+        notes=(*notes, *_notes(chosen, settings)),
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
     )
@@ -268,31 +265,24 @@ def _last_grid_note(trajectory: Trajectory, steps: int) -> str | None:
     return next((note for note in notes if note is not None), None)
 
 
-def _input_notes(chosen: Chosen) -> Iterator[str]:
+def _notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     for width in chosen.widths:
         for name in width.encoder_states:
             yield (
                 f"remove the channels that {width.name} loses from the input {name} too: "
                 "report.inputs of a step lists the remaining ones"
             )
-
-
-def _head_notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
     if chosen.heads and not settings.head_pruning_ratio:
         names = ", ".join(width.name for width in chosen.heads)
         yield f"{names} is kept: head_pruning_ratio=, the share of heads to prune, is 0"
 
 
-def _build_and_measure(
-    field_map: FieldMap, values: Mapping[FieldPath, int]
-) -> tuple[nn.Module | None, Size | None, tuple[str, ...]]:
-    """Return the full model on the meta device, its size and notes on what is unknown of it."""
+def _full_model(field_map: FieldMap, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+    """Return the full model on the meta device."""
     full = field_map.builder.build(field_map.config_at(values, shallow=False))
-    if isinstance(full, Refusal):
-        return None, None, ()
-    cast("PreTrainedModel", full).tie_weights()  # a build on the meta device does not tie them
-    size, unknown = size_of(field_map, full)
-    return full, size, () if unknown is None else (unknown,)
+    if not isinstance(full, Refusal):
+        cast("PreTrainedModel", full).tie_weights()  # a build on the meta device does not tie them
+    return full
 
 
 def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> PlannedWidth:
@@ -346,7 +336,11 @@ def _trajectory_to(
     """Return the smallest accepted common ratio that leaves at most ``target`` parameters."""
 
     def at(ratio: float) -> Trajectory:
-        moved = (_at(ratio, m, settings) if m in free else m for m in trajectory.moving_widths)
+        fields = {moving.fields for moving in free}
+        moved = (
+            _at(ratio, moving, settings) if moving.fields in fields else moving
+            for moving in trajectory.moving_widths
+        )
         return replace(trajectory, moving_widths=tuple(moved))
 
     def parameters(trajectory: Trajectory) -> int:

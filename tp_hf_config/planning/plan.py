@@ -267,7 +267,7 @@ class Size:
     gram_bytes: int | None
 
 
-def size_of(field_map: FieldMap, full: nn.Module) -> tuple[Size, str | None]:
+def size_of(field_map: FieldMap, full: nn.Module) -> tuple[Size, tuple[str, ...]]:
     """Return the size, and a note if the FLOPs are unknown."""
     saved: list[torch.Tensor] = list(full.parameters())
     for module in full.modules():
@@ -280,11 +280,10 @@ def size_of(field_map: FieldMap, full: nn.Module) -> tuple[Size, str | None]:
         flops=None if isinstance(flops, Refusal) else flops,
         gram_bytes=gram_bytes(field_map, full),
     )
-    if isinstance(flops, Refusal):
-        return size, (
-            f"FLOPs are unknown, because the class does not run on the meta device: {flops.reason}"
-        )
-    return size, None
+    if not isinstance(flops, Refusal):
+        return size, ()
+    why = f"because the class does not run on the meta device: {flops.reason}"
+    return size, (f"FLOPs are unknown, {why}",)
 
 
 def flops_of(field_map: FieldMap, full: nn.Module) -> int | Refusal:
