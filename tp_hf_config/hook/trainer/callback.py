@@ -28,7 +28,7 @@ from ...graph.layer_fields import layers_listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values
 from ...model.locate import find_pretrained
-from ...model.tensors import owner, parameter_names, put_parameter, saved_buffers
+from ...model.tensors import owner, parameter_names, saved_buffers
 from ...planning.pruner_graph import check_names, check_values
 from ...planning.settings import INNER
 from ..apply import Changes, all_or_nothing, difference, write
@@ -110,8 +110,8 @@ def _pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module]
     The model keeps its Parameters. ``build`` makes the pruner of a model.
     """
     _, pretrained = find_pretrained(model)
-    names = dict(pretrained.named_parameters(remove_duplicate=False))
-    buffers = saved_buffers(pretrained)
+    loaded: dict[str, torch.Tensor] = dict(pretrained.named_parameters(remove_duplicate=False))
+    loaded |= saved_buffers(pretrained)
     with layers_listed(model, progress["per_layer"]), all_or_nothing() as changes:
         _widen(changes, pretrained, progress)
         pruner = build(model)
@@ -122,23 +122,27 @@ def _pruner_at(progress: Progress, model: nn.Module, build: Callable[[nn.Module]
             hook.sync()
         pruner.current_step = progress["step"]
         pruner._scope_initial_channels.update(progress["scopes"])
-        _check_narrow(pretrained, {**names, **buffers})
-        for name, parameter in names.items():
-            put_parameter(pretrained, [name], parameter)
-        for name, buffer in buffers.items():
+        for name, tensor in loaded.items():
             module, key = owner(pretrained, name)
-            module._buffers[key] = buffer
+            replayed = getattr(module, key).shape
+            if replayed != tensor.shape:
+                raise TrainingError(
+                    f"{name} has shape {list(tensor.shape)}, but the pruning steps recorded in the "
+                    f"checkpoint lead to {list(replayed)}. Load the model from the checkpoint, "
+                    "from_pretrained(checkpoint), and pass PruningCallback the same arguments as "
+                    "in the checkpoint's run."
+                )
+            setattr(module, key, tensor)  # setattr, because an LSTM also keeps a list of them
     return pruner
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise if a pruner's settings differ from those of the checkpoint's run."""
-    names = dict.fromkeys((*saved, *now))
-    other = [f"{n}={now.get(n)}" for n in names if saved.get(n) != now.get(n)]
-    if other:  # the run would be neither the old one nor a new one
-        old = [f"{n}={saved.get(n)}" for n in names if saved.get(n) != now.get(n)]
+    names = [n for n in dict.fromkeys((*saved, *now)) if saved.get(n) != now.get(n)]
+    if names:  # the run would be neither the old one nor a new one
+        old, new = ([f"{n}={values.get(n)}" for n in names] for values in (saved, now))
         raise TrainingError(
-            f"the checkpoint's run pruned with {listed(old)}, but this run has {listed(other)}. "
+            f"the checkpoint's run pruned with {listed(old)}, but this run has {listed(new)}. "
             "Resume with the settings of the checkpoint's run. For other settings, start a new "
             "run: call train() without resume_from_checkpoint="
         )
@@ -161,24 +165,10 @@ def _widen(changes: Changes, model: Any, progress: Progress) -> None:
             empty = nn.Parameter(old.new_zeros(shape), old.requires_grad)
             for module, key in (owner(model, name) for name in names):
                 changes.set(module._parameters, key, empty)
+    wide_buffers = saved_buffers(wide_build)
     for name, old_buffer in saved_buffers(model).items():
         module, key = owner(model, name)
-        changes.set(
-            module._buffers, key, old_buffer.new_zeros(saved_buffers(wide_build)[name].shape)
-        )
-
-
-def _check_narrow(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in loaded.items():
-        module, key = owner(model, name)
-        replayed = getattr(module, key)
-        if replayed.shape != tensor.shape:
-            raise TrainingError(
-                f"{name} has shape {list(tensor.shape)}, but the pruning steps recorded in the "
-                f"checkpoint lead to {list(replayed.shape)}. Load the model from the checkpoint, "
-                "from_pretrained(checkpoint), and pass PruningCallback the same arguments as in "
-                "the checkpoint's run."
-            )
+        changes.set(module._buffers, key, old_buffer.new_zeros(wide_buffers[name].shape))
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -257,10 +247,10 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the ``Trainer`` stores of this callback in a checkpoint."""
-        if self.pruner is None:
-            return {"args": {}, "attributes": {}}
-        progress = _progress_of(self.pruner, self._unpruned)
-        return {"args": {}, "attributes": {"progress": progress}}
+        attributes: dict[str, Any] = {}
+        if self.pruner is not None:
+            attributes["progress"] = _progress_of(self.pruner, self._unpruned)
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
