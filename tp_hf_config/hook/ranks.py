@@ -13,7 +13,7 @@ from ..errors import TrainingError, UnsupportedModelError
 from ..graph.cut_list import CutList, Edit
 from ..graph.rebuild import empty_copy, refresh, take_modes
 from ..model.config_json import OF_NO_EFFECT, changed_values, config_json
-from ..model.fill import note, note_successor
+from ..model.fill import tell
 from ..model.locate import find_pretrained
 from ..model.sharded import agree, behind, divided_like, meta_copies, reshard, whole
 from ..model.tensors import owner, select
@@ -139,7 +139,6 @@ class ShardedModel:
             if source.grad is not None:
                 gradient = whole(source.grad)
                 target.grad = divided_like(select(gradient, kept) if kept else gradient, target)  # type: ignore[assignment]
-            note(target, source, kept)
-        note_successor(old, new)
+            tell(target, source, kept)
         del meta_copies[old]
         meta_copies[new] = self._copy

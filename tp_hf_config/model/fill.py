@@ -1,4 +1,4 @@
-"""Move weights from a model to its pruned successor, and record where they came from.
+"""Move weights from a model to its pruned successor.
 
 Only this file removes positions from parameters and gradients. A pruning step cuts the live model
 in place; ``apply_cuts`` fills a new build of the class.
@@ -6,15 +6,12 @@ in place; ``apply_cuts`` fills a new build of the class.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigSyncError
 from .tensors import owner, parameter_names, put_parameter, select
@@ -88,66 +85,25 @@ class LiveCut:
         kept = self._cut.kept(name)
         if old.grad is not None:
             new.grad = select(old.grad, kept) if kept else old.grad
-        note(new, old, kept)
+        tell(new, old, kept)
         return new
 
 
-@dataclass(frozen=True)
-class Origin:
-    parameter: nn.Parameter  # as it was when recording began
-    kept: Mapping[int, Tensor]  # dimension -> remaining positions; cut dimensions only
+# told of each Parameter that is cut: the new one, the old one, and dimension -> remaining positions
+Follow = Callable[[nn.Parameter, nn.Parameter, Mapping[int, Tensor]], None]
+_told: list[Follow] = []
 
 
-class Lineage:
-    """Origins of Parameters cut while it records; an optimizer's state has their shapes."""
-
-    def __init__(self) -> None:
-        self._origins: Any = WeakIdKeyDictionary()  # weak: a Parameter that is cut again is freed
-        self._successors: dict[nn.Module, nn.Module] = {}
-
-    def note(self, new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
-        origin = self.origin_of(old)
-        merged = dict(origin.kept)
-        for dim, positions in kept.items():
-            merged[dim] = merged[dim][positions] if dim in merged else positions
-        self._origins[new] = Origin(origin.parameter, merged)
-
-    def note_successor(self, model: nn.Module, successor: nn.Module) -> None:
-        self._successors[model] = successor
-
-    def successor_of(self, model: nn.Module) -> nn.Module:
-        while model in self._successors:
-            model = self._successors[model]
-        return model
-
-    def origin_of(self, parameter: nn.Parameter) -> Origin:
-        """The origin of a Parameter; one that was not cut is its own origin."""
-        origin: Origin | None = self._origins.get(parameter)
-        return Origin(parameter, {}) if origin is None else origin
-
-
-_lock = threading.Lock()
-_recording: list[Lineage] = []
-
-
-def note(new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
-    for lineage in _recording:
-        lineage.note(new, old, kept)
-
-
-def note_successor(model: nn.Module, successor: nn.Module) -> None:
-    for lineage in _recording:
-        lineage.note_successor(model, successor)
+def tell(new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
+    for follow in tuple(_told):
+        follow(new, old, kept)
 
 
 @contextmanager
-def recording_origins() -> Iterator[Lineage]:
-    """Record what this library cuts inside ``with``; recordings may overlap."""
-    lineage = Lineage()
-    with _lock:
-        _recording.append(lineage)
+def told_of_cuts(follow: Follow) -> Iterator[None]:
+    """Call ``follow`` for each Parameter that this library cuts inside ``with``."""
+    _told.append(follow)
     try:
-        yield lineage
+        yield
     finally:
-        with _lock:
-            _recording.remove(lineage)
+        _told.remove(follow)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...arguments import check_arguments
 from ...errors import TrainingError
 from ...model.build import Refusal
-from ...model.fill import Lineage, Origin, recording_origins
-from ...model.sharded import divided_like, is_dtensor, reshard, whole
+from ...model.fill import told_of_cuts
+from ...model.sharded import divided_like, is_dtensor, is_sharded, reshard, whole
 from ...model.tensors import select
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -50,11 +49,11 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     refusal = cannot_follow(model, inner)
     if refusal is not None:
         raise TrainingError(refusal.reason)
-    with recording_origins() as lineage:
-        try:
-            yield
-        finally:
-            orphans = _replace_cut(lineage.successor_of(model), inner, lineage)
+    tracked = _Tracked(inner)
+    with told_of_cuts(tracked.follow):
+        yield
+    known = {*model.parameters(), *(tracked.successors if is_sharded(model) else ())}
+    orphans = [one for group in inner.param_groups for one in group["params"] if one not in known]
     if orphans:
         raise TrainingError(
             f"{len(orphans)} of the optimizer's parameters, the first of shape "
@@ -101,45 +100,49 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
     return None
 
 
-def _replace_cut(model: nn.Module, optimizer: Optimizer, lineage: Lineage) -> list[nn.Parameter]:
-    """Replace the cut parameters and their state; return parameters without a successor."""
-    current = dict.fromkeys(model.parameters())
-    successors: dict[nn.Parameter, tuple[nn.Parameter, Origin]] = {}
-    for parameter in current:
-        origin = lineage.origin_of(parameter)
-        if origin.parameter is not parameter:
-            successors.setdefault(origin.parameter, (parameter, origin))
-    cut = {old: successor for old, successor in successors.items() if old not in current}
-    for group in optimizer.param_groups:
-        for index, old in enumerate(group["params"]):
-            if old in cut:
-                new, origin = cut[old]
-                group["params"][index] = new
-                state = optimizer.state.pop(old, None)
-                if state is not None:
-                    optimizer.state[new] = {
-                        key: _remaining_state(value, old, new, origin)
-                        for key, value in state.items()
-                    }
-    tracked = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [parameter for parameter in tracked if parameter not in current]
+class _Tracked:
+    """The parameters of an optimizer, which are replaced, with their state, as they are cut."""
+
+    def __init__(self, optimizer: Optimizer):
+        self._optimizer = optimizer
+        self._places = {
+            parameter: (group["params"], index)
+            for group in optimizer.param_groups
+            for index, parameter in enumerate(group["params"])
+        }
+        self.successors: set[nn.Parameter] = set()
+
+    def follow(self, new: nn.Parameter, old: nn.Parameter, kept: Mapping[int, Tensor]) -> None:
+        if old not in self._places:
+            return
+        states = self._optimizer.state
+        if old in states:  # first, because memory may be short
+            states[new] = {
+                key: _remaining_state(value, old, new, kept) for key, value in states[old].items()
+            }
+            del states[old]
+        parameters, index = self._places[new] = self._places.pop(old)
+        parameters[index] = new
+        self.successors.add(new)
 
 
-def _remaining_state(value: Any, old: nn.Parameter, new: nn.Parameter, origin: Origin) -> Any:
-    if not (isinstance(value, torch.Tensor) and value.shape == old.shape):
+def _remaining_state(
+    value: Any, old: nn.Parameter, new: nn.Parameter, kept: Mapping[int, Tensor]
+) -> Any:
+    if not (isinstance(value, Tensor) and value.shape == old.shape):
         return value
     values = whole(value)
-    values = select(values, origin.kept) if origin.kept else values
+    values = select(values, kept) if kept else values
     return divided_like(values, new) if is_dtensor(value) else values
 
 
 def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return isinstance(value, _PLAIN)
 
 
 def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"
