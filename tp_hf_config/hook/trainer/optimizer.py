@@ -65,8 +65,7 @@ def optimizer_follows(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 def unwrapped(optimizer: Any) -> Optimizer:
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
-    plain: Optimizer = optimizer
-    return plain
+    return optimizer  # type: ignore[no-any-return]
 
 
 def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
@@ -131,8 +130,7 @@ def _remaining_state(
 ) -> Any:
     if not (isinstance(value, Tensor) and value.shape == old.shape):
         return value
-    values = whole(value)
-    values = select(values, kept) if kept else values
+    values = select(whole(value), kept) if kept else whole(value)
     return divided_like(values, new) if is_dtensor(value) else values
 
 
