@@ -13,7 +13,7 @@ import torch
 from ..errors import CheckpointError, in_one_line
 from ..model.build import Refusal, without_data
 from ..model.config_json import FieldPath, config_json, field_name, value_at, without_names
-from .folder import Stored
+from .folder import Stored, Weights
 from .reports import number, short
 
 if TYPE_CHECKING:
@@ -35,6 +35,20 @@ class Classes:
     model: type[PreTrainedModel]  # is built from it
     max_modules: int  # of a build, from the number of tensors
     note: str = ""  # about the choice of classes, for the user
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose config can be read, and whose class is known."""
+
+    path: Path
+    data: dict[str, Any]  # config.json
+    weights: Weights
+    classes: Classes
+
+
+class TooLarge(Refusal):
+    """A number in the config is so large that building the class might not finish."""
 
 
 def classes_of(
@@ -140,14 +154,14 @@ def _remote_classes(data: Mapping[str, Any], folder: Path, max_modules: int) -> 
     return Classes(config, model, max_modules, "the folder's own code was run")
 
 
-def entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
+def _entries(data: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """Yield each field whose value is neither an object nor a list, with its value."""
     if isinstance(data, dict):
         for key, value in data.items():
-            yield from entries(value, (*path, key))
+            yield from _entries(value, (*path, key))
     elif isinstance(data, list):
         for index, value in enumerate(data):
-            yield from entries(value, (*path, index))
+            yield from _entries(value, (*path, index))
     elif path:
         yield path, data
 
@@ -210,7 +224,7 @@ def too_large(
     """Return a sentence on a number so large that building might not finish, or ``None``."""
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     large: dict[Any, tuple[FieldPath, int]] = {}
-    for path, value in entries(data):
+    for path, value in _entries(data):
         name = str(path[-1])
         limit = _LONGEST if any(word in name for word in _LENGTHS) else _LARGEST
         if type(value) is int and value > max(limit, largest) and not _is_rotary_base(name):

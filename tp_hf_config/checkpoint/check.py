@@ -9,18 +9,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..arguments import Count, check_arguments
 from ..errors import CheckpointError
 from ..model.build import Refusal
 from ..model.config_json import field_name
 from ..model.files import write_whole
-from .building import Classes, classes_of, quantisation, too_large
+from .building import Checkpoint, Classes, TooLarge, classes_of, quantisation
 from .folder import ADAPTER, CONFIG, Config, Weights, check_exists, read_config, read_weights
-from .loading import MAJOR, Assessment, assess, differing_tie, for_transformers_4
+from .loading import MAJOR, assess, differing_tie, for_transformers_4
 from .reports import Cause, CheckReport, RepairReport, and_more, how_to_give, printable, short
-from .solving import Solution, Task, Unsolved, retied, solve
+from .solving import Solution, Unsolved, solve
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,13 @@ class Folder:
     weights: Weights  # headers of the weights files
     classes: Classes | Refusal  # or why they are not known
 
-    @property
-    def unsure(self) -> str | None:
-        """Why the config cannot be compared with the weights; ``None`` if it can."""
-        refused = self.classes.reason if isinstance(self.classes, Refusal) else None
-        return self.weights.unsure or refused
-
-
-@dataclass(frozen=True)
-class SolvableFolder:
-    """A folder whose config and classes are known, and whose weights have no fault."""
-
-    path: Path
-    data: dict[str, Any]
-    weights: Weights
-    classes: Classes
+    def checkpoint(self) -> Checkpoint | Refusal:
+        """The folder to compare with its weights, or why that is impossible."""
+        if self.weights.unsure is not None:
+            return Refusal(self.weights.unsure)
+        if isinstance(self.classes, Refusal):
+            return self.classes
+        return Checkpoint(self.path, self.config.data or {}, self.weights, self.classes)
 
 
 @check_arguments
@@ -80,11 +71,13 @@ def place(folder: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{short(folder)}: this home folder does not exist") from error
 
 
-def checked(read: Folder) -> CheckReport:
-    report = _report(read)
-    if read.unsure is None and isinstance(read.classes, Classes):
-        return _judged(report, read, read.classes)
-    return replace(report, sound=False) if report.causes else replace(report, why_not=read.unsure)
+def checked(folder: Folder) -> CheckReport:
+    report, checkpoint = _report(folder), folder.checkpoint()
+    if isinstance(checkpoint, Checkpoint):
+        return _judged(report, checkpoint)
+    if report.causes:
+        return replace(report, sound=False)
+    return replace(report, why_not=checkpoint.reason)
 
 
 def _read_folder(path: Path, trust_remote_code: bool) -> Folder:
@@ -126,31 +119,28 @@ def _report(read: Folder) -> CheckReport:
     )
 
 
-def _judged(report: CheckReport, read: Folder, classes: Classes) -> CheckReport:
+def _judged(report: CheckReport, checkpoint: Checkpoint) -> CheckReport:
     """Add a verdict to the report on a folder whose class is known."""
-    data, tensors = read.config.data or {}, read.weights.tensors
-    if not read.weights.complete and not tensors:
-        return replace(report, sound=False)
-    large = too_large(classes, data, tensors)
-    if large is not None:
-        return replace(
-            report,
-            sound=False if report.causes else None,
-            why_not=f"{large}; the model was not built",
-        )
-    assessment = assess(classes, data, tensors)
+    classes, weights = checkpoint.classes, checkpoint.weights
+    if not weights.complete and not weights.tensors:
+        return _unsound(report)
+    assessment = assess(checkpoint, checkpoint.data)
+    if isinstance(assessment, TooLarge):
+        sound = False if report.causes else None
+        return replace(report, sound=sound, why_not=f"{assessment.reason}; the model was not built")
     if isinstance(assessment, Refusal):
-        name = classes.config.__name__ if read.weights.complete else "the class"
+        name = classes.config.__name__ if weights.complete else "the class"
         return _unsound(report, Cause("config", f"{name} refuses config.json: {assessment.reason}"))
     if assessment.unused:
         listed = f"{short(assessment.unused[0])}{and_more(assessment.unused)}"
         report = _noted(report, f"not used by this class: {listed}")
     if assessment.fits:
-        report = _with_ties(report, read, assessment, classes)
+        names = differing_tie(checkpoint, assessment)
+        report = report if names is None else _with_tie(report, checkpoint, names)
         return replace(report, sound=not report.causes)
-    if not read.weights.complete:
+    if not weights.complete:
         return _unsound(report)
-    solved = solve(Task(classes, data, tensors))
+    solved = solve(checkpoint)
     if isinstance(solved, Solution):
         return _unsound(replace(report, undecided=solved.undecided), *solved.changes)
     report = replace(report, candidates=solved.candidates)
@@ -165,22 +155,16 @@ def _unsound(report: CheckReport, *causes: Cause) -> CheckReport:
     return replace(report, sound=False, causes=(*report.causes, *causes))
 
 
-def _with_ties(
-    report: CheckReport, read: Folder, assessment: Assessment, classes: Classes
-) -> CheckReport:
-    """Add a note or a cause if tensors that the config ties hold different numbers."""
-    data, tensors = read.config.data or {}, read.weights.tensors
-    names = differing_tie(read.path, classes, assessment, tensors)
-    if names is None:
-        return report
+def _with_tie(report: CheckReport, checkpoint: Checkpoint, names: tuple[str, str]) -> CheckReport:
+    """Add a note or a cause on two tensors that the config ties, and that differ."""
     text = f"the config ties {names[0]} and {names[1]}, which hold different numbers"
     # Transformers 4 drops one of the two; Transformers 5 keeps both untied, with a warning
     if MAJOR < 5:
         return _unsound(report, Cause("field", text, tensors=names))
-    task = Task(classes, data, tensors, differing_tie=names)
-    flipped, _, _ = retied(task, data, assessment)
-    if not flipped:
-        return _noted(report, f"{_not_untied(names, classes)}; Transformers loads them untied")
+    solved = solve(checkpoint)
+    if isinstance(solved, Unsolved) or solved.still_tied:
+        text = _not_untied(names, checkpoint.classes)
+        return _noted(report, f"{text}; Transformers loads them untied")
     return _noted(report, f"{text}; Transformers loads them untied, and repair corrects the config")
 
 
@@ -192,18 +176,19 @@ def _not_untied(names: tuple[str, str], classes: Classes) -> str:
     )
 
 
-def solvable_folder(folder: Path, trust_remote_code: bool) -> SolvableFolder:
+def solvable_folder(path: Path, trust_remote_code: bool) -> Checkpoint:
     """Read a folder; raise CheckpointError, with the reason, if it cannot be solved."""
-    read = _read_folder(folder, trust_remote_code)
-    fault = read.config.fault or next(iter(read.weights.faults), None)
+    folder = _read_folder(path, trust_remote_code)
+    fault = folder.config.fault or next(iter(folder.weights.faults), None)
     if fault is not None:
         raise CheckpointError(
-            f"{folder}: {fault}. No other config can fix that: download the file again, or correct "
+            f"{path}: {fault}. No other config can fix that: download the file again, or correct "
             "it by hand."
         )
-    if read.unsure or isinstance(read.classes, Refusal) or read.config.data is None:
-        raise CheckpointError(f"{folder}: {read.unsure}.")
-    return SolvableFolder(folder, read.config.data, read.weights, read.classes)
+    checkpoint = folder.checkpoint()
+    if isinstance(checkpoint, Refusal):
+        raise CheckpointError(f"{path}: {checkpoint.reason}.")
+    return checkpoint
 
 
 @check_arguments
@@ -234,9 +219,11 @@ def repair_checkpoint(
             damaged; or the folder cannot be written. The folder is unchanged.
     """
     path = place(folder)
-    read, report, new = _planned(path, given, trust_remote_code)
+    checkpoint = solvable_folder(path, trust_remote_code)
+    report, new = _planned(checkpoint, given or {})
     if dry_run or not report.difference:
-        after = checked(Folder(path, Config(json.loads(new)), read.weights, read.classes))
+        config = Config(json.loads(new))
+        after = checked(Folder(path, config, checkpoint.weights, checkpoint.classes))
         return replace(report, after=after)
     try:
         backup = _replace_config(path, new)
@@ -253,30 +240,17 @@ def repair_checkpoint(
     return replace(report, written=True, backup=backup.name, after=after)
 
 
-def _planned(
-    path: Path, given: Mapping[str, int] | None, trust_remote_code: bool
-) -> tuple[SolvableFolder, RepairReport, bytes]:
-    """Return the folder, the report without ``after``, and the new config.json, proved."""
-    read = solvable_folder(path, trust_remote_code)
-    classes, tensors = read.classes, read.weights.tensors
-    names = None
-    if too_large(classes, read.data, tensors) is None:
-        assessment = assess(classes, read.data, tensors)
-        if isinstance(assessment, Assessment):
-            names = differing_tie(path, classes, assessment, tensors)
-    solved = solve(Task(classes, read.data, tensors, given or {}, names))
+def _planned(checkpoint: Checkpoint, given: Mapping[str, int]) -> tuple[RepairReport, bytes]:
+    """Return the report without ``after``, and the new config.json, proved."""
+    path, classes = checkpoint.path, checkpoint.classes
+    solved = solve(checkpoint, given)
     if isinstance(solved, Unsolved):
         raise CheckpointError(_unsolved(path, solved), solved.candidates)
     old = (path / CONFIG).read_bytes()
-    rotary = for_transformers_4(classes, solved.data)
-    new = old if rotary.data == read.data else (json.dumps(rotary.data, indent=2) + "\n").encode()
-    proof = assess(classes, json.loads(new), tensors)
-    if isinstance(proof, Refusal) or not proof.fits:
-        raise CheckpointError(
-            f"{path}: the weights do not load with the config that was found. Nothing was written."
-        )
-    still_tied = names is not None and names[1] in proof.tied.get(names[0], ())
-    ties = [_not_untied(names, classes)] if names is not None and still_tied else []
+    rotary = for_transformers_4(classes, solved.data)  # loads as the same config, which is proved
+    same = rotary.data == checkpoint.data
+    new = old if same else (json.dumps(rotary.data, indent=2) + "\n").encode()
+    ties = [_not_untied(solved.still_tied, classes)] if solved.still_tied else []
     report = RepairReport(
         str(path),
         {str(change.field): (change.says, change.holds) for change in solved.changes},
@@ -285,18 +259,14 @@ def _planned(
         added={field_name(path): value for path, value in rotary.added.items()},
         notes=(*ties, *rotary.unwritable),
     )
-    return read, report, new
+    return report, new
 
 
 def _unsolved(path: Path, unsolved: Unsolved) -> str:
     text = f"{path}: {printable(unsolved.reason)}."
     if unsolved.candidates:
-        name, value = next(iter(unsolved.candidates[0].items()))
-        argument = how_to_give(name, value)
-        return (
-            f"{text} No shape shows which one is right; choose one: {argument}. Nothing was "
-            "written."
-        )
+        argument = how_to_give(*next(iter(unsolved.candidates[0].items())))
+        text += f" No shape shows which one is right; choose one: {argument}."
     return f"{text} Nothing was written."
 
 

@@ -134,20 +134,13 @@ def outputs_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return dict(_tensors("", result))
 
 
-def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in nested dicts, lists and tuples, with dotted names."""
     if isinstance(value, torch.Tensor):
-        return [(name or "output", value)]
-    inside: Any = ()
-    if isinstance(value, dict):
-        inside = value.items()
-    elif isinstance(value, (list, tuple)):
-        inside = enumerate(value)
-    return [
-        named
-        for key, part in inside
-        for named in _tensors(f"{name}.{key}" if name else str(key), part)
-    ]
+        yield name or "output", value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(f"{name}.{key}" if name else str(key), part)
 
 
 def _class(entry: dict[str, Any]) -> Any:

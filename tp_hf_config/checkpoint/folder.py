@@ -82,15 +82,11 @@ def check_model_folder(folder: Path) -> None:
 
 def read_config(folder: Path) -> Config:
     data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
-    if isinstance(data, str):
-        return Config(None, fault=data)
-    if not isinstance(data, dict):
-        return Config(None, fault=f"{CONFIG} holds a {type(data).__name__}; expected an object")
-    return Config(data)
+    return Config(None, fault=data) if isinstance(data, str) else Config(data)
 
 
-def _json(path: Path, longest: int) -> Any:
-    """Return the JSON of a file of at most ``longest`` bytes, or the reason (a string) why not."""
+def _json(path: Path, longest: int) -> dict[str, Any] | str:
+    """Return the object in a JSON file of at most ``longest`` bytes, or the reason why not."""
     name = path.name
     if not path.is_file():
         return f"{name} is not a file" if path.exists() else f"{name} is missing"
@@ -104,13 +100,14 @@ def _json(path: Path, longest: int) -> Any:
         return f"{name} is nested too deeply"
     except ValueError as error:
         return f"{name} is not JSON: {short(error)}"
-    return f"{name} holds a text; expected an object" if isinstance(data, str) else data
+    if not isinstance(data, dict):
+        return f"{name} holds a {type(data).__name__}; expected an object"
+    return data
 
 
 def weights_file(folder: Path) -> str:
     """The file that ``from_pretrained`` reads first: config.json may name it."""
-    data = _json(folder / CONFIG, _MOST_CONFIG_BYTES)
-    named = data.get("transformers_weights") if isinstance(data, dict) else None
+    named = (read_config(folder).data or {}).get("transformers_weights")
     if named is not None:
         if not _is_weights_file(folder, named):
             raise CheckpointError(
@@ -156,7 +153,9 @@ def read_weights(folder: Path) -> Weights:
     if not name.endswith(".index.json"):
         return _joined(folder, [name])
     index = _json(folder / name, _MOST_INDEX_BYTES)
-    fault = index if isinstance(index, str) else _index_fault(name, index)
+    if isinstance(index, str):
+        return _unreadable(index)
+    fault = _index_fault(name, index)
     if fault is not None:
         return _unreadable(fault)
     promised = index["weight_map"]
@@ -180,13 +179,13 @@ def read_weights(folder: Path) -> Weights:
     return weights
 
 
-def _index_fault(name: str, data: Any) -> str | None:
-    promised = data.get("weight_map") if isinstance(data, dict) else None
+def _index_fault(name: str, index: dict[str, Any]) -> str | None:
+    promised = index.get("weight_map")
     if not isinstance(promised, dict) or not promised:
         return f"{name} has no weight_map that says which tensor is in which file"
     if not all(isinstance(file, str) and file for file in promised.values()):
         return f"{name}: its weight_map should give a file's name for every tensor"
-    if not isinstance(data.get("metadata"), dict):
+    if not isinstance(index.get("metadata"), dict):
         return f'{name} has no metadata, which Transformers reads. Add "metadata": {{}} to it'
     return None
 

@@ -30,7 +30,7 @@ from ..model.config_json import FieldPath, field_name, value_at, with_values
 from ..model.shapes import Mismatch
 from ..model.surroundings import quiet_transformers
 from ..model.tensors import ties_of
-from .building import Classes, build, config_from
+from .building import Checkpoint, Classes, TooLarge, build, config_from, too_large
 from .folder import CONFIG, Stored, write_config
 from .reports import number, short
 
@@ -172,12 +172,15 @@ class Assessment:
         """Number of tensors that are missing, have no place or cannot be assembled."""
         return len(self.missing) + len(self.lost) + len(self.failed)
 
+    def ties(self, names: tuple[str, str] | None) -> bool:
+        return names is not None and names[1] in self.tied.get(names[0], ())
 
-def assess(
-    classes: Classes, data: Mapping[str, Any], tensors: Mapping[str, Stored]
-) -> Assessment | Refusal:
+
+def assess(checkpoint: Checkpoint, data: Mapping[str, Any]) -> Assessment | Refusal:
     """Load meta tensors into the class built from a config, or return the class's refusal."""
-    model = build(classes, data)
+    classes, tensors = checkpoint.classes, checkpoint.weights.tensors
+    large = too_large(classes, data, tensors)
+    model = build(classes, data) if large is None else TooLarge(large)
     if isinstance(model, Refusal):
         return model
     lists = (nn.ModuleList, nn.Sequential)
@@ -300,17 +303,15 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__, default=torch.get_default_dtype())
 
 
-def differing_tie(
-    folder: Path, classes: Classes, assessment: Assessment, tensors: Mapping[str, Stored]
-) -> tuple[str, str] | None:
+def differing_tie(checkpoint: Checkpoint, assessment: Assessment) -> tuple[str, str] | None:
     """Two names that the model ties, with different rows in the files, or ``None``."""
-    prefix = classes.model.base_model_prefix
+    tensors, prefix = checkpoint.weights.tensors, checkpoint.classes.model.base_model_prefix
     for group in dict.fromkeys(assessment.tied.values()):
         names = sorted(name for name in group if name in assessment.shapes)
         stored = [(name, _stored(name, tensors, prefix)) for name in names]
         located = [(name, key) for name, key in stored if key is not None]
         for (first, a), (second, b) in itertools.pairwise(located):
-            if _differ(folder, {a: tensors[a], b: tensors[b]}):
+            if _differ(checkpoint.path, {a: tensors[a], b: tensors[b]}):
                 return first, second
     return None
 

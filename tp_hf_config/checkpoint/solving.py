@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TPHFConfigError
@@ -20,22 +20,12 @@ from ..fieldmap.solve.recover import Recovery, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, ranges, with_values
 from ..model.shapes import Mismatch
-from .building import Classes, as_json, build, entries, too_large, value_in
-from .folder import Stored
-from .loading import Assessment, assess
+from .building import Checkpoint, Classes, as_json, build, value_in
+from .loading import Assessment, assess, differing_tie
 from .reports import Cause, and_more, how_to_give, number, short
 
 _LISTED = 6  # kinds of tensors, values of a field, or ranges of layers in a message
 _IN_LAYER = re.compile(r"(.+?)\.(\d{1,9})\.")  # list of layers, number of the layer
-
-
-@dataclass(frozen=True)
-class Task:
-    classes: Classes
-    data: dict[str, Any]  # config.json
-    tensors: Mapping[str, Stored]  # of the checkpoint
-    given: Mapping[str, int] = field(default_factory=dict)  # field name -> known value
-    differing_tie: tuple[str, str] | None = None  # tied by the config, but different in the files
 
 
 @dataclass(frozen=True)
@@ -45,6 +35,7 @@ class Solution:
     data: dict[str, Any]
     changes: tuple[Cause, ...]  # one for each changed field
     undecided: tuple[str, ...]  # unchanged fields that no shape shows
+    still_tied: tuple[str, str] | None  # tied by the config, but different in the files
 
 
 @dataclass(frozen=True)
@@ -57,79 +48,95 @@ class Unsolved:
     candidates: tuple[dict[str, int], ...] = ()
 
 
-def solve(task: Task) -> Solution | Unsolved:
-    """Return the one config of a class that builds these tensors, proved, or why there is none."""
-    classes, tensors = task.classes, task.tensors
-    large = too_large(classes, task.data, tensors)
-    if large is not None:
-        return Unsolved(large)
-    start, assessment = task.data, assess(classes, task.data, tensors)
-    if task.given and (isinstance(assessment, Refusal) or assessment.misplaced):
-        start = _with_given(task)
-        assessment = assess(classes, start, tensors)
+def solve(checkpoint: Checkpoint, given: Mapping[str, int] | None = None) -> Solution | Unsolved:
+    """Return the one config of a class that builds these tensors, proved, or why there is none.
+
+    ``given``: field name -> known value.
+    """
+    start, classes = checkpoint.data, checkpoint.classes
+    assessment = assess(checkpoint, start)
+    if given and (isinstance(assessment, Refusal) or assessment.misplaced):
+        start = _with_given(checkpoint, given)
+        assessment = assess(checkpoint, start)
     if isinstance(assessment, Refusal):
         return Unsolved(assessment.reason)
-    flipped, data, assessment = retied(task, start, assessment)
+    differing = differing_tie(checkpoint, assessment)
+    flipped, data, assessment = _retied(checkpoint, start, assessment, differing)
     if assessment.misplaced:
         causes = tuple(_misplaced(assessment, classes))
         reason = ". ".join(cause.text for cause in causes)
         if not assessment.failed:
-            given = how_to_give("num_hidden_layers")
-            reason += f". If layers were removed, give the number that remains: {given}"
+            argument = how_to_give("num_hidden_layers")
+            reason += f". If layers were removed, give the number that remains: {argument}"
         return Unsolved(reason, causes)
-    if assessment.fits and not task.given:
-        return _solution(task, start, as_json(classes, data) or data, flipped, (), ())
+    if assessment.fits and not given:
+        recovery = Recovery({}, as_json(classes, data) or data)
+        return _solution(checkpoint, start, recovery, flipped, (), differing)
     field_map = learn(classes, data)
     if isinstance(field_map, Refusal):
         return _no_width(field_map.reason, assessment)
-    return _widths(task, start, field_map, flipped, assessment)
+    known = _paths_of(field_map, given or {})
+    if isinstance(known, Unsolved):
+        return known
+    widths = _widths(field_map, assessment, known)
+    if isinstance(widths, Unsolved):
+        return widths
+    shown_by = [
+        (mismatch.name, field_map.fields_of(mismatch.name, dim))
+        for mismatch in assessment.mismatched
+        for dim, size in enumerate(mismatch.shape)
+        if (mismatch.expected or ())[dim : dim + 1] != (size,)
+    ]
+    paths = {*field_map.sizes, *known, *flipped}
+    return _solution(checkpoint, start, widths, paths, shown_by, differing)
 
 
-def _with_given(task: Task) -> dict[str, Any]:
+def _with_given(checkpoint: Checkpoint, given: Mapping[str, int]) -> dict[str, Any]:
     """Set the fields of config.json whose value the user gave."""
-    aliases: Any = getattr(task.classes.config, "attribute_map", {})
-    own = {aliases.get(name, name): value for name, value in task.given.items()}
+    aliases: Any = getattr(checkpoint.classes.config, "attribute_map", {})
+    own = {aliases.get(name, name): value for name, value in given.items()}
     values = {
         path: own[name]
-        for path, _ in plain_fields(task.data)
+        for path, _ in plain_fields(checkpoint.data)
         for name in (field_name(path), str(path[-1]), aliases.get(path[-1]))
         if name in own
     }
-    return with_values(task.data, values)
+    return with_values(checkpoint.data, values)
 
 
-def retied(
-    task: Task, data: dict[str, Any], assessment: Assessment
+def _retied(
+    checkpoint: Checkpoint,
+    data: dict[str, Any],
+    assessment: Assessment,
+    differing: tuple[str, str] | None,
 ) -> tuple[list[FieldPath], dict[str, Any], Assessment]:
-    """Flip settings that tie weights, if more tensors find a place or ``differing_tie`` is untied.
+    """Flip settings that tie weights, if more tensors find a place or ``differing`` are untied.
 
     Returns the flipped fields, the config's JSON with them, and how the tensors load with it.
     """
     flipped: list[FieldPath] = []
-    if not assessment.misplaced and task.differing_tie is None:
+    if not assessment.misplaced and differing is None:
         return flipped, data, assessment
-    full = as_json(task.classes, data) or data
+    full = as_json(checkpoint.classes, data) or data
     ties = [
         path
-        for path, value in entries(full)
+        for path, value in plain_fields(full)
         if isinstance(value, bool) and str(path[-1]).startswith("tie_")
     ]
     for path in sorted(ties, key=len):
         changes = {path: not value_in(full, path)}
         new = with_values(full, changes)
-        changed = _changed(task.classes, data, changes, new)
-        outcome = assess(task.classes, changed, task.tensors)
-        if not isinstance(outcome, Refusal) and _better_tied(task, assessment, outcome):
+        changed = _changed(checkpoint.classes, data, changes, new)
+        outcome = assess(checkpoint, changed)
+        if not isinstance(outcome, Refusal) and _better_tied(assessment, outcome, differing):
             flipped, data, assessment, full = [*flipped, path], changed, outcome, new
     return flipped, data, assessment
 
 
-def _better_tied(task: Task, before: Assessment, after: Assessment) -> bool:
-    if before.misplaced or task.differing_tie is None:
+def _better_tied(before: Assessment, after: Assessment, differing: tuple[str, str] | None) -> bool:
+    if before.misplaced or differing is None:
         return after.misplaced < before.misplaced
-    first, second = task.differing_tie
-    was_tied = second in before.tied.get(first, frozenset())
-    return was_tied and not after.misplaced and second not in after.tied.get(first, frozenset())
+    return before.ties(differing) and not after.misplaced and not after.ties(differing)
 
 
 def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
@@ -147,16 +154,9 @@ def learn(classes: Classes, data: Mapping[str, Any]) -> FieldMap | Refusal:
 
 
 def _widths(
-    task: Task,
-    start: dict[str, Any],
-    field_map: FieldMap,
-    flipped: Sequence[FieldPath],
-    assessment: Assessment,
-) -> Solution | Unsolved:
+    field_map: FieldMap, assessment: Assessment, given: Mapping[FieldPath, int]
+) -> Recovery | Unsolved:
     """Find the widths of a config in which every tensor has a place."""
-    given = _paths_of(field_map, task.given)
-    if isinstance(given, Unsolved):
-        return given
     empty = next((name for name, shape in assessment.shapes.items() if 0 in shape), None)
     if empty is not None:
         return _no_width(f"{empty} is empty, but no width can be 0", assessment)
@@ -166,17 +166,13 @@ def _widths(
         return _no_width(recovery.reason, assessment)
     if isinstance(recovery, Conflict):
         return _in_conflict(recovery, assessment)
-    unprovable = _unprovable_change(field_map, recovery, given)
-    if unprovable is not None:
-        return _no_width(unprovable, assessment)
-    shown_by = [
-        (mismatch.name, field_map.fields_of(mismatch.name, dim))
-        for mismatch in assessment.mismatched
-        for dim, size in enumerate(mismatch.shape)
-        if (mismatch.expected or ())[dim : dim + 1] != (size,)
-    ]
-    paths = {*field_map.sizes, *given, *flipped}
-    return _solution(task, start, recovery.data, paths, shown_by, recovery.undecided)
+    hidden = recovery.undecided - given.keys() - field_map.must_equal.keys()
+    for path in sorted(hidden, key=field_name):
+        if recovery.values[path] != field_map.sizes.get(path):
+            name = field_name(path)
+            why = f"{name} cannot remain {field_map.sizes[path]}, and no shape shows its value"
+            return _no_width(f"{why}: add {how_to_give(name)}", assessment)
+    return recovery
 
 
 def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, int] | Unsolved:
@@ -203,53 +199,46 @@ def _paths_of(field_map: FieldMap, given: Mapping[str, int]) -> dict[FieldPath, 
     return values
 
 
-def _unprovable_change(
-    field_map: FieldMap, recovery: Recovery, given: Mapping[FieldPath, int]
-) -> str | None:
-    """Return the reason if a field would change without a shape that shows its value."""
-    hidden = recovery.undecided - given.keys() - field_map.must_equal.keys()
-    for path in sorted(hidden, key=field_name):
-        if recovery.values[path] != field_map.sizes.get(path):
-            name = field_name(path)
-            why = f"{name} cannot remain {field_map.sizes[path]}, and no shape shows its value"
-            return f"{why}: add {how_to_give(name)}"
-    return None
-
-
 def _solution(
-    task: Task,
+    checkpoint: Checkpoint,
     start: dict[str, Any],
-    new: dict[str, Any],
+    recovery: Recovery,
     paths: Iterable[FieldPath],
     shown_by: Sequence[tuple[str, frozenset[FieldPath]]],
-    undecided: Iterable[FieldPath],
+    differing: tuple[str, str] | None,
 ) -> Solution | Unsolved:
     """Return the config with all changes, proved; Unsolved if it does not load the weights.
 
-    ``new``: the new config's JSON with all defaults. ``paths``: fields that may change.
-    ``shown_by``: mismatched tensors, each with the fields that set the mismatched dimension.
+    ``paths``: fields that may change. ``shown_by``: mismatched tensors, each with the fields that
+    set the mismatched dimension. ``differing``: tensors that may not be tied.
     """
-    before = as_json(task.classes, start) or start
+    classes, old, new = checkpoint.classes, checkpoint.data, recovery.data
+    before = as_json(classes, start) or start
     changes: dict[FieldPath, Any] = {}
     for path in sorted(paths, key=field_name):
         now = value_in(new, path)
-        says = value_in(task.data, _places(task.classes, task.data, path)[0])
+        says = value_in(old, _places(classes, old, path)[0])
         if now is not None and (now != value_in(before, path) or says not in (None, now)):
             changes[path] = now
-    data = _changed(task.classes, task.data, changes, new)
-    proof = assess(task.classes, data, task.tensors)
+    data = _changed(classes, old, changes, new)
+    proof = assess(checkpoint, data)
     if isinstance(proof, Refusal) or not proof.fits:
         return Unsolved("the config that was found does not load these weights")
     causes = []
     for path, holds in changes.items():
-        place = _places(task.classes, task.data, path)[0]
+        place = _places(classes, old, path)[0]
         place = place if value_in(data, place) == holds else path
-        says = value_in(task.data, place)
+        says = value_in(old, place)
         if says != holds:
             names = tuple(dict.fromkeys(name for name, fields in shown_by if path in fields))
             names = names or tuple(dict.fromkeys(name for name, _ in shown_by))
             causes.append(_field_cause(place, says, holds, value_in(before, path), names))
-    return Solution(data, tuple(causes), tuple(sorted(map(field_name, undecided))))
+    return Solution(
+        data,
+        tuple(causes),
+        tuple(sorted(map(field_name, recovery.undecided))),
+        differing if proof.ties(differing) else None,
+    )
 
 
 def _places(classes: Classes, data: Mapping[str, Any], path: FieldPath) -> list[FieldPath]:

@@ -27,8 +27,9 @@ from ..model.meta_run import RealNumbers
 from ..model.paging import is_paged
 from ..model.surroundings import evaluating, same_random_state
 from . import child
-from .building import build, own_reference
-from .check import SolvableFolder, place, solvable_folder
+from .building import Checkpoint, build, own_reference
+from .check import place, solvable_folder
+from .folder import CONFIG
 from .loading import main_dtype
 from .reports import Difference, RoundtripReport, and_more, short
 
@@ -86,13 +87,7 @@ def fresh_run(
     outputs: Mapping[str, torch.Tensor],
 ) -> RoundtripReport:
     """Load and run a saved folder in a fresh process; compare with :func:`live_outputs`."""
-    class_name, options = _class_name(type(model)), _options(model)
-    if class_name[0].startswith(_OF_FOLDERS):
-        job = _job_of(solvable_folder(folder, trust_remote_code=True))
-        job["options"].update(options)
-    else:
-        job = _job(folder, class_name, options)
-    job["paged"] = is_paged()
+    job = {**_job(folder, type(model), _options(model)), "paged": is_paged()}
     name, live = type(model).__name__, {key: value.cpu() for key, value in outputs.items()}
     (run,) = _fresh_process([job], dict(inputs), str(model.device))
     if run["error"] is not None:
@@ -124,34 +119,30 @@ def verify_checkpoint(
         CheckpointError: a folder or its weights do not exist or are damaged, or no inputs can be
             made (its class is not known, or refuses the config).
     """
-    path = place(folder)
-    paths = [path] if against is None else [path, place(against)]
-    folders = [solvable_folder(each, trust_remote_code) for each in paths]
+    paths = [place(each) for each in (folder, against) if each is not None]
+    folders = [solvable_folder(path, trust_remote_code) for path in paths]
     name, inputs = _example(folders[0])
-    run, *others = _fresh_process(list(map(_job_of, folders)), inputs, "cpu", cast=True)
-    problems = tuple(_problems(run["loading"], _WEIGHTS_MISSING))
-    notes = tuple(_problems(run["loading"], ("unexpected_keys",)))
-    if run["error"] is not None or not others:
-        nothing = tuple(_not_finite(run["outputs"]))
-        same = run["error"] is None and not problems and not nothing
-        notes, outputs = (*notes, *nothing), tuple(run["outputs"])
-        return RoundtripReport(
-            str(path), name, same, problems, outputs, (), run["error"], notes=notes
-        )
-    (other_run,), other = others, str(paths[1])
-    if other_run["error"] is not None:
-        error = f"{other} does not run on the inputs made for {path}: {other_run['error']}"
-        comparison = RoundtripReport(str(path), name, False, error=error, against=other)
+    options = {"dtype": "auto", "attn_implementation": "eager"}
+    jobs = [_job(each.path, each.classes.model, options) for each in folders]
+    run, *others = _fresh_process(jobs, inputs, "cpu", cast=True)
+    what, other = str(paths[0]), None if against is None else str(paths[1])
+    if run["error"] is not None:
+        return RoundtripReport(what, name, False, error=run["error"])
+    reference = others[0] if others else run
+    if reference["error"] is not None:
+        error = f"{other} does not run on the inputs made for {what}: {reference['error']}"
+        report = RoundtripReport(what, name, False, error=error, against=other)
     else:
-        comparison = _compared(str(path), name, other_run["outputs"], run["outputs"], other)
-    problems += tuple(
-        f"{other}: {line}" for line in _problems(other_run["loading"], _WEIGHTS_MISSING)
+        report = _compared(what, name, reference["outputs"], run["outputs"], other)
+    problems = (
+        *_problems(run["loading"], _WEIGHTS_MISSING),
+        *(f"{other}: {p}" for each in others for p in _problems(each["loading"], _WEIGHTS_MISSING)),
     )
-    notes += comparison.notes
-    return replace(comparison, loading=problems, notes=notes, same=comparison.same and not problems)
+    notes = (*_problems(run["loading"], ("unexpected_keys",)), *report.notes)
+    return replace(report, loading=problems, notes=notes, same=report.same and not problems)
 
 
-def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
+def _example(read: Checkpoint) -> tuple[str, dict[str, Any]]:
     """The name of a folder's class, and small random inputs for it."""
     model = build(read.classes, read.data)
     if isinstance(model, Refusal):
@@ -169,24 +160,6 @@ def _example(read: SolvableFolder) -> tuple[str, dict[str, Any]]:
     return type(model).__name__, filled
 
 
-def _job_of(read: SolvableFolder) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
-    class_name = _class_name(read.classes.model)
-    if class_name[0].startswith(_OF_FOLDERS):
-        class_name = "", str(own_reference(read.data))
-        options["trust_remote_code"] = True
-    return _job(read.path, class_name, options)
-
-
-def _class_name(model_class: type) -> tuple[str, str]:
-    import transformers
-
-    name = model_class.__name__
-    if getattr(transformers, name, None) is model_class:
-        return "transformers", name
-    return model_class.__module__, model_class.__qualname__
-
-
 def _options(model: PreTrainedModel) -> dict[str, Any]:
     """The ``from_pretrained`` options for the live model's dtype and kernels."""
     options: dict[str, Any] = {"dtype": str(main_dtype(model)).removeprefix("torch.")}
@@ -197,9 +170,13 @@ def _options(model: PreTrainedModel) -> dict[str, Any]:
     return options
 
 
-def _job(folder: Path, class_name: tuple[str, str], options: dict[str, Any]) -> dict[str, Any]:
+def _job(folder: Path, model_class: type, options: dict[str, Any]) -> dict[str, Any]:
     """An entry of ``folders`` in :func:`child.run`."""
-    return {"folder": str(folder.absolute()), "class": class_name, "options": options}
+    module, name = model_class.__module__, model_class.__qualname__
+    if module.startswith(_OF_FOLDERS):
+        module, name = "", str(own_reference(json.loads((folder / CONFIG).read_bytes())))
+        options = {**options, "trust_remote_code": True}
+    return {"folder": str(folder.absolute()), "class": (module, name), "options": options}
 
 
 def _fresh_process(
@@ -265,7 +242,7 @@ def _compared(
     model: str,
     reference: Mapping[str, torch.Tensor],
     outputs: Mapping[str, torch.Tensor],
-    against: str,
+    against: str | None,
 ) -> RoundtripReport:
     """Report on differing outputs; outputs without a finite number never count as the same."""
     names = tuple(dict.fromkeys((*reference, *outputs)))
@@ -278,7 +255,7 @@ def _compared(
     theirs = (line for line in _not_finite(reference) if line not in ours)
     notes = (*ours, *(f"{line} in {against}" for line in theirs))
     same = bool(names) and not differences and not notes
-    numbers = sum(tensor.numel() for tensor in reference.values())
+    numbers = 0 if against is None else sum(tensor.numel() for tensor in reference.values())
     return RoundtripReport(what, model, same, (), names, differences, None, against, notes, numbers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -65,9 +65,7 @@ def find_recipe(model: nn.Module, make_inputs: MakeInputs | None = None) -> RunR
         if not any(name in inputs for name in STATES):
             return recipe
         inputs = {name: value for name, value in inputs.items() if name not in STATES}
-    offered = [name for name in STATES if name in inspect.signature(model.forward).parameters]
-    idle = splits_with(model, inputs).idle if offered else ()
-    return replace(recipe, encoder_states=_find_states(model, inputs, offered) if idle else None)
+    return replace(recipe, encoder_states=_find_states(model, inputs))
 
 
 def _best_form(model: nn.Module) -> int:
@@ -90,49 +88,40 @@ def _best_form(model: nn.Module) -> int:
     return best
 
 
-def _find_states(
-    model: nn.Module, inputs: Mapping[str, Any], offered: Iterable[str]
-) -> EncoderStates | None:
+def _find_states(model: nn.Module, inputs: Mapping[str, Any]) -> EncoderStates | None:
     """Encoder states with which otherwise idle layers run; ``None`` if there are none."""
-    without = _run_watched(model, inputs)
+    offered = [name for name in STATES if name in inspect.signature(model.forward).parameters]
+    without = splits_with(model, inputs) if offered else None
+    if without is None or not without.idle:
+        return None
     for argument in offered:
         # the first run finds the layer that reads the states, and so their width
-        narrow = random_states(next(model.parameters()), 1)
-        read = _run_watched(model, {**inputs, argument: narrow}, narrow).read
+        read = _reader(model, inputs, argument)
         if read is None:
             continue
         name, dim = read
         parameter = model.get_parameter(name)
         states = random_states(parameter, parameter.shape[dim])
-        with_states = _run_watched(model, {**inputs, argument: states})
+        with_states = splits_with(model, {**inputs, argument: states})
         # a model with an encoder of its own skips it when given states, and needs none
-        if with_states.called > without.called and with_states.ended >= without.ended:
+        if with_states.idle < without.idle and with_states.ended >= without.ended:
             return EncoderStates(argument, in_all_layers(name), dim)
     return None
 
 
-class _Pass(NamedTuple):
-    called: set[str]  # layers
-    ended: bool
-    # first weight that reads the states, and the dim that matches their width
-    read: tuple[str, int] | None
-
-
-def _run_watched(
-    model: nn.Module, inputs: Mapping[str, Any], states: Tensor | None = None
-) -> _Pass:
-    called: set[str] = set()
+def _reader(model: nn.Module, inputs: Mapping[str, Any], argument: str) -> tuple[str, int] | None:
+    """The first weight that reads encoder states, and the dim that matches their width."""
+    states = random_states(next(model.parameters()), 1)
     read: list[tuple[str, int]] = []
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        called.add(name)
         dim = _input_dim(module)
-        if states is not None and args and args[0] is states and dim is not None:
+        if args and args[0] is states and dim is not None:
             read.append((f"{name}.weight", dim))
 
     with _hooked(model, nn.Module.register_forward_pre_hook, note):
-        ended = splits_with(model, inputs).ended
-    return _Pass(called, ended, next(iter(read), None))
+        splits_with(model, {**inputs, argument: states})
+    return next(iter(read), None)
 
 
 def _input_dim(module: nn.Module) -> int | None:
