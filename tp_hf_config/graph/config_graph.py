@@ -119,32 +119,25 @@ class RecordedPrunes:
     def take(self) -> None:
         """Note each recorded group in the history, and remove its units from the graph."""
         prunes, self._prunes = [*self._prunes.values()], {}
-        sizes: dict[Place, int] = {}
         for prune in prunes:
             if prune.in_history:
                 # with indices that are valid after the groups before it
                 self._graph.note_in_history(self._group(prune))
-            self._renumber(prune, sizes)
+            self._renumber(prune.graph_group, prune.units)
 
-    def _renumber(self, prune: _Prune, sizes: dict[Place, int]) -> None:
+    def _renumber(self, graph_group: GraphGroup, units: list[int]) -> None:
         """Remove a group's units from the tables of its sides and of other groups' sides."""
-        tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        graph_group, lost = prune.graph_group, prune.units
+        remaining = _others(torch.tensor(units), graph_group.units.count)
+        tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for side in graph_group.sides:
-            place, table = side.dims[0].place, side.table
-            size = sizes.get(place) or _size(self._graph.pretrained, place)
-            if (
-                id(table),
-                size,
-            ) not in tables:  # most share one; stored, so that its id is not reused
-                kept = _others(table[lost], size)
-                units = _others(torch.tensor(lost), len(table))
-                tables[id(table), size] = torch.searchsorted(kept, table[units]), kept, table
-            side.table, kept, _ = tables[id(table), size]
-            sizes[place] = len(kept)
+            table = side.table
+            if id(table) not in tables:  # most share one; stored, so that its id is not reused
+                lost = table[units].flatten().sort().values
+                tables[id(table)] = _moved_up(table[remaining], lost), lost, table
+            side.table, lost, _ = tables[id(table)]
             for other in self._graph.other_sides_of(side):
-                other.table = torch.searchsorted(kept, other.table)
-        graph_group.units.count -= len(lost)
+                other.table = _moved_up(other.table, lost)
+        graph_group.units.count -= len(units)
 
     def numbered_now(self, module: nn.Module, out: bool, channels: Sequence[int]) -> list[int]:
         """Convert channels that are numbered as after all recorded prunes to current indices."""
@@ -156,10 +149,8 @@ class RecordedPrunes:
         ]
         if not sides:
             return [*channels]
-        stays = torch.ones(channels_of(sides[0][0]), dtype=torch.bool)
-        for side, units in sides:
-            stays[side.table[units].flatten()] = False
-        kept: list[int] = stays.nonzero().flatten()[list(channels)].tolist()
+        lost = torch.cat([side.table[units].flatten() for side, units in sides])
+        kept: list[int] = _others(lost, channels_of(sides[0][0]))[list(channels)].tolist()
         return kept
 
     def missing(self) -> list[str]:
@@ -203,7 +194,7 @@ def kept_positions(model: nn.Module, groups: Iterable[ConfigGroup]) -> dict[Plac
     kept: dict[Any, Tensor] = {}
     result: dict[Place, Tensor] = {}
     for place, lost in tables.items():
-        size = _size(model, place)
+        size = tensor(model, place[0]).shape[place[1]]
         key = (*sorted(lost), size)  # dimensions with equal positions share one tensor
         if key not in kept:
             kept[key] = _others(torch.cat([table.flatten() for table in lost.values()]), size)
@@ -211,14 +202,15 @@ def kept_positions(model: nn.Module, groups: Iterable[ConfigGroup]) -> dict[Plac
     return result
 
 
-def _size(model: nn.Module, place: Place) -> int:
-    return tensor(model, place[0]).shape[place[1]]
-
-
 def _others(positions: Tensor, size: int) -> Tensor:
     stays = torch.ones(size, dtype=torch.bool)
     stays[positions.flatten()] = False
     return stays.nonzero().flatten()
+
+
+def _moved_up(positions: Tensor, lost: Tensor) -> Tensor:
+    """Renumber positions after others, in increasing order, are removed."""
+    return positions - torch.searchsorted(lost, positions)
 
 
 class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]

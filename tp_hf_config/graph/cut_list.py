@@ -2,15 +2,13 @@
 
 It is made from a live model or from one on the meta device. :func:`~tp_hf_config.apply_cuts`
 applies it where the weights are.
-
-Two kinds of edits are made to a parameter: positions are selected, or a weight is refitted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -29,23 +27,6 @@ from ..model.paging import in_file
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names, select
 from ..reports import short
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Keeps some positions along some dimensions."""
-
-    positions: Mapping[int, Tensor]  # dimension -> kept positions, 1-D
-
-    def of(self, values: Tensor) -> Tensor:
-        return select(values, self.positions)
-
-    def then(self, other: Selection) -> Selection:
-        """Combine this selection with a later one, whose positions index this one's result."""
-        positions = dict(self.positions)
-        for dim, kept in other.positions.items():
-            positions[dim] = positions[dim][kept] if dim in positions else kept
-        return Selection(positions)
 
 
 @dataclass(frozen=True)
@@ -95,38 +76,6 @@ class RefitInPlace:
         matrix.index_copy_(dim, kept, self.refit.of(matrix, dim))
 
 
-@dataclass(frozen=True)
-class NotKept:
-    """Marks a refit whose values are not stored, because they are as large as the weight."""
-
-    def of(self, values: Tensor) -> Tensor:
-        raise ValueError(REFITTED)
-
-
-REFITTED = (
-    "weights were refitted, but a cut list stores only which channels were removed. Save the "
-    "pruned model (save_pretrained), or prune without refit= if you need a cut list"
-)
-Edit = Selection | RefitInPlace | NotKept
-
-
-def edited(values: Tensor, edits: Iterable[Edit]) -> Tensor:
-    own = False  # a stack is copied once for all of its matrices
-    for edit in edits:
-        if isinstance(edit, RefitInPlace):
-            values = values if own else _copy(values)
-            edit.apply(values)
-        else:
-            values = edit.of(values)
-        own = True
-    return values
-
-
-def _copy(values: Tensor) -> Tensor:
-    paged = in_file(values)  # a new file-backed tensor while paging, else ``values`` itself
-    return values.clone() if paged is values else paged
-
-
 def matrix_of(values: Tensor, dim: int, part: int | None) -> tuple[Tensor, int]:
     """Return a view of one matrix of a stack, and the channel dimension in that matrix."""
     if part is None:
@@ -140,7 +89,48 @@ def stack_dim(values: Tensor, dim: int) -> int:
     return next(d for d in range(values.ndim) if d != dim)
 
 
-FORMAT = "tp_hf_config cut list 1"
+_REFITTED = (
+    "weights were refitted, but a cut list stores only which channels were removed. Save the "
+    "pruned model (save_pretrained), or prune without refit= if you need a cut list"
+)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to one tensor: weights are refitted, then positions are removed.
+
+    Attributes:
+        kept: dimension -> kept positions (int64, 1-D, increasing), for each dimension that is cut.
+        refits: ``None``: weights were refitted, but with what values is not stored, because the
+            values are as large as the weights.
+    """
+
+    kept: Mapping[int, Tensor]
+    refits: tuple[RefitInPlace, ...] | None = ()
+
+    def of(self, values: Tensor) -> Tensor:
+        if self.refits is None:
+            raise ValueError(_REFITTED)
+        if self.refits:
+            paged = in_file(values)  # a new file-backed tensor while paging, else ``values`` itself
+            values = values.clone() if paged is values else paged
+        for refit in self.refits:
+            refit.apply(values)
+        return select(values, self.kept)
+
+    def shape_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(len(self.kept[d]) if d in self.kept else size for d, size in enumerate(shape))
+
+    def then(self, later: Edit) -> Edit:
+        """Combine two edits that store no refits; the later one's positions index the result."""
+        kept = dict(self.kept)
+        for dim, positions in later.kept.items():
+            kept[dim] = kept[dim][positions] if dim in kept else positions
+        return Edit(kept, None if None in (self.refits, later.refits) else ())
+
+
+_NOTHING = Edit({})
+_FORMAT = "tp_hf_config cut list 1"
 _TABLE, _CHECKSUM = "cut_list", "sha256"
 
 
@@ -152,28 +142,24 @@ class CutList:
         model: name of the model class.
         before: config before the cuts, as JSON.
         after: config after the cuts, as JSON.
-        edits: name of a parameter or saved buffer -> its edits, in order. A tied weight is listed
+        edits: name of a parameter or saved buffer -> what is done to it. A tied weight is listed
             under the first of its names.
     """
 
     model: str
     before: dict[str, Any]
     after: dict[str, Any]
-    edits: Mapping[str, tuple[Edit, ...]]
+    edits: Mapping[str, Edit]
 
     def __str__(self) -> str:
         changes = ", ".join(
             f"{field_name(field)} {old} -> {new}" for field, old, new in self.changes()
         )
-        refitted = sum(
-            any(not isinstance(edit, Selection) for edit in edits) for edits in self.edits.values()
-        )
-        text = (
+        refitted = sum(edit.refits != () for edit in self.edits.values())
+        return (
             f"{self.model}: {changes or 'the config is unchanged'}; {len(self.edits)} tensors are "
-            "cut"
+            f"cut{f', {refitted} refitted' if refitted else ''}"
         )
-        text += f", {refitted} refitted" if refitted else ""
-        return text
 
     def __repr__(self) -> str:
         return short(self, str(self))
@@ -181,8 +167,7 @@ class CutList:
     @property
     def is_complete(self) -> bool:
         """True if the cut list can be saved and applied: no weight was refitted."""
-        edits = (edit for edits in self.edits.values() for edit in edits)
-        return not any(isinstance(edit, NotKept) for edit in edits)
+        return all(edit.refits is not None for edit in self.edits.values())
 
     def check_complete(self) -> None:
         """Raise if the cut list cannot be saved and applied.
@@ -191,7 +176,7 @@ class CutList:
             ValueError: weights were refitted; a cut list stores no refits.
         """
         if not self.is_complete:
-            raise ValueError(REFITTED)
+            raise ValueError(_REFITTED)
 
     def changes(self) -> list[tuple[tuple[Any, ...], Any, Any]]:
         """Return the changed config fields: path, old value, new value."""
@@ -206,15 +191,11 @@ class CutList:
             name: name of a parameter or saved buffer.
             values: its values before the cuts, in full.
         """
-        return edited(values, self.edits.get(name, ()))
+        return self.edits[name].of(values) if name in self.edits else values
 
     def kept(self, name: str) -> dict[int, Tensor]:
         """Return dimension -> kept positions (int64, 1-D) for each dimension that is cut."""
-        total: dict[int, Tensor] = {}
-        for edit in self.edits.get(name, ()):
-            for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
-                total[dim] = total[dim][kept] if dim in total else kept
-        return total
+        return dict(self.edits.get(name, _NOTHING).kept)
 
     @check_arguments
     def then(self, other: CutList) -> CutList:
@@ -233,7 +214,7 @@ class CutList:
     def followed_by(self, other: CutList) -> CutList:
         """Return this cut list followed by another one of the same model, without a check."""
         edits = {
-            name: _joined(self.edits.get(name, ()), other.edits.get(name, ()))
+            name: self.edits.get(name, _NOTHING).then(other.edits.get(name, _NOTHING))
             for name in dict.fromkeys((*self.edits, *other.edits))
         }
         return CutList(self.model, self.before, other.after, edits)
@@ -247,16 +228,24 @@ class CutList:
         """
         self.check_complete()
         tensors: dict[str, Tensor] = {}
+        keys: dict[bytes, str] = {}
+
+        def stored(positions: Tensor) -> str:  # equal ones once
+            positions = positions.cpu().contiguous()
+            key = keys.setdefault(positions.numpy().tobytes(), str(len(keys)))
+            tensors[key] = positions
+            return key
+
         table = {
             "model": self.model,
             "before": self.before,
             "after": self.after,
             "edits": {
-                name: [_described(edit, tensors) for edit in edits]
-                for name, edits in self.edits.items()
+                name: [{"keep": {str(dim): stored(kept) for dim, kept in edit.kept.items()}}]
+                for name, edit in self.edits.items()
             },
         }
-        head = {"format": FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
+        head = {"format": _FORMAT, _TABLE: json.dumps(table), _CHECKSUM: _digest(table, tensors)}
         write_whole(Path(path), lambda part: save_file(tensors, part, head))
 
     @classmethod
@@ -271,36 +260,34 @@ class CutList:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CheckpointError(f"{path}: expected a cut list ({FORMAT})")
+                if metadata.get("format") != _FORMAT:
+                    raise CheckpointError(f"{path}: expected a cut list ({_FORMAT})")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             table = json.loads(metadata.get(_TABLE, "null"))
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {in_one_line(error)}") from error
-        fault = _not_as_saved(table, tensors, metadata.get(_CHECKSUM)) or _fault(table, tensors)
-        if fault is not None:
-            raise CheckpointError(f"{path}: {fault}. Save it again: hook.cuts.save(path)")
-        edits = {
-            name: tuple(_edit_of(entry, tensors) for entry in entries)
-            for name, entries in table["edits"].items()
-        }
+        try:
+            _check_unchanged(table, tensors, metadata.get(_CHECKSUM))
+            edits = dict(_edits_in(table, tensors))
+        except ValueError as fault:
+            raise CheckpointError(
+                f"{path}: {fault}. Save it again: hook.cuts.save(path)"
+            ) from fault
         return cls(table["model"], table["before"], table["after"], edits)
 
     def misfit(self, shapes: Shapes) -> str | None:
         """Return why the edits do not fit tensors of these shapes; ``None`` if they do."""
-        for name, edits in self.edits.items():
+        for name, edit in self.edits.items():
             if name not in shapes:
                 return f"it cuts {name}, which the model does not have"
-            sizes = list(shapes[name])
-            for edit in edits:
-                for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
-                    needed = int(kept[-1]) + 1
-                    if dim >= len(sizes) or needed > sizes[dim]:
-                        return (
-                            f"it needs {needed} positions along dimension {dim} of {name}, which "
-                            f"has shape {sizes}"
-                        )
-                    sizes[dim] = len(kept)
+            sizes = shapes[name]
+            for dim, kept in edit.kept.items():
+                needed = int(kept[-1]) + 1
+                if dim >= len(sizes) or needed > sizes[dim]:
+                    return (
+                        f"it needs {needed} positions along dimension {dim} of {name}, which "
+                        f"has shape {list(sizes)}"
+                    )
         return None
 
 
@@ -314,94 +301,48 @@ def _digest(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _not_as_saved(table: Any, tensors: Mapping[str, Tensor], checksum: str | None) -> str | None:
+def _check_unchanged(table: Any, tensors: Mapping[str, Tensor], checksum: str | None) -> None:
     if checksum is None:
-        return f"it has no checksum ({_CHECKSUM}), which every cut list is saved with"
+        raise ValueError(f"it has no checksum ({_CHECKSUM}), which every cut list is saved with")
     found = _digest(table, tensors)
     if found != checksum:
-        return (
+        raise ValueError(
             f"it was changed after it was saved: its {_CHECKSUM} is {found[:12]}..., expected "
             f"{checksum[:12]}..."
         )
-    return None
 
 
-def _fault(table: Any, tensors: Mapping[str, Tensor]) -> str | None:
+def _edits_in(table: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Edit]]:
+    """Yield the edits of a file's table; raise ``ValueError`` if it does not hold a cut list."""
     kinds = {"model": str, "before": dict, "after": dict, "edits": dict}
-    if not _has(table, kinds):
-        return f"expected an object of {', '.join(kinds)}"
-    for name, entries in table["edits"].items():
-        if not isinstance(entries, list):
-            return f"{name}: expected a list of cuts"
-        for entry in entries:
-            fault = _fault_of(entry, tensors)
-            if fault is not None:
-                return f"{name}: {fault}"
-    return None
+    values = table if isinstance(table, dict) else {}
+    if values.keys() != kinds.keys() or not all(isinstance(values[k], kinds[k]) for k in kinds):
+        raise ValueError(f"expected an object of {', '.join(kinds)}")
+    for name, cuts in values["edits"].items():
+        try:
+            [cut] = cuts
+            kept = {int(dim): tensors[key] for dim, key in cut["keep"].items()}
+            valid = bool(kept) and min(kept) >= 0 and all(map(_are_positions, kept.values()))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"{name}: expected a list of one cut, dimension numbers with the positions that "
+                "are kept: a list of whole numbers, 0 or more, increasing, without duplicates"
+            )
+        yield name, Edit(kept)
 
 
-def _fault_of(entry: Any, tensors: Mapping[str, Tensor]) -> str | None:
-    if _has(entry, {"keep": dict}):
-        positions = entry["keep"]
-        if not positions or not all(dim.isdecimal() for dim in positions):
-            return "expected dimension numbers with the positions that are kept"
-        return next(filter(None, (_not_rising(key, tensors) for key in positions.values())), None)
-    return "expected the positions that are kept"
-
-
-def _has(data: Any, kinds: Mapping[str, Any]) -> bool:
-    return (
-        isinstance(data, dict)
-        and data.keys() == kinds.keys()
-        and all(isinstance(data[key], kind) for key, kind in kinds.items())
-    )
-
-
-def _not_rising(key: Any, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return why a tensor is not a list of positions: int64, rising, from 0 on."""
-    values = tensors.get(key) if isinstance(key, str) else None
-    if values is None or values.ndim != 1 or values.dtype != torch.int64 or not len(values):
-        return "expected positions, a list of whole numbers"
-    if int(values[0]) < 0 or not bool((values.diff() > 0).all()):
-        return "positions have to increase, without duplicates, and be 0 or more"
-    return None
-
-
-def _joined(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """Concatenate edits; merge neighbouring selections into one."""
-    edits: list[Edit] = []
-    for edit in (*first, *second):
-        if edits and isinstance(edit, Selection) and isinstance(edits[-1], Selection):
-            edits[-1] = edits[-1].then(edit)
-        elif not isinstance(edit, NotKept) or edit not in edits:
-            edits.append(edit)
-    return tuple(edits)
-
-
-def _described(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return an edit as JSON; add its tensors to ``tensors``, equal ones once."""
-
-    def stored(values: Tensor) -> str:
-        values = values.detach().cpu().contiguous()
-        for name, other in tensors.items():
-            if torch.equal(other, values):
-                return name
-        tensors[str(len(tensors))] = values
-        return str(len(tensors) - 1)
-
-    assert isinstance(edit, Selection)  # check_complete
-    return {"keep": {str(dim): stored(kept) for dim, kept in edit.positions.items()}}
-
-
-def _edit_of(entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
-    return Selection({int(dim): tensors[key] for dim, key in entry["keep"].items()})
+def _are_positions(values: Tensor) -> bool:
+    flat = values.ndim == 1 and values.dtype == torch.int64 and len(values) > 0
+    return flat and int(values[0]) >= 0 and bool((values.diff() > 0).all())
 
 
 def edits_of(
     model: nn.Module,
-    refits: Mapping[str, Iterable[RefitInPlace]],  # by first name
+    refits: Mapping[str, Sequence[RefitInPlace]],  # by first name
     kept: Mapping[tuple[str, int], Tensor],  # kept positions
-) -> dict[str, tuple[Edit, ...]]:
+) -> dict[str, Edit]:
     """Return the edits of each parameter and saved buffer, by its first name."""
     first = {alias: names[0] for names in parameter_names(model).values() for alias in names}
     positions: dict[str, dict[int, Tensor]] = {}
@@ -412,19 +353,13 @@ def edits_of(
                 f"{name} and {first[name]} are tied, one weight under two names, but would lose "
                 "different channels. Nothing is pruned."
             )
-    return {name: (*refits.get(name, ()), Selection(dims)) for name, dims in positions.items()}
+    return {name: Edit(dims, tuple(refits.get(name, ()))) for name, dims in positions.items()}
 
 
-def explained(
-    model: nn.Module, edits: Mapping[str, Iterable[Edit]], before: Shapes, after: Shapes
-) -> bool:
+def explained(model: nn.Module, edits: Mapping[str, Edit], before: Shapes, after: Shapes) -> bool:
     """True if every tensor of a model has the shape that the edits of a step give."""
     others = {name for _, *tied in parameter_names(model).values() for name in tied}
-    for name in after.keys() - others:
-        expected = list(before.get(name, ()))
-        for edit in edits.get(name, ()):
-            for dim, kept in edit.positions.items() if isinstance(edit, Selection) else ():
-                expected[dim] = len(kept)
-        if tuple(expected) != after[name]:
-            return False
-    return True
+    return all(
+        edits.get(name, _NOTHING).shape_of(before.get(name, ())) == after[name]
+        for name in after.keys() - others
+    )

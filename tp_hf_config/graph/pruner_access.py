@@ -1,16 +1,20 @@
-"""Private parts of Torch-Pruning's pruners that this library uses."""
+"""Private parts of Torch-Pruning's pruners that this library uses, and pruners' constructors."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from types import FunctionType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch_pruning as tp
 from torch import Tensor, nn
 
-from ..model.build import Refusal
-from .config_graph import ConfigGraph
-from .pruner_classes import constructor_with
-from .sides import ConfigGroup
+if TYPE_CHECKING:  # importing torch_pruning imports this module, and should stay fast
+    from .config_graph import ConfigGraph
+    from .sides import ConfigGroup
+
+BasePruner: Any = tp.pruner.BasePruner
 
 
 class Graph(Protocol):
@@ -64,7 +68,13 @@ _SCHEDULE = ("per_step_pruning_ratio", "per_step_head_pruning_ratio")  # ratio a
 # layer -> ratio after each step; the constructor takes the last
 _OWN_RATIOS = ("pruning_ratio_dict", "head_pruning_ratio_dict")
 _SCOPE = "_User_Defined_Scope_"
-_LIBRARY = "torch_pruning"
+
+
+def family(cls: Any = BasePruner) -> Iterator[Any]:
+    """Yield a pruner class and all its subclasses."""
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from family(subclass)
 
 
 def scope_of(pruner: Pruner, group: ConfigGroup) -> tuple[str, tuple[float, ...]]:
@@ -106,14 +116,13 @@ def _at_most(ratios: Sequence[float], most: float) -> tuple[float, ...]:
     return tuple(min(ratio, most) for ratio in ratios)
 
 
-def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> Refusal | None:
+def cannot_replace_trace(pruner: Any, constructor: Callable[..., Any]) -> str | None:
     """Return why the graph of a pruner with a trace cannot be replaced; None if it can."""
     if pruner.current_step or pruner.DG.pruning_history():
-        return Refusal("the pruner has already pruned with that trace")
+        return "the pruner has already pruned with that trace"
     written_in = getattr(constructor, "__globals__", {}).get("__name__", "")
-    if written_in.partition(".")[0] != _LIBRARY:
-        name = type(pruner).__name__
-        return Refusal(f"the constructor of {name} may have stored groups of that trace")
+    if written_in.partition(".")[0] != tp.__name__:
+        return f"the constructor of {type(pruner).__name__} may have stored groups of that trace"
     return None
 
 
@@ -158,13 +167,23 @@ def _ratios_by_layer(pruner: Pruner) -> dict[Any, float]:
     return dict(scopes[number] for number in sorted(scopes))
 
 
+def constructor_with(graph: Any) -> Callable[..., None]:
+    """Return ``BasePruner``'s constructor, changed to use ``graph`` instead of a trace."""
+    # the constructor reads dependency.DependencyGraph from its module's globals, as do other
+    # threads: this copy gets globals of its own
+    own: Any = inspect.unwrap(BasePruner.__init__)
+    names = {**own.__globals__, "dependency": SimpleNamespace(DependencyGraph=lambda: graph)}
+    taking = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    taking.__kwdefaults__ = own.__kwdefaults__
+    return taking
+
+
 def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any]) -> None:
     """Construct a pruner again with ``graph`` instead of its trace, and :func:`arguments_of`."""
     before = dict(vars(pruner))
     try:
         schedule = pruner.iterative_pruning_ratio_scheduler
-        construct = constructor_with(graph)
-        construct(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
+        constructor_with(graph)(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
         vars(pruner).update({name: before[name] for name in _SCHEDULE})
         for name in _OWN_RATIOS:
             vars(pruner)[name].update(before[name])

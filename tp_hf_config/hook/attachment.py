@@ -31,7 +31,7 @@ from ..errors import (
 from ..fieldmap.model_view import ModelView, view_of
 from ..fieldmap.solve.fit import AGAIN
 from ..graph.config_graph import ConfigGraph, kept_positions
-from ..graph.cut_list import CutList, Edit, NotKept, RefitInPlace, edits_of, explained
+from ..graph.cut_list import CutList, Edit, edits_of, explained
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width
 from ..graph.pruner_access import arguments_of, cannot_replace_trace, replace_graph, restore_trace
@@ -162,13 +162,13 @@ def _check_replaceable(hook: Any, pruner: Any) -> None:
             "a plan sets the pruner's ratios and steps, so pass its hook to the pruner's "
             "constructor: hooks=[HFConfigSyncHook(plan=plan)]"
         )
-    refusal = cannot_replace_trace(pruner, constructor_of(type(pruner)))
-    if refusal is not None:
+    reason = cannot_replace_trace(pruner, constructor_of(type(pruner)))
+    if reason is not None:
         name = type(pruner).__name__
         raise ValueError(
             f"this {name} has already traced its model, and the groups of that trace are not "
             "proved. They cannot be replaced by the graph made from the config: "
-            f"{refusal.reason}. Pass the hook to the pruner's constructor: "
+            f"{reason}. Pass the hook to the pruner's constructor: "
             f"{name}(model, ..., hooks=[HFConfigSyncHook()])."
         )
 
@@ -178,7 +178,7 @@ class _Cut:
     """What is cut together; by default nothing, or other code cut."""
 
     groups: Sequence[Sequence[LayerCut]] = ()  # as numbered before the cut
-    edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)  # of each tensor
+    edits: Mapping[str, Edit] = field(default_factory=dict)  # of each tensor
     proof: Proof | None = None
     refitting: Refitting | None = None
 
@@ -459,7 +459,7 @@ class CutLog:
         name = stock_class(type(model)).__name__
         self._before = name, config_json(model.config), shapes(model)
 
-    def take(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
+    def take(self, edits: Mapping[str, Edit]) -> None:
         class_name, config, old_shapes = self._before
         self.begin()
         _, new_config, new_shapes = self._before
@@ -469,9 +469,6 @@ class CutLog:
             self.total = None
         if not self._known or not edits:
             return
-        kept = {
-            name: tuple(NotKept() if isinstance(edit, RefitInPlace) else edit for edit in done)
-            for name, done in edits.items()
-        }
+        kept = {name: Edit(edit.kept, None if edit.refits else ()) for name, edit in edits.items()}
         step = CutList(class_name, config, new_config, kept)
         self.total = step if self.total is None else self.total.followed_by(step)

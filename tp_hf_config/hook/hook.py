@@ -334,7 +334,7 @@ def _check_plan_alone(*others: Any) -> None:
 
 def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan's arguments for the pruner; raise if the pruner was given other values."""
-    from ..graph.pruner_classes import BasePruner  # imports torch_pruning, which imports hooks
+    from ..graph.pruner_access import BasePruner  # imports torch_pruning, which imports hooks
 
     defaults = inspect.signature(BasePruner.__init__).parameters
     for name, value in planned.items():

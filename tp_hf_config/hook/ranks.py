@@ -100,9 +100,7 @@ class ShardedModel:
         with all_or_nothing() as changes:
             write_fields(changes, self._copy, [("", field, value) for field, value in changed])
 
-    def carry_out(
-        self, pruner: Any, edits: Mapping[str, tuple[Edit, ...]], failure: Exception | None
-    ) -> None:
+    def carry_out(self, pruner: Any, edits: Mapping[str, Edit], failure: Exception | None) -> None:
         """Build the pruned model from the meta copy's config, and fill it tensor by tensor."""
         built: tuple[PreTrainedModel, nn.Module] | None = None
         try:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch_pruning import DependencyGraph
 
 from ..arguments import check_arguments
-from ..graph.pruner_classes import BasePruner, constructor_with, family
+from ..graph.pruner_access import BasePruner, constructor_with, family
 
 Pruner = Any  # any pruner of Torch-Pruning, which has no type hints
 _DICTS = ("num_heads", "in_channel_groups", "out_channel_groups", "channel_groups")

@@ -19,8 +19,7 @@ from torch_pruning.pruner import function
 from torch_pruning.pruner.importance import OBDCImportance
 
 from ..calibration.importance import holds_experts
-from ..graph.pruner_access import Importance, Pruner, scope_of
-from ..graph.pruner_classes import BasePruner
+from ..graph.pruner_access import BasePruner, Importance, Pruner, scope_of
 from ..graph.sides import ConfigGroup, GraphGroup
 from ..model.locate import check_has_data
 from ..model.sharded import gathered

@@ -17,7 +17,7 @@ from ..forward.run_recipe import MakeInputs
 from ..graph.config_graph import ConfigGraph
 from ..graph.layer_fields import fields_named
 from ..graph.prunable import Width, note_on_states, note_on_unobserved
-from ..graph.pruner_classes import family
+from ..graph.pruner_access import family
 from ..graph.sides import ParameterView, channels_of, is_output
 from ..model.config_json import field_name
 from .selection import Chosen, Wanted, check_apart, check_ratios, choose

@@ -24,7 +24,6 @@ from tp_hf_config import (
     calibrate,
 )
 from tp_hf_config.graph import cut_list
-from tp_hf_config.graph.cut_list import Selection
 from tp_hf_config.model.config_json import config_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning")
@@ -136,16 +135,16 @@ class TestTheList:
 
     def test_says_what_is_cut(self, cuts: CutList) -> None:
         assert str(cuts) == "LlamaForCausalLM: intermediate_size 64 -> 32; 6 tensors are cut"
-        (edit,) = cuts.edits["model.layers.0.mlp.down_proj.weight"]
-        assert isinstance(edit, Selection)
-        assert edit.positions.keys() == {1}
-        assert len(edit.positions[1]) == 32
+        edit = cuts.edits["model.layers.0.mlp.down_proj.weight"]
+        assert edit.refits == ()
+        assert edit.kept.keys() == {1}
+        assert len(edit.kept[1]) == 32
 
     def test_is_small(self, cuts: CutList, tmp_path: Path) -> None:
         cuts.save(tmp_path / "cuts.safetensors")
         file = CutList.load(tmp_path / "cuts.safetensors")
         assert file.edits.keys() == cuts.edits.keys()
-        positions = {id(p) for e in file.edits.values() for s in e for p in s.positions.values()}  # type: ignore[union-attr]
+        positions = {id(p) for edit in file.edits.values() for p in edit.kept.values()}
         assert len(positions) == 2  # a layer's three weights lose the same channels
 
     def test_another_class_is_refused(self, cuts: CutList) -> None:
@@ -216,35 +215,35 @@ class TestTheList:
             (lambda t, _: t.update(edits=[]), "expected an object of model, before, after"),
             (
                 lambda t, _: t["edits"].update(a=5),
-                "a: expected a list of cuts",
+                "a: expected a list of one cut",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{}]),
-                "a: expected the positions that are kept",
+                "a: expected a list of one cut, dimension numbers with the positions that are kept",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"x": "0"}}]),
-                "a: expected dimension numbers",
+                "a: expected a list of one cut, dimension numbers",
             ),
             (
                 lambda t, _: t["edits"].update(a=[{"keep": {"0": "9"}}]),
-                "a: expected positi",
+                "a: expected a list of one cut",
             ),
             (
                 lambda _, p: p["0"].fill_(3),
-                "positions have to increase, without duplicates",
+                "whole numbers, 0 or more, increasing, without duplicates",
             ),
             (
                 lambda _, p: p["0"].sub_(99),
-                "positions have to increase, without duplicates",
+                "whole numbers, 0 or more, increasing, without duplicates",
             ),
             (
                 lambda _, p: p.update({"0": p["0"].float()}),
-                "expected positions, a ",
+                "positions that are kept: a list of whole numbers",
             ),
             (
                 lambda _, p: p.update({"0": p["0"][:0]}),
-                "expected positions, a list",
+                "positions that are kept: a list of whole numbers",
             ),
             (lambda _, p: p["0"].add_(50), "it needs .* positions along dimension"),
             (
