@@ -18,7 +18,6 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tp_hf_config import Calibration, calibrate
-from tp_hf_config.calibration.importance import Kind
 
 CUTS: dict[str, dict[str, Any]] = {
     "ffn25": {"prune": ("intermediate_size",), "pruning_ratio": 0.25},
@@ -29,7 +28,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "head_pruning_ratio": 1 / 12,
     },
 }
-OURS: tuple[Kind, ...] = ("activation", "wanda")
+IMPORTANCES = ("wanda", "magnitude")
 _HELD_OUT = 8  # paragraphs, by `calibrate`
 _LONGEST = 128  # tokens of a paragraph
 
@@ -44,7 +43,7 @@ class Embedder:
         """Everything that is measured."""
         return [
             Job("minilm", cut, name, partial(self._cut, cut, name))
-            for name in (*OURS, "magnitude")
+            for name in IMPORTANCES
             for cut in CUTS
         ]
 
@@ -96,10 +95,9 @@ class Embedder:
         }
 
     def _importance(self, name: str) -> MakeImportance:
-        for kind in OURS:
-            if kind == name:
-                return lambda model, calibration: calibration.importance(kind)
-        return lambda model, calibration: tp.importance.GroupMagnitudeImportance()
+        if name == "magnitude":
+            return lambda model, calibration: tp.importance.GroupMagnitudeImportance()
+        return lambda model, calibration: calibration.importance("wanda")
 
     def _cut(self, cut: str, name: str) -> Row:
         return both_ways(

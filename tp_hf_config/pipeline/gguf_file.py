@@ -22,13 +22,12 @@ import torch
 
 from ..calibration.batches import shipped_text
 from ..errors import PipelineError, listed
-from ..model.build import Refusal
 from ..model.config_json import config_json
 from ..model.layer_class import layer_lists
 from .companions import base_model, copy_companions, snapshot
 from .job import Written
 from .llama import LlamaLayers, llama_layers, save_weights
-from .proofs import SameTensors
+from .proofs import NotProvedError, SameTensors
 from .source import Source, load, tokenizer_of, untrusted
 
 if TYPE_CHECKING:
@@ -82,15 +81,15 @@ _NO_FOLDER = (
 )
 
 
-def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written | Refusal:
-    """Write a file and read it back, if layers differ once they are proved a Llama's; or refuse."""
+def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written:
+    """Write a file and read it back; if layers differ, they are proved a Llama's before."""
     if source is None or source.gguf is not None:
-        return Refusal(_NO_FOLDER)
+        raise NotProvedError(_NO_FOLDER)
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     dtypes = {value.dtype for value in floats}
     if not dtypes <= _TYPES.keys():
         other = ", ".join(sorted(str(dtype) for dtype in dtypes - _TYPES.keys()))
-        return Refusal(
+        raise NotProvedError(
             f"its weights are {other}, and a GGUF file takes float32, float16 and bfloat16. Save "
             "it in one of these first"
         )
@@ -102,9 +101,7 @@ def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written |
     exact = _exact({value.dtype for value in floats if value.dim() > 1})
     if layer_lists(type(model)):
         return _write_differing(model, source, tokenizer, exact, out)
-    refusal = _not_computed(model.config)
-    if refusal is not None:
-        return refusal
+    _check_computed(model.config)
     folder = source.folder or snapshot(source)
     reader = _convert(_CONVERTER, folder, out, exact, base_model(source), tokenizer)
     size = sum(int(one.n_elements) for one in reader.tensors)
@@ -113,12 +110,11 @@ def write(model: PreTrainedModel, source: Source | None, out: Path) -> Written |
         found = tokenizer_of(file)
         read, lacking = load(file, config, type(model), dtype=_exact(dtypes))
     except PipelineError as error:
-        proof = SameTensors(unread=str(error))
-        return Written(size, proof, {}, _LOADING, holds_tokenizer=True)
+        return Written(size, SameTensors(unread=str(error)), {}, _LOADING)
     _check_cuts(tokenizer, found)
     if lacking:
         raise _another(lacking[0])
-    return Written(size, _compared(model, read), {}, _LOADING, holds_tokenizer=True)
+    return Written(size, _compared(model, read), {}, _LOADING)
 
 
 def _write_differing(
@@ -127,13 +123,9 @@ def _write_differing(
     tokenizer: PreTrainedTokenizerBase,
     exact: torch.dtype,
     out: Path,
-) -> Written | Refusal:
+) -> Written:
     llama = llama_layers(model)
-    if isinstance(llama, Refusal):
-        return llama
-    refusal = _not_computed(llama.config, differ=True)
-    if refusal is not None:
-        return refusal
+    _check_computed(llama.config, differ=True)
     data = {
         **config_json(llama.config),
         "architectures": ["LlamaForCausalLM"],
@@ -149,10 +141,8 @@ def _write_differing(
         _convert(_CONVERTER, folder, out, exact, name, tokenizer, "vocab-only")
         _check_cuts(tokenizer, tokenizer_of(_file_in(out)))
         reader = _convert(_CONVERTER_OF_DIFFERING, folder, out, exact, name, tokenizer)
-    reason = _difference(reader, llama, exact)
-    if reason is not None:
-        raise _another(reason)
-    return Written(llama.parameters, llama.proof, llama.fields, _LOADING, holds_tokenizer=True)
+    _check_llama(reader, llama, exact)
+    return llama.written(_LOADING)
 
 
 def _exact(dtypes: set[torch.dtype]) -> torch.dtype:
@@ -163,24 +153,25 @@ def _another(reason: str) -> PipelineError:
     return PipelineError(f"the file was not written, read back it is another: {reason}")
 
 
-def _not_computed(config: PreTrainedConfig, differ: bool = False) -> Refusal | None:
-    """Return why llama.cpp's Llama, which the converter makes of a Llama, computes another one."""
+def _check_computed(config: PreTrainedConfig, differ: bool = False) -> None:
+    """Raise if llama.cpp's Llama, which the converter makes of a Llama, computes another one."""
     from transformers import LlamaConfig
 
     if not isinstance(config, LlamaConfig):
-        return None
-    if config.hidden_act not in _SILU:
-        return Refusal(f"hidden_act {config.hidden_act!r}: llama.cpp's Llama computes 'silu' alone")
+        return
     rotary: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     kind = (rotary or {}).get("rope_type")
+    if config.hidden_act not in _SILU:
+        raise NotProvedError(
+            f"hidden_act {config.hidden_act!r}: llama.cpp's Llama computes 'silu' alone"
+        )
     if kind in _BY_LENGTH:
-        return Refusal(
+        raise NotProvedError(
             f"rope_type {kind!r}: its frequencies depend on the length of the text, and a GGUF "
             "file has one factor for each"
         )
     if differ and kind == "yarn":
-        return Refusal("rope_type 'yarn' scales attention, which was not tried with 'deci'")
-    return None
+        raise NotProvedError("rope_type 'yarn' scales attention, which was not tried with 'deci'")
 
 
 def _convert(
@@ -251,15 +242,15 @@ def _compared(model: PreTrainedModel, read: PreTrainedModel) -> SameTensors:
     return SameTensors(len(found), most)
 
 
-def _difference(reader: gguf.GGUFReader, llama: LlamaLayers, exact: torch.dtype) -> str | None:
-    """Return how a file's widths and weights differ from those of a Llama, if they do."""
+def _check_llama(reader: gguf.GGUFReader, llama: LlamaLayers, exact: torch.dtype) -> None:
+    """Raise unless a file's widths and weights are those of a Llama."""
     ffn, queries, keys = zip(*llama.layers, strict=True)
     widths = {"feed_forward_length": ffn, "attention.head_count": queries}
     for name, values in {**widths, "attention.head_count_kv": keys}.items():
         field = reader.get_field(f"deci.{name}")
         expected = list(values) if len(set(values)) > 1 else values[0]
         if field is None or field.contents() != expected:
-            return f"{name} is not what was written"
+            raise _another(f"{name} is not what was written")
     found = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(llama.layers))
     for key, weight in llama.weights.items():
@@ -271,9 +262,10 @@ def _difference(reader: gguf.GGUFReader, llama: LlamaLayers, exact: torch.dtype)
         weight = weight.to(torch.float32 if weight.dim() == 1 else exact)
         read = found.pop(name, None)
         if read is None or not torch.equal(read.view(weight.dtype), weight):
-            return f"{name} is not what was written"
+            raise _another(f"{name} is not what was written")
     other = sorted(found.keys() - {_ROTARY_FACTORS})
-    return f"it has other tensors: {listed(other)}" if other else None
+    if other:
+        raise _another(f"it has other tensors: {listed(other)}")
 
 
 def _check_cuts(tokenizer: PreTrainedTokenizerBase, found: PreTrainedTokenizerBase) -> None:

@@ -217,7 +217,6 @@ class Written:
     proof: SameOutputs | SameTensors
     fields: ByLayer  # those that were padded, or by which layers differ
     loading: str  # how it is loaded, for the model card
-    holds_tokenizer: bool = False  # so its files are not copied
 
 
 @dataclass(frozen=True, repr=False)

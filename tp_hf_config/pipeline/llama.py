@@ -24,10 +24,18 @@ from ..errors import in_one_line, listed
 from ..fieldmap.learn_field_map import map_of
 from ..model.build import Builder, Refusal, without_data
 from ..model.config_json import config_json, with_values
-from .job import ByLayer, Written
+from .job import Written
 from .output import writing_weights
 from .padding import padded_alike
-from .proofs import ROUNDING, SameOutputs, compared, in_float64, outputs_of, runnable_inputs
+from .proofs import (
+    ROUNDING,
+    NotProvedError,
+    SameOutputs,
+    compared,
+    first_run,
+    in_float64,
+    outputs_of,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -65,7 +73,7 @@ class DeciLMConfig(LlamaConfig):
 '''
 
 
-def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusal:
+def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs]:
     """Return the config with which a Llama computes the same from the same weights, and the proof.
 
     All layers have to be alike. Refused: other tensors or outputs, or settings of its own that can
@@ -73,18 +81,14 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
     """
     data = config_json(model.config, use_diff=False)
     llama = _built(model, data)
-    if isinstance(llama, Refusal):
-        return llama
     recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    if isinstance(inputs, Refusal):
-        return inputs
+    inputs, _ = first_run(model, recipe)
     inputs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     passes = [inputs, *_at_the_end(model, inputs, llama.config)]
     expected = _outputs(model, passes, recipe)
     same = compared(expected, _outputs(llama, passes, recipe))
     if not same.difference <= ROUNDING:
-        return Refusal(
+        raise NotProvedError(
             f"a Llama with its weights computes something else: outputs are {same.difference:.0e} "
             "off"
         )
@@ -98,7 +102,7 @@ def as_llama(model: PreTrainedModel) -> tuple[LlamaConfig, SameOutputs] | Refusa
             found = _outputs(other, passes, recipe)
             if compared(expected, found).difference <= ROUNDING:
                 continue
-        return Refusal(
+        raise NotProvedError(
             f"{key} {data[key]} can change what it computes, and a Llama has no such setting. "
             f"Where it is to be given up, set config.{key} = None"
         )
@@ -127,7 +131,7 @@ def _outputs(model: Any, passes: Sequence[dict[str, Any]], recipe: RunRecipe) ->
 
 
 def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
-    """Return a Llama with the settings and weights of a model, or why there is none."""
+    """Return a Llama with the settings and weights of a model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     weights = model.state_dict()
@@ -138,10 +142,10 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
     try:
         config = LlamaConfig(**settings)
     except Exception as error:  # from one of the config class's validators
-        return Refusal(in_one_line(error))
+        raise NotProvedError(in_one_line(error)) from error
     empty = without_data(LlamaForCausalLM, config)
     if isinstance(empty, Refusal):
-        return empty
+        raise NotProvedError(empty.reason)
     weights = _with_zero_biases(weights, config)
     shapes, wanted = (
         {(name, value.shape) for name, value in tensors.items()}
@@ -149,7 +153,7 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> Any:
     )
     if shapes != wanted:
         other = sorted({name for name, _ in shapes ^ wanted})
-        return Refusal(f"a Llama has other tensors: {listed(other)}")
+        raise NotProvedError(f"a Llama has other tensors: {listed(other)}")
     llama: Any = Builder(empty).build(config_json(config, use_diff=False), buffers=True)
     _give_weights(llama, weights)
     return llama
@@ -172,54 +176,36 @@ class LlamaLayers:
     """A model that computes what a Llama does; its weights have a Llama's names."""
 
     config: LlamaConfig  # with the largest widths of all layers
+    head_dim: int
     weights: dict[str, Tensor]  # on the CPU, without a tied head
     layers: list[Layer]
-    fields: ByLayer  # those in which layers differ
     proof: SameOutputs
 
-    @property
-    def head_dim(self) -> int:
-        return _head_dim(self.config)
+    def written(self, loading: str) -> Written:
+        """Return what an export of it wrote."""
+        names = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+        fields = dict(zip(names, zip(*self.layers, strict=True), strict=True))
+        differing = {name: (own,) * 2 for name, own in fields.items() if len(set(own)) > 1}
+        parameters = sum(value.numel() for value in self.weights.values())
+        return Written(parameters, self.proof, differing, loading)
 
-    @property
-    def parameters(self) -> int:
-        return sum(value.numel() for value in self.weights.values())
 
-
-def llama_layers(model: PreTrainedModel) -> LlamaLayers | Refusal:
-    """Prove that a model whose layers differ is a Llama, and return its parts; or refuse."""
-    padded = padded_alike(model)
-    if isinstance(padded, Refusal):
-        return padded
-    llama = as_llama(padded[0])
-    if isinstance(llama, Refusal):
-        return llama
-    config, proof = llama
+def llama_layers(model: PreTrainedModel) -> LlamaLayers:
+    """Prove that a model whose layers differ is a Llama, and return its parts."""
+    config, proof = as_llama(padded_alike(model)[0])
+    head_dim = int(config.head_dim or config.hidden_size // config.num_attention_heads)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     weights = _with_zero_biases(weights, config)
-    layers = _layers(weights, config)
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-    fields = dict(zip(names, zip(*layers, strict=True), strict=True))
-    differing = {name: (values,) * 2 for name, values in fields.items() if len(set(values)) > 1}
-    return LlamaLayers(config, weights, layers, differing, proof)
-
-
-def _layers(weights: Mapping[str, Tensor], config: LlamaConfig) -> list[Layer]:
     layers: list[Layer] = []
-    head_dim = _head_dim(config)
     for number in range(config.num_hidden_layers):
         ffn, queries, keys = (
             len(weights[f"model.layers.{number}.{name}_proj.weight"])
             for name in ("mlp.up", "self_attn.q", "self_attn.k")
         )
         layers.append(Layer(ffn, queries // head_dim, keys // head_dim))
-    return layers
-
-
-def _head_dim(config: LlamaConfig) -> int:
-    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return LlamaLayers(config, head_dim, weights, layers, proof)
 
 
 def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
@@ -234,17 +220,15 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
     return result
 
 
-def write_decilm(model: PreTrainedModel, folder: Path) -> Written | Refusal:
-    """Prove that a model is a Llama of several widths, and write it; or refuse."""
+def write_decilm(model: PreTrainedModel, folder: Path) -> Written:
+    """Prove that a model is a Llama of several widths, and write it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = llama_layers(model)
-    if isinstance(llama, Refusal):
-        return llama
     config, layers = llama.config, llama.layers
     if len({layer.queries for layer in layers}) > 1:
         heads = " or ".join(map(str, sorted({layer.queries for layer in layers})))
-        return Refusal(
+        raise NotProvedError(
             f"its layers have {heads} query heads, and DeciLM has one number for all layers. Prune "
             "the feed-forward alone, or export to='padded' or, for llama.cpp, to='gguf'"
         )
@@ -255,8 +239,7 @@ def write_decilm(model: PreTrainedModel, folder: Path) -> Written | Refusal:
     save_weights(llama.weights, folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    loading = "vllm.LLM(folder, trust_remote_code=True)"
-    return Written(llama.parameters, llama.proof, llama.fields, loading)
+    return llama.written("vllm.LLM(folder, trust_remote_code=True)")
 
 
 def _deci_config(llama: LlamaConfig, layers: list[Layer], dtype: torch.dtype) -> dict[str, Any]:

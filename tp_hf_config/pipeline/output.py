@@ -22,8 +22,7 @@ _OF_A_MODEL = ("config.json", "model.gguf")  # a folder with one of these files 
 @contextmanager
 def output_folder(target: Path, *, source: Path | None = None, overwrite: bool) -> Iterator[Path]:
     """Yield a folder that becomes ``target`` at the end, and is removed after a failure."""
-    check_target(target, source=source, overwrite=overwrite)
-    check = partial(check_target, target, overwrite=overwrite)
+    check = partial(check_target, target, source=source, overwrite=overwrite)
     try:
         with new_folder(target.expanduser().resolve(), check) as work:
             yield work

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from ..graph.experiments import experiments_of
 from ..graph.full_size import Group
 from ..graph.layer_fields import layers_listed
 from ..graph.prunable import Width, widths_of
-from ..graph.sides import Side, is_output, sides_of
+from ..graph.sides import is_output, sides_of
 from ..graph.unit_count import multiple_for_round_to
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json, field_name, with_values
@@ -42,12 +41,13 @@ from .job import ByLayer, Written
 from .output import save_model
 from .proofs import (
     ROUNDING,
+    NotProvedError,
     SameOutputs,
     compared,
+    first_run,
     in_float64,
     outputs_of,
     prove_roundtrip,
-    runnable_inputs,
 )
 
 if TYPE_CHECKING:
@@ -56,15 +56,12 @@ if TYPE_CHECKING:
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
 
 
-def write(model: PreTrainedModel, folder: Path, multiple_of: int = 1) -> Written | Refusal:
-    """Pad every layer to the widest for the stock class, prove it and write it; or refuse.
+def write(model: PreTrainedModel, folder: Path, multiple_of: int = 1) -> Written:
+    """Pad every layer to the widest for the stock class, prove it and write it.
 
     ``multiple_of``: inner widths of feed-forward layers and experts end as multiples of it.
     """
-    result = padded_alike(model, multiple_of)
-    if isinstance(result, Refusal):
-        return result
-    stock, fields, proof = result
+    stock, fields, proof = padded_alike(model, multiple_of)
     save_model(stock, folder)
     prove_roundtrip(stock, folder, map_of(model).recipe)
     loading = f"{auto_classes(type(stock.config), type(stock))[0]}.from_pretrained(folder)"
@@ -73,36 +70,33 @@ def write(model: PreTrainedModel, folder: Path, multiple_of: int = 1) -> Written
 
 def padded_alike(
     model: PreTrainedModel, multiple_of: int = 1
-) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
+) -> tuple[PreTrainedModel, ByLayer, SameOutputs]:
     """Pad every layer to the widest, and prove that the stock class then computes the same.
 
     While weights are paged (they do not fit into memory), a tiny model of the class proves it, if
     layers do not differ.
     """
     differ = bool(layer_lists(type(model)))
-    widths = _widths_of(model)
+    widths = _widths_of(model, differ)
     values = _largest(widths)
-    if isinstance(values, Refusal):
-        return values
     raised = _in_multiples(widths, values, multiple_of)
     if raised == values and not differ:
         named = ", ".join(f"{field_name(field)} {value:,}" for field, value in values.items())
-        return Refusal(
+        raise NotProvedError(
             f"{named} is a multiple of {multiple_of} already" if named else "it has no inner width"
         )
-    proof = None if differ or not is_paged() else _proved_at_twice(model)
-    return proof if isinstance(proof, Refusal) else _padded(model, widths, raised, proof)
+    proof = _proved_at_twice(model) if is_paged() and not differ else None
+    return _padded(model, widths, raised, proof)
 
 
-def _proved_at_twice(model: PreTrainedModel) -> SameOutputs | Refusal:
+def _proved_at_twice(model: PreTrainedModel) -> SameOutputs:
     """Pad every inner width of a tiny model of the class to twice its size; return the proof."""
     tiny = experiments_of(map_of(model)).tiny
     if isinstance(tiny, Refusal):
-        return tiny
+        raise NotProvedError(tiny.reason)
     small: Any = tiny.model
-    widths = _widths_of(small)
-    padded = _padded(small, widths, {field: 2 * n for field, n in widths.values.items()})
-    return padded if isinstance(padded, Refusal) else padded[2]
+    widths = _widths_of(small, differ=False)
+    return _padded(small, widths, {field: 2 * n for field, n in widths.values.items()})[2]
 
 
 def _padded(
@@ -110,18 +104,15 @@ def _padded(
     widths: LayerWidths,
     values: Mapping[FieldPath, int],
     proof: SameOutputs | None = None,
-) -> tuple[PreTrainedModel, ByLayer, SameOutputs] | Refusal:
+) -> tuple[PreTrainedModel, ByLayer, SameOutputs]:
     """Build the stock class with these values and fill it; without a proof, prove it."""
-    data = with_values(uniform_json(widths.data), values)
     builder = Builder(model).of_class(stock_class(type(model)))
-    built: Any = builder.build(data, buffers=True)
+    built: Any = builder.build(with_values(uniform_json(widths.data), values), buffers=True)
     if isinstance(built, Refusal):
-        return built
-    differ = bool(layer_lists(type(model)))
-    added = _added_units(_widths_of(built, differ), widths.values)
-    found = _fill(built, model, added) or proof or _prove(model, built, added)
-    if isinstance(found, Refusal):
-        return found
+        raise NotProvedError(built.reason)
+    added = _added_units(_widths_of(built, bool(layer_lists(type(model)))), widths.values)
+    _fill(built, model, added)
+    proof = proof or _prove(model, built, added)
     built.generation_config = getattr(model, "generation_config", None)
     before = {field: tuple(widths.values_of(field)) for field in values}
     fields = {
@@ -129,7 +120,7 @@ def _padded(
         for field, old in before.items()
         if set(old) != {values[field]}
     }
-    return built, fields, found
+    return built, fields, proof
 
 
 @dataclass(frozen=True)
@@ -149,10 +140,10 @@ class LayerWidths:
         return [v for field, v in self.values.items() if shared_field(field) == shared]
 
 
-def _widths_of(model: PreTrainedModel, differ: bool | None = None) -> LayerWidths:
+def _widths_of(model: PreTrainedModel, differ: bool) -> LayerWidths:
     """Return the widths of single layers, of a model whose layers differ; else the inner widths."""
-    if layer_lists(type(model)) if differ is None else differ:
-        return layer_widths(model)
+    if differ:
+        return _layer_widths(model)
     view = view_of(model, weights=False)
     widths = inner_widths_of(view)
     values = {field: view.field_map.values[field] for width in widths for field in width.fields}
@@ -164,7 +155,7 @@ def _in_multiples(
 ) -> dict[FieldPath, int]:
     """Raise the inner widths among ``values`` to multiples of so many channels."""
     raised = dict(values)
-    for width in widths.inner if multiple_of > 1 else ():
+    for width in widths.inner:
         field = shared_field(width.fields[0])
         for group in width.groups:
             each = group.count.per_field_unit * group.count.run
@@ -173,8 +164,7 @@ def _in_multiples(
     return raised
 
 
-def layer_widths(model: PreTrainedModel) -> LayerWidths:
-    """Return the widths that single layers of a model (weights or not) have of their own."""
+def _layer_widths(model: PreTrainedModel) -> LayerWidths:
     with layers_listed(model):
         view = view_of(model, weights=False)
         widths = tuple(
@@ -199,7 +189,7 @@ def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:
     return tuple(map(shared_field, fields))
 
 
-def _largest(widths: LayerWidths) -> dict[FieldPath, int] | Refusal:
+def _largest(widths: LayerWidths) -> dict[FieldPath, int]:
     """Return field for all layers -> the least value that every layer can be padded to."""
     found: dict[FieldPath, int] = {}
     for field in dict.fromkeys(map(shared_field, widths.values)):
@@ -213,7 +203,7 @@ def _largest(widths: LayerWidths) -> dict[FieldPath, int] | Refusal:
             found[field] = max(values)
         else:
             layers = " or ".join(map(str, sorted(values)))
-            return Refusal(
+            raise NotProvedError(
                 f"{field_name(field)} differs between layers ({layers}), and it is not proved "
                 "where zeros would have to be added"
             )
@@ -222,18 +212,15 @@ def _largest(widths: LayerWidths) -> dict[FieldPath, int] | Refusal:
 
 def _largest_joint(widths: LayerWidths, field: FieldPath) -> int | None:
     """Return the value of a field pruned together with one that counts its units, if any."""
+    own = widths.values_of(field)
     for width in widths.widths:
         shared = _shared(width.fields)
         if len(shared) > 1 and field in shared:
-            units = [
-                min(values, default=1)
-                for values in zip(*map(widths.values_of, shared), strict=True)
-            ]
-            own = widths.values_of(field)
+            each = map(widths.values_of, shared)
+            units: list[int] = [min(values) for values in zip(*each, strict=True)]
             if all(value % count == 0 for value, count in zip(own, units, strict=True)):
-                per_unit = [value // count for value, count in zip(own, units, strict=True)]
                 # key/value heads, and the query heads of each
-                return max(units) * max(per_unit)
+                return max(units) * max(value // n for value, n in zip(own, units, strict=True))
     return None
 
 
@@ -245,14 +232,14 @@ def _added_units(wide: LayerWidths, old: Mapping[FieldPath, int]) -> _Added:
     """Return the units of wider layers that layers with the old values lack."""
     added: _Added = []
     for group in wide.groups:
-        lacking = torch.ones(group.count.units, dtype=torch.bool)
         # query heads are grouped by key/value head
         around = next((g for g in wide.groups if _is_around(g, group)), None)
         now = group.count.channel_groups if around is None else around.count.units
         then = now if around is None else _units(around, wide.values, old)
-        lacking[positions_among(_units(group, wide.values, old), then, len(lacking), now)] = False
+        lacking = torch.ones(now, group.count.units // now, dtype=torch.bool)
+        lacking[:then, : _units(group, wide.values, old) // then] = False
         if bool(lacking.any()):
-            added.append((group, lacking.nonzero().flatten()))
+            added.append((group, lacking.flatten().nonzero().flatten()))
     return added
 
 
@@ -267,18 +254,11 @@ def _units(group: Group, new: Mapping[FieldPath, int], old: Mapping[FieldPath, i
     return group.count.units * old[field] // new[field]
 
 
-def positions_among(units: int, groups: int, more_units: int, more_groups: int) -> Tensor:
-    """Return each unit's index among more units in more channel groups."""
-    unit = torch.arange(units)
-    before, after = units // groups, more_units // more_groups
-    return unit // before * after + unit % before
-
-
-def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
-    """Give a wider build a model's weights, with zeros for the added units; return why it fails."""
+def _fill(built: nn.Module, model: nn.Module, added: _Added) -> None:
+    """Give a wider build a model's weights, with zeros for the added units."""
     narrow, wide = model.state_dict(), built.state_dict()
     if narrow.keys() != wide.keys():
-        return Refusal(
+        raise NotProvedError(
             f"the padded class has other tensors: {listed(sorted(narrow.keys() ^ wide.keys()))}"
         )
     places = positions_left(
@@ -288,77 +268,69 @@ def _fill(built: nn.Module, model: nn.Module, added: _Added) -> Refusal | None:
 
     def padded(name: str, values: Tensor) -> Tensor:
         values = values.detach().cpu()
-        for axis, positions in places.get(name, {}).items():
-            shape = (*values.shape[:axis], wide[name].shape[axis], *values.shape[axis + 1 :])
-            values = values.new_zeros(shape).index_copy(axis, positions, values)
+        for axis, size in enumerate(wide[name].shape):
+            positions = places.get(name, {}).get(axis)
+            if values.shape[axis] != (size if positions is None else len(positions)):
+                raise NotProvedError(
+                    f"it is not proved which channels {name} has in dimension {axis}"
+                )
+            if positions is not None:
+                shape = (*values.shape[:axis], size, *values.shape[axis + 1 :])
+                values = values.new_zeros(shape).index_copy(axis, positions, values)
         return in_file(values) if is_paged() else values.clone()
 
-    for name, value in narrow.items():
-        for axis, size in enumerate(value.shape):
-            kept = places.get(name, {}).get(axis)
-            if size != (wide[name].shape[axis] if kept is None else len(kept)):
-                return Refusal(f"it is not proved which channels {name} has in dimension {axis}")
     fill(built, model, padded)
-    for name in narrow.keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
-        module, key = owner(built, name)
-        module._buffers[key] = padded(name, narrow[name])
-    return None
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in narrow:
+            module, key = owner(built, name)
+            module._buffers[key] = padded(name, buffer)
 
 
-def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> SameOutputs | Refusal:
+def _prove(model: PreTrainedModel, padded: PreTrainedModel, added: _Added) -> SameOutputs:
     """Compare a padded model with the model; refuse a field in which zeros are not neutral."""
     recipe = map_of(model).recipe
-    inputs = runnable_inputs(model, recipe)
-    if isinstance(inputs, Refusal):
-        return inputs
+    inputs, _ = first_run(model, recipe)
     expected = outputs_of(in_float64(model, recipe), inputs, recipe)
     twin = in_float64(padded, recipe)
     found = outputs_of(twin, inputs, recipe)
-    for name, entrance in _entrances(twin, added):
-        with _noise(twin, entrance):
-            loud = outputs_of(twin, inputs, recipe)
+    for name, places in _computing(twin, added):
+        _set_to_noise(twin, places)
+        loud = outputs_of(twin, inputs, recipe)
+        for (weight, axis), channels in places:
+            tensor(twin, weight).data.index_fill_(axis, channels, 0.0)
         if not compared(found, loud).difference <= ROUNDING:
-            return Refusal(
+            raise NotProvedError(
                 f"zeros are not neutral in {name}: the other units compute something else when "
                 "units are added, as in a norm or a router over all units"
             )
     same = compared(expected, found)
     if not same.difference <= ROUNDING:
-        return Refusal(f"the padded model's outputs differ by {same.difference:.0e}")
+        raise NotProvedError(f"the padded model's outputs differ by {same.difference:.0e}")
     return same
 
 
-# the same side of like layers, each with the positions of the added channels
-_Entrance = list[tuple[Side, Tensor]]
+# tensor dimensions, each with the positions of its added channels
+_Places = list[tuple[tuple[str, int], Tensor]]
 
 
-def _entrances(model: nn.Module, padding: _Added) -> Iterable[tuple[str, _Entrance]]:
-    """Return field name -> the sides of layers that compute added units, like layers together."""
-    kinds: dict[tuple[str, str], _Entrance] = {}
+def _computing(model: nn.Module, padding: _Added) -> Iterator[tuple[str, _Places]]:
+    """Yield field name -> the outputs of layers that compute added units, like layers together."""
+    kinds: dict[tuple[str, str], _Places] = {}
     for group, added in padding:
         name = " + ".join(name_in_all_layers(field_name(field)) for field in group.fields)
         for side in filter(is_output, sides_of(model, group, {})):
             kind = re.sub(r"\.\d+(?=\.)", ".*", str(side.dims[0].place))
-            kinds.setdefault((name, kind), []).append((side, side.table[added].flatten()))
-    return [(name, entrance) for (name, _), entrance in kinds.items()]
+            channels = side.table[added].flatten()
+            kinds.setdefault((name, kind), []).extend((dim.place, channels) for dim in side.dims)
+    for (name, _), places in kinds.items():
+        yield name, places
 
 
-@contextmanager
-def _noise(model: nn.Module, entrance: _Entrance) -> Iterator[None]:
-    """Fill the added channels of some sides with noise inside the block, then with zeros."""
-    places = [(dim.place, channels) for side, channels in entrance for dim in side.dims]
+def _set_to_noise(model: nn.Module, places: _Places) -> None:
     generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for (name, axis), channels in places:
-                weight = tensor(model, name)
-                shape = [*weight.shape]
-                shape[axis] = len(channels)
-                noise = torch.randn(shape, generator=generator, dtype=weight.dtype)
-                loud = _LOUD * weight.abs().mean().clamp_min(1e-3)
-                weight.index_copy_(axis, channels, noise * loud)
-        yield
-    finally:
-        with torch.no_grad():
-            for (name, axis), channels in places:
-                tensor(model, name).index_fill_(axis, channels, 0.0)
+    for (name, axis), channels in places:
+        weight = tensor(model, name).data
+        shape = [*weight.shape]
+        shape[axis] = len(channels)
+        noise = torch.randn(shape, generator=generator, dtype=weight.dtype)
+        weight.index_copy_(axis, channels, noise * _LOUD * weight.abs().mean().clamp_min(1e-3))

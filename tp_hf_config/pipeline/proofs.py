@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from ..errors import PipelineError
 from ..forward.inputs import example_inputs, input_forms
 from ..forward.observed_pass import outputs_in_float64
 from ..forward.run_recipe import RunRecipe
-from ..model.build import Refusal
 from ..model.surroundings import raise_shortage, same_random_state
 
 if TYPE_CHECKING:
@@ -37,55 +37,39 @@ class Proof:
         )
 
 
+class NotProvedError(PipelineError):
+    """Nothing is written, because a proof fails or a format cannot express a model."""
+
+
 def prove_roundtrip(model: PreTrainedModel, folder: Path, recipe: RunRecipe) -> Proof:
     """Raise unless a fresh process loads ``folder`` and computes the same as ``model``.
 
     ``recipe``: how the class was run before it was pruned.
     """
-    refusals: list[Refusal] = []
-    for inputs in _inputs(model, recipe):
-        outputs = _outputs(model, inputs)
-        if isinstance(outputs, Refusal):
-            refusals.append(outputs)
-            continue
+    try:
+        inputs, outputs = first_run(model, recipe)
         report = fresh_run(model, folder, inputs, outputs)
         if not report.same:
-            raise _not_proved(f"{report}")
-        return Proof(len(report.outputs), report.numbers)
-    raise _not_proved(_none_runs(refusals).reason)
+            raise NotProvedError(str(report))
+    except NotProvedError as error:
+        raise PipelineError(
+            f"the model was not written, because its round trip could not be proved: {error}"
+        ) from error
+    return Proof(len(report.outputs), report.numbers)
 
 
-def runnable_inputs(model: PreTrainedModel, recipe: RunRecipe) -> dict[str, Any] | Refusal:
-    refusals: list[Refusal] = []
-    for inputs in _inputs(model, recipe):
-        outputs = _outputs(model, inputs)
-        if not isinstance(outputs, Refusal):
-            return inputs
-        refusals.append(outputs)
-    return _none_runs(refusals)
-
-
-def _inputs(model: PreTrainedModel, recipe: RunRecipe) -> Iterator[dict[str, Any]]:
-    yield example_inputs(model, recipe)
-    yield from input_forms(model, recipe)
-
-
-def _outputs(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor] | Refusal:
-    try:
-        return live_outputs(model, inputs)
-    except Exception as error:  # a forward pass may raise anything
-        raise_shortage(error)
-        return Refusal(f"{type(error).__name__}: {error}")
-
-
-def _none_runs(refusals: list[Refusal]) -> Refusal:
-    return Refusal(f"no inputs were found that it runs with: {refusals[0].reason}")
-
-
-def _not_proved(reason: str) -> PipelineError:
-    return PipelineError(
-        f"the model was not written, because its round trip could not be proved: {reason}"
-    )
+def first_run(
+    model: PreTrainedModel, recipe: RunRecipe
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the first inputs that a model runs with, and its outputs."""
+    reasons: list[str] = []
+    for inputs in chain([example_inputs(model, recipe)], input_forms(model, recipe)):
+        try:
+            return inputs, live_outputs(model, inputs)
+        except Exception as error:  # a forward pass may raise anything
+            raise_shortage(error)
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise NotProvedError(f"no inputs were found that it runs with: {reasons[0]}")
 
 
 @dataclass(frozen=True)

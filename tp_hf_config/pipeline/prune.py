@@ -6,10 +6,9 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from ..errors import (
 )
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import by_layers
-from ..forward.run_recipe import RunRecipe
 from ..hook.drop_layers import DroppedLayers, drop_layers
 from ..hook.hook import HFConfigSyncHook
 from ..hook.report import SyncReport
@@ -39,19 +37,19 @@ from ..planning.plan import Plan
 from ..planning.quantised import sizes_compared, sizes_now
 from ..planning.settings import Target
 from .companions import card, copy_companions, snapshot
-from .job import Importance, Job, Layerwise, Pruned, calibration_text, show, track
+from .job import Job, Layerwise, Pruned, calibration_text, show, track
 from .output import check_savable, check_target, output_folder, save_model
 from .proofs import prove_roundtrip
 from .source import Source, check_source, class_for, config_of, is_large, load
 from .speed import Speed, measure_speed
-from .text import Choice, Material, choose, gather, measure, recover
+from .text import Material, choose, gather, measure, recover
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_OF_TORCH_PRUNING: dict[Importance, str] = {
-    "magnitude": "GroupMagnitudeImportance",
-    "random": "RandomImportance",
+_OF_TORCH_PRUNING = {
+    "magnitude": tp.importance.GroupMagnitudeImportance,
+    "random": tp.importance.RandomImportance,
 }
 _RANKINGS = {
     "local": {},
@@ -84,14 +82,15 @@ def prune_checkpoint(job: Job) -> Pruned:
     with (
         output_folder(job.out, source=source.folder, overwrite=job.overwrite) as work,
         _seeded(job.seed),
-        paged(work if _streams(job) else None),
+        # computed weights go into mapped files, not memory; the result is the same
+        paged(work if (is_large(source) if job.stream is None else job.stream) else None),
     ):
         if planned is not None:
             _show(planned, job)
 
         # measure: the unpruned model on a text
         show(f"{'mapping' if is_paged() else 'loading'} {source.name}")
-        model, notes = load(source, config, model_class, dtype=dtype, device=job.device)
+        model, notes_of_loading = load(source, config, model_class, dtype=dtype, device=job.device)
         check_savable(model)
         if planned is not None and job.ranking != "local":
             _check_ranking(model, planned, job)
@@ -101,20 +100,54 @@ def prune_checkpoint(job: Job) -> Pruned:
         sizes = sizes_now(model, target, source.folder)
 
         # cut: layers first, then widths
-        cut = _cut(job, model, planned, choice, material)
+        dropped = _dropped_layers(job, model, material)
+        widths = planned or _widths_of_the_loaded(model, parameters, job, material)
+        recipe = map_of(model, how=by_layers).recipe  # how the class runs before it is pruned
+        steps = run_steps(job, model, widths, material)
         after = material.perplexities(model)
         fast = _speed(job, model)
+        quantised = sizes_compared(sizes, sizes_now(model, target, source.folder), target)
         del material  # and the unpruned model: the process that loads the pruned one needs memory
 
         # write: the model and what belongs to it, once a fresh process has loaded it
-        perplexity = {text: (old, after.get(text)) for text, old in before.items()}
-        speed = None if slow is None or fast is None else (slow, fast)
-        result = _write(job, model, choice, cut, parameters, perplexity, speed, notes, work)
-        quantised = sizes_compared(sizes, sizes_now(model, target, source.folder), target)
+        notes_of_saving = save_model(model, work, job.max_shard_size)
+        copied = copy_companions(source, work)
+        show("a fresh process loads what was written")
+        proof = prove_roundtrip(model, work, recipe)
+        plan_used = widths if isinstance(widths, Plan) else None
+        layerwise = _layerwise(model)
+        notes = [*notes_of_loading, *(plan_used.notes if plan_used else ())]
+        notes += dropped.notes if dropped else ()
+        notes += [note for step in steps for note in step.notes]
+        notes += [
+            f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
+            for text, old in before.items()
+            if text not in after
+        ]
+        notes += [*notes_of_saving, *copied.notes]
+        if job.per_layer and layerwise is None:
+            notes.append(
+                "all layers have the same widths after pruning, so the stock class is used"
+            )
         # the notes of steps have the sizes without the tokenizer
-        told = tuple(f"{size.format}: " for size in quantised)
-        others = tuple(note for note in result.notes if not (told and note.startswith(told)))
-        result = replace(result, quantised=quantised, notes=others)
+        sized = tuple(f"{size.format}: " for size in quantised)
+        result = Pruned(
+            type(model).__name__,
+            job.out,
+            plan_used,
+            steps,
+            (parameters, model.num_parameters()),
+            proof,
+            copied,
+            {text: (old, after[text]) for text, old in before.items() if text in after},
+            None if slow is None or fast is None else (slow, fast),
+            tuple(dict.fromkeys(note for note in notes if not note.startswith(sized))),
+            quantised,
+            settings=choice.settings(job),
+            dropped_layers=dropped,
+            allocation=widths if isinstance(widths, Allocation) else None,
+            layers_differ=layerwise,
+        )
         (work / "README.md").write_text(card(source, result), encoding="utf-8")
     return replace(result, seconds=time.perf_counter() - started)
 
@@ -131,11 +164,6 @@ def _speed(job: Job, model: PreTrainedModel) -> Speed | None:
             f"{error}. Leave --measure-speed out; in Python, tp_hf_config.measure_speed measures "
             "the model with other inputs"
         ) from error
-
-
-def _streams(job: Job) -> bool:
-    """True if computed weights go into mapped files, not memory; the result is the same."""
-    return is_large(job.source) if job.stream is None else job.stream
 
 
 @contextmanager
@@ -172,9 +200,7 @@ def planned_widths(
         widths = {name: value for name, value in job.widths.items() if name != "target_params"}
         plan_for(job.source, config, model_class, widths)
         return None
-    planned = plan_for(job.source, config, model_class, job.widths)
-    _check_plan(planned, job)
-    return planned
+    return _checked(plan_for(job.source, config, model_class, job.widths), job)
 
 
 def plan_for(
@@ -189,7 +215,7 @@ def plan_for(
         raise PipelineError(f"{source.name}: {error}") from error
 
 
-def _check_plan(planned: Plan, job: Job) -> None:
+def _checked(planned: Plan, job: Job) -> Plan:
     if planned.refusal is not None:
         raise ConfigSyncError(f"{planned.model}: {planned.refusal}")
     if all(width.after == width.before for width in planned.widths):
@@ -204,6 +230,7 @@ def _check_plan(planned: Plan, job: Job) -> None:
             f"{job.out}: the pruned model needs {planned.after.bytes:,} bytes on the disk, but "
             f"only {free:,} are free"
         )
+    return planned
 
 
 def _show(widths: Plan | Allocation, job: Job) -> None:
@@ -218,46 +245,30 @@ def _show(widths: Plan | Allocation, job: Job) -> None:
 # -------------------------------------------------------------------------------------------- cut
 
 
-@dataclass(frozen=True)
-class Cut:
-    widths: Plan | Allocation | None
-    dropped: DroppedLayers | None
-    reports: tuple[SyncReport, ...]  # one for each step
-    recipe: RunRecipe  # how the class was run before widths were pruned
+def _widths_of_the_loaded(
+    model: PreTrainedModel, parameters: int, job: Job, material: Material
+) -> Plan | Allocation | None:
+    """Decide the widths for which there is no plan: layers were dropped, or each has its own.
+
+    ``parameters``: of the model before layers were dropped, of which a target is a share.
+    """
+    if not job.widths:
+        return None
+    settings = dict(job.widths)
+    if settings.get("target_params", 2) <= 1:
+        settings["target_params"] = int(settings["target_params"] * parameters)
+    if job.drop_layers and material.choice.measures and material.calibration is not None:
+        measure(material.calibration)
+    widths: Plan | Allocation
+    if job.allocate:
+        widths = _allocated(model, settings, material)
+    else:
+        widths = _checked(plan_for(job.source, model.config, type(model), settings), job)
+    _show(widths, job)
+    return widths
 
 
-def _cut(
-    job: Job,
-    model: PreTrainedModel,
-    planned: Plan | None,
-    choice: Choice,
-    material: Material,
-) -> Cut:
-    """Drop layers, decide widths if there is no plan, and prune the model in place."""
-    # a target is a share of the model before layers are dropped
-    parameters = model.num_parameters()
-    dropped = _dropped_layers(job, model, choice, material)
-    widths: Plan | Allocation | None = planned
-    if job.widths and planned is None:
-        if dropped is not None and choice.measures and material.calibration is not None:
-            measure(material.calibration)
-        settings = dict(job.widths)
-        if settings.get("target_params", 2) <= 1:
-            settings["target_params"] = int(settings["target_params"] * parameters)
-        if job.allocate:
-            widths = _allocated(model, settings, choice, material)
-        else:
-            widths = plan_for(job.source, model.config, type(model), settings)
-            _check_plan(widths, job)
-        _show(widths, job)
-    recipe = map_of(model, how=by_layers).recipe
-    reports = run_steps(job, model, widths, choice, material)
-    return Cut(widths, dropped, reports, recipe)
-
-
-def _dropped_layers(
-    job: Job, model: PreTrainedModel, choice: Choice, material: Material
-) -> DroppedLayers | None:
+def _dropped_layers(job: Job, model: PreTrainedModel, material: Material) -> DroppedLayers | None:
     count = job.drop_layers
     if not count:
         return None
@@ -266,7 +277,7 @@ def _dropped_layers(
             model,
             count=count,
             calibration=material.calibration,
-            refit=material.calibration if choice.refit else None,
+            refit=material.refit,
             which=job.drop_from,
         )
     except ValueError as error:
@@ -276,10 +287,7 @@ def _dropped_layers(
 
 
 def _allocated(
-    model: PreTrainedModel,
-    settings: Mapping[str, Any],
-    choice: Choice,
-    material: Material,
+    model: PreTrainedModel, settings: Mapping[str, Any], material: Material
 ) -> Allocation:
     calibration, target = material.calibration, settings["target_params"]
     assert calibration is not None  # the user asked for --allocate, so there is a text
@@ -297,7 +305,7 @@ def _allocated(
         "allocating: each layer is pruned and refitted on its own, and the model's outputs are "
         "compared"
     )
-    kind: Any = choice.importance
+    kind: Any = material.choice.importance
     try:
         return allocate(
             model,
@@ -316,21 +324,19 @@ def run_steps(
     job: Job,
     model: PreTrainedModel,
     widths: Plan | Allocation | None,
-    choice: Choice,
     material: Material,
 ) -> tuple[SyncReport, ...]:
     """Prune in steps, with recovery after each; return their reports."""
     if widths is None:
         recover(model, material, job.recover, "recovery")
         return ()
-    calibration = material.calibration
-    hook = HFConfigSyncHook(plan=widths, refit=calibration if choice.refit else None)
-    name: Any = choice.importance
+    hook = HFConfigSyncHook(plan=widths, refit=material.refit)
+    name: Any = material.choice.importance
     if name in _OF_TORCH_PRUNING:
-        importance = getattr(tp.importance, _OF_TORCH_PRUNING[name])()
+        importance = _OF_TORCH_PRUNING[name]()
     else:
-        assert calibration is not None  # all other importances have a text
-        importance = calibration.importance(name)
+        assert material.calibration is not None  # all other importances have a text
+        importance = material.calibration.importance(name)
     pruner = _pruner(job, model, importance, hook)
     steps = job.steps
     for step in range(1, steps + 1):
@@ -356,56 +362,6 @@ def _pruner(job: Job, model: PreTrainedModel, importance: Any, hook: HFConfigSyn
         return tp.pruner.MetaPruner(
             model, None, importance, iterative_steps=job.steps, **ranking, hooks=[hook]
         )
-
-
-# ------------------------------------------------------------------------------------------ write
-
-
-def _write(
-    job: Job,
-    model: PreTrainedModel,
-    choice: Choice,
-    cut: Cut,
-    parameters: int,  # before
-    perplexity: Mapping[str, tuple[float, float | None]],
-    speed: tuple[Speed, Speed] | None,
-    load_notes: Sequence[str],
-    work: Path,
-) -> Pruned:
-    """Write model, companions and card into ``work``; prove that it loads from there."""
-    rotary_notes = save_model(model, work, job.max_shard_size)
-    copied = copy_companions(job.source, work)
-    show("a fresh process loads what was written")
-    proof = prove_roundtrip(model, work, cut.recipe)
-    planned = cut.widths if isinstance(cut.widths, Plan) else None
-    layerwise = _layerwise(model)
-    notes = [*load_notes, *(planned.notes if planned else ())]
-    notes += cut.dropped.notes if cut.dropped else ()
-    notes += [note for report in cut.reports for note in report.notes]
-    notes += [
-        f"perplexity on {text} was {old:.1f} and is not finite after pruning: prune less"
-        for text, (old, new) in perplexity.items()
-        if new is None
-    ]
-    notes += [*rotary_notes, *copied.notes]
-    if job.per_layer and layerwise is None:
-        notes.append("all layers have the same widths after pruning, so the stock class is used")
-    return Pruned(
-        type(model).__name__,
-        job.out,
-        planned,
-        cut.reports,
-        (parameters, model.num_parameters()),
-        proof,
-        copied,
-        {text: (old, new) for text, (old, new) in perplexity.items() if new is not None},
-        speed,
-        tuple(dict.fromkeys(notes)),
-        settings=choice.settings(job),
-        dropped_layers=cut.dropped,
-        allocation=cut.widths if isinstance(cut.widths, Allocation) else None,
-        layers_differ=layerwise,
-    )
 
 
 def _layerwise(model: PreTrainedModel) -> Layerwise | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,6 @@ class Spread:
         """Return the median and both ends of some values."""
         return cls(median(values), min(values), max(values))
 
-    def shown(self, factor: float = 1) -> str:
-        """Return it as text, in another unit: ``factor`` of them are one of these."""
-        median, lowest, highest = (
-            f"{factor * value:,.1f}" for value in (self.median, self.lowest, self.highest)
-        )
-        return f"{median} ({lowest} to {highest})"
-
 
 @dataclass(frozen=True, repr=False)
 class Speed(Report):
@@ -71,35 +65,34 @@ class Speed(Report):
 
     def lines(self) -> Iterator[str]:
         """Yield one line for each number that was measured."""
-        for name, spread, factor in self._spreads():
-            yield f"{name}: {spread.shown(factor)}"
-        if self.memory is not None:
-            yield f"peak memory in MiB: {self.memory / 2**20:,.1f}"
+        for name, value, ends in self._measured():
+            yield f"{name}: {value}{ends}"
 
     def then(self, other: Speed) -> str:
         """Return one line with each number before and after; the other was measured later."""
-        pairs = zip(self._spreads(), other._spreads(), strict=True)
+        after = {name: value for name, value, _ in other._measured()}
         changes = [
-            f"{name} {old.median * factor:,.1f} -> {new.median * factor:,.1f}"
-            for (name, old, factor), (_, new, _) in pairs
+            f"{name} {value} -> {after[name]}"
+            for name, value, _ in self._measured()
+            if name in after
         ]
-        if self.memory is not None and other.memory is not None:
-            changes.append(
-                f"peak memory in MiB {self.memory / 2**20:,.1f} -> {other.memory / 2**20:,.1f}"
-            )
         return f"speed on {self._where()} ({self.inputs}): {', '.join(changes)}"
 
     def _where(self) -> str:
         return self.device if self.threads is None else f"{self.device}, {self.threads} threads"
 
-    def _spreads(self) -> Iterator[tuple[str, Spread, float]]:
-        """Yield what each measured number is, the number, and how many of its units are one."""
-        if self.first_token_seconds is not None:
-            yield "time to the first token in ms", self.first_token_seconds, 1000
-        if self.forward_seconds is not None:
-            yield "forward pass in ms", self.forward_seconds, 1000
-        if self.tokens_per_second is not None:
-            yield "tokens per second", self.tokens_per_second, 1
+    def _measured(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the name of each measured number, its value and between which ends it was."""
+        for name, spread, factor in (
+            ("time to the first token in ms", self.first_token_seconds, 1000),
+            ("forward pass in ms", self.forward_seconds, 1000),
+            ("tokens per second", self.tokens_per_second, 1),
+        ):
+            if spread is not None:
+                middle, low, high = (f"{factor * v:,.1f}" for v in astuple(spread))
+                yield name, middle, f" ({low} to {high})"
+        if self.memory is not None:
+            yield "peak memory in MiB", f"{self.memory / 2**20:,.1f}", ""
 
 
 @check_arguments
@@ -137,10 +130,10 @@ def measure_speed(
         given = {"input_ids": _random_tokens(model, batch, length)}
     generates = inputs is None and model.can_generate()
     with evaluating(model), torch.inference_mode(), quiet_transformers():
-        run = _generating(model, given, new_tokens) if generates else _running(model, given)
-        memory = _Memory(model)
+        settings = _greedy(model, new_tokens) if generates else None
+        taken = _memory_now(model.device)
         try:
-            run()
+            _run(model, given, settings)
         except Exception as error:  # a class that reads images too may raise anything
             raise_shortage(error)
             what = "tokens alone" if inputs is None else "these inputs"
@@ -149,8 +142,8 @@ def measure_speed(
                 f"{type(model).__name__} does not run on {what} ({type(error).__name__}: "
                 f"{in_one_line(error)}){advice}"
             ) from error
-        times = [run() for _ in range(runs)]
-        peak = memory.peak()
+        times = [_run(model, given, settings) for _ in range(runs)]
+        memory = None if taken is None else _bytes_of(model) + max(0, _peak(model.device) - taken)
     first = [marks[0] for marks in times]
     later = [marks[-1] - marks[0] for marks in times]
     rate = None
@@ -168,7 +161,7 @@ def measure_speed(
         None if generates else Spread.of(first),
         Spread.of(first) if generates else None,
         rate,
-        peak,
+        memory,
     )
 
 
@@ -194,21 +187,8 @@ def _random_tokens(model: PreTrainedModel, batch: int, prompt: int) -> Tensor:
     return ids.to(model.device)
 
 
-def _running(model: PreTrainedModel, given: Mapping[str, Any]) -> Callable[[], list[float]]:
-    """Return a function that runs the model once and returns its seconds."""
-
-    def run() -> list[float]:
-        started = _now(model)
-        model(**given)
-        return [_now(model) - started]
-
-    return run
-
-
-def _generating(
-    model: PreTrainedModel, given: Mapping[str, Any], new_tokens: int
-) -> Callable[[], list[float]]:
-    """Return a function that generates once and returns the seconds until each new token."""
+def _greedy(model: PreTrainedModel, new_tokens: int) -> Any:
+    """Return the model's settings for generating, changed to exactly so many tokens, greedily."""
     settings: Any = copy.deepcopy(model.generation_config)
     settings.update(
         do_sample=False,
@@ -222,20 +202,24 @@ def _generating(
         max_new_tokens=new_tokens,
         pad_token_id=0 if settings.pad_token_id is None else settings.pad_token_id,
     )
+    return settings
 
-    def run() -> list[float]:
-        marks: list[float] = []
 
-        def mark(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            """Note the time of a new token; generating goes on."""
-            marks.append(_now(model) - started)
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+def _run(model: Any, given: Mapping[str, Any], settings: Any) -> list[float]:
+    """Generate, and return the seconds until each new token; without settings, run the model."""
+    marks: list[float] = []
 
-        started = _now(model)
-        model.generate(**given, generation_config=settings, stopping_criteria=[mark])  # type: ignore[operator]
-        return marks
+    def mark(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Note the time of a new token; generating goes on."""
+        marks.append(_now(model) - started)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    return run
+    started = _now(model)
+    if settings is None:
+        model(**given)
+        return [_now(model) - started]
+    model.generate(**given, generation_config=settings, stopping_criteria=[mark])
+    return marks
 
 
 def _now(model: PreTrainedModel) -> float:
@@ -244,31 +228,25 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-class _Memory:
-    """The bytes of a model, and the most that is taken beside it from now on."""
+def _bytes_of(model: PreTrainedModel) -> int:
+    return sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
 
-    def __init__(self, model: PreTrainedModel):
-        self._device = model.device
-        tensors = (*model.parameters(), *model.buffers())
-        self._weights = sum(one.numel() * one.element_size() for one in tensors)
-        self._before: int | None = None
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
-        elif self._device.type == "cpu":
-            try:
-                _PEAK.write_text("5")  # the peak is what is taken now; man 5 proc
-                self._before = _resident("VmHWM")
-            except OSError:
-                pass  # another system does not tell
 
-    def peak(self) -> int | None:
-        """Return the weights and the growth of what is taken; None if the system does not tell."""
-        if self._before is None:
-            return None
-        cuda = self._device.type == "cuda"
-        most = torch.cuda.max_memory_allocated(self._device) if cuda else _resident("VmHWM")
-        return self._weights + max(0, most - self._before)
+def _memory_now(device: torch.device) -> int | None:
+    """Return the bytes that are taken, and let the peak begin there; None if it is not known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # another system than Linux does not tell
+        if device.type == "cpu":
+            _PEAK.write_text("5")  # the peak is what is taken now; man 5 proc
+            return _resident("VmHWM")
+    return None
+
+
+def _peak(device: torch.device) -> int:
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if cuda else _resident("VmHWM")
 
 
 def _resident(name: str) -> int:

@@ -50,6 +50,9 @@ _LEARNING_RATE = 1e-4
 _WARM_UP = 5  # updates
 _NO_WINDOWS = torch.empty(0, 0, dtype=torch.long)
 _WITHOUT_TEXT = "--importance magnitude or random with --no-refit"
+_LEAVE_OUT = (
+    f"Leave --calibration, --recover, --allocate and --drop-layers out, and use {_WITHOUT_TEXT}"
+)
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,16 @@ def choose(
             )
         return Choice(job.importance or "magnitude")
     # gradients of a model larger than memory take too much of it
-    importance = job.importance or ("activation" if is_large(job.source) else "auto")
-    own = job.calibration == "own"
+    importance = job.importance or ("wanda" if is_large(job.source) else "auto")
+    origin: Origin = "own" if job.calibration == "own" else "shipped" if text is None else "file"
     tokenizer = None
     try:
         tokenizer = tokenizer_of(job.source)
     except PipelineError as error:
-        if not own:
+        if origin != "own":
             raise PipelineError(f"{error}. To prune without a text, use {_WITHOUT_TEXT}") from error
-    if own:
-        return Choice(importance, "own", "", tokenizer, job.refit, writes)
-    origin: Origin = "shipped" if text is None else "file"
-    return Choice(importance, origin, text or shipped_text(), tokenizer, job.refit, writes)
+    text = "" if origin == "own" else text or shipped_text()
+    return Choice(importance, origin, text, tokenizer, job.refit, writes)
 
 
 def _need(job: Job) -> str:
@@ -150,7 +151,7 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
     if not _takes_text(model_class) and (need or job.calibration is not None):
         raise UnsupportedModelError(
             f"{name} takes no text, so {need or '--calibration'} cannot be used. "
-            f"{_leave_out()} (in Python: the hook, drop_layers and allocate take "
+            f"{_LEAVE_OUT} (in Python: the hook, drop_layers and allocate take "
             "tp_hf_config.calibrate(model, batches))"
         )
     if job.calibration == "own" and not writes:
@@ -165,12 +166,6 @@ def _check_text(job: Job, need: str, model_class: type[PreTrainedModel], writes:
             "the model reads)"
             + (", or use --importance magnitude" if job.importance in CALIBRATED else "")
         )
-
-
-def _leave_out() -> str:
-    return (
-        f"Leave --calibration, --recover, --allocate and --drop-layers out, and use {_WITHOUT_TEXT}"
-    )
 
 
 def _takes_text(model_class: type[Any]) -> bool:
@@ -223,6 +218,7 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 class Material:
     """What a model is run on, and what that needs."""
 
+    choice: Choice
     batches: Iterable[Tensor] = ()  # windows (1, tokens) for recovery, without end
     teacher: PreTrainedModel | None = None  # a copy of the unpruned model, for recovery
     # None: not needed. If layers are dropped, it is measured afterwards.
@@ -231,6 +227,10 @@ class Material:
     held_out: Tensor = _NO_WINDOWS  # windows of the calibration file that decide nothing
     second: Tensor = _NO_WINDOWS  # windows of the second text
     together: int = 1  # windows per batch
+
+    @property
+    def refit(self) -> Calibration | None:
+        return self.calibration if self.choice.refit else None
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         texts = {HELD_OUT: self.held_out, SECOND_TEXT: self.second}
@@ -241,7 +241,7 @@ class Material:
 def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material:
     """Return what a job runs its model on; nothing, if it does not."""
     if choice.origin is None:
-        return Material()
+        return Material(choice)
     try:
         text = _windows(job, choice, model)
         window = text.train[:1].to(model.device)
@@ -253,7 +253,7 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material:
         raise_shortage(error)
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: "
-            f"{in_one_line(error)}). {_leave_out()}"
+            f"{in_one_line(error)}). {_LEAVE_OUT}"
         ) from error
     if job.recover and logits is None:
         raise UnsupportedModelError(
@@ -267,6 +267,7 @@ def gather(job: Job, choice: Choice, model: PreTrainedModel) -> Material:
     together = _TOGETHER if is_large(job.source) else 1
     calibrates = choice.measures or job.drop_layers
     return Material(
+        choice,
         _shuffled(text.train, job.seed),
         copy.deepcopy(model) if job.recover else None,
         _calibration(job, model, text.train, together) if calibrates else None,

@@ -21,7 +21,7 @@ from tp_hf_config.forward.run_recipe import PLAIN
 from tp_hf_config.model.surroundings import is_out_of_memory
 from tp_hf_config.pipeline import text as text_module
 from tp_hf_config.pipeline.job import Job
-from tp_hf_config.pipeline.proofs import runnable_inputs
+from tp_hf_config.pipeline.proofs import first_run
 from tp_hf_config.pipeline.source import Source
 from tp_hf_config.pipeline.text import Choice, gather
 
@@ -97,7 +97,7 @@ def test_inputs_that_do_not_fit_are_no_inputs_that_do_not_run() -> None:
     model = tiny.build("llama-gqa")
     model.lm_head.register_forward_pre_hook(_on_cuda)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        runnable_inputs(model, PLAIN)
+        first_run(model, PLAIN)
 
 
 def test_layers_are_not_dropped_unchecked() -> None:
