@@ -82,8 +82,7 @@ def prune_checkpoint(job: Job) -> Pruned:
     with (
         output_folder(job.out, source=source.folder, overwrite=job.overwrite) as work,
         _seeded(job.seed),
-        # computed weights go into mapped files, not memory; the result is the same
-        paged(work if (is_large(source) if job.stream is None else job.stream) else None),
+        paged(work if _streams(job) else None),
     ):
         if planned is not None:
             _show(planned, job)
@@ -164,6 +163,11 @@ def _speed(job: Job, model: PreTrainedModel) -> Speed | None:
             f"{error}. Leave --measure-speed out; in Python, tp_hf_config.measure_speed measures "
             "the model with other inputs"
         ) from error
+
+
+def _streams(job: Job) -> bool:
+    """True if computed weights go into mapped files, not memory; the result is the same."""
+    return is_large(job.source) if job.stream is None else job.stream
 
 
 @contextmanager
