@@ -149,6 +149,7 @@ def measured(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, work, args))
     process.start()
+    sender.close()  # so that a process that fails ends the wait
     result: dict[str, Any] = receiver.recv()
     process.join()
     return result

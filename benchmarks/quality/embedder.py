@@ -18,6 +18,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tp_hf_config import Calibration, calibrate
+from tp_hf_config.calibration.importance import Kind
 
 CUTS: dict[str, dict[str, Any]] = {
     "ffn25": {"prune": ("intermediate_size",), "pruning_ratio": 0.25},
@@ -28,7 +29,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "head_pruning_ratio": 1 / 12,
     },
 }
-IMPORTANCES = ("wanda", "magnitude")
+OURS: tuple[Kind, ...] = ("activation", "wanda")
 _HELD_OUT = 8  # paragraphs, by `calibrate`
 _LONGEST = 128  # tokens of a paragraph
 
@@ -43,7 +44,7 @@ class Embedder:
         """Everything that is measured."""
         return [
             Job("minilm", cut, name, partial(self._cut, cut, name))
-            for name in IMPORTANCES
+            for name in (*OURS, "magnitude")
             for cut in CUTS
         ]
 
@@ -95,9 +96,10 @@ class Embedder:
         }
 
     def _importance(self, name: str) -> MakeImportance:
-        if name == "magnitude":
-            return lambda model, calibration: tp.importance.GroupMagnitudeImportance()
-        return lambda model, calibration: calibration.importance("wanda")
+        for kind in OURS:
+            if kind == name:
+                return lambda model, calibration: calibration.importance(kind)
+        return lambda model, calibration: tp.importance.GroupMagnitudeImportance()
 
     def _cut(self, cut: str, name: str) -> Row:
         return both_ways(

@@ -49,8 +49,8 @@ OF_GEMMA: dict[str, dict[str, Any]] = {
 OURS: dict[str, Kind] = {kind: kind for kind in get_args(Kind) if kind != "auto"}
 # The first are measured first: a run that is stopped has what matters most.
 IMPORTANCES = (
-    *("wanda", "curvature", "magnitude", "taylor"),
-    *("activation", "hessian", "random"),
+    *("activation", "curvature", "wanda", "magnitude"),
+    *("taylor", "hessian", "random"),
 )
 MEANS = (1218, 1065, 978)  # feed-forward widths, over all layers
 WAYS = ("uniform", "allocated")
@@ -71,7 +71,10 @@ class Language:
             for name in IMPORTANCES
             for cut in CUTS
         ]
-        jobs += [Job("smollm2", cut, "wanda", partial(self._cut, cut, "wanda")) for cut in ON_GRID]
+        jobs += [
+            Job("smollm2", cut, "activation", partial(self._cut, cut, "activation"))
+            for cut in ON_GRID
+        ]
         jobs += [
             Job("text", text, str(tokens), partial(self._text, text, tokens))
             for tokens in self.scale.tokens

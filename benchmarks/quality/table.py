@@ -148,7 +148,7 @@ def _about_measures(scale: Scale) -> list[str]:
         "- *KL*: how far the distribution of the next token is from that of the original model,",
         "  on held-out windows of the calibration text: estimated for the cut only and with",
         "  refits, then measured after the cut.",
-        "- `curvature` ranks channels that are read through norms as `wanda` does.",
+        "- `curvature` ranks channels that are read through norms as `activation` does.",
         f"- Taylor and Hessian see {scale.gradients} windows. Torch-Pruning's Hessian gets the",
         "  mean of squared gradients at once; sample by sample it keeps only the last one.",
     ]

@@ -195,7 +195,22 @@ def test_calibrate_refuses_packed_weights_before_it_runs():
 
 
 def test_meta_device():
-    assert refused(small.bert().to("meta")) == (
+    """An importance that reads no weights makes a cut list; any other is refused."""
+    model = small.bert().to("meta")
+    settings = {"pruning_ratio": 0.5, "hooks": [hook := HFConfigSyncHook(prune="inner")]}
+    with pytest.raises(UnsupportedModelError) as raised:
+        tp.pruner.MetaPruner(model, None, tp.importance.MagnitudeImportance(), **settings).step()
+    assert model.config.intermediate_size == 64
+    assert hook.cuts is None
+    cuts = []
+    for each in (model, small.bert()):
+        settings["hooks"] = [hook := HFConfigSyncHook(prune="inner")]
+        torch.manual_seed(0)
+        tp.pruner.MetaPruner(each, None, tp.importance.RandomImportance(), **settings).step()
+        cuts.append(hook.cuts)
+    assert each.config.intermediate_size == 32
+    assert repr(cuts[0].edits) == repr(cuts[1].edits)
+    assert str(raised.value) == (
         "BertModel: embeddings.word_embeddings.weight is on the meta device (no data, or offloaded "
         "by accelerate). Load the whole model into memory: from_pretrained(folder) without "
         "device_map offloading. A model that does not fit is pruned from folder to folder: "

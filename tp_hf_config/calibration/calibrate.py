@@ -68,10 +68,10 @@ class Calibration(MeasuredModel):
 
         Args:
             kind: ``"auto"``: what does best in ``docs/quality.md``: ``"curvature"`` for whole
-                heads, ``"wanda"`` for all else, and everywhere with ``refits=False`` or on several
-                ranks. ``"wanda"``: a channel's norm times the norm of the weights that read it
-                (Wanda, arXiv 2306.11695, summed over each channel as in Wanda-sp).
-                ``"activation"``: the channel's norm alone (Minitron, arXiv 2407.14679).
+                heads, ``"activation"`` for all else, and everywhere with ``refits=False`` or on
+                several ranks. ``"activation"``: a channel's norm (Minitron, arXiv 2407.14679).
+                ``"wanda"``: that times the norm of the weights that read it (Wanda, arXiv
+                2306.11695, summed over each channel as in Wanda-sp).
                 ``"curvature"``: how much the outputs react to a unit, by products of gradients on
                 some 3,000 tokens and of what it carries (K-FAC; LLM Surgeon, arXiv 2312.17244).
                 Whole experts are ranked by what each adds to the output of its layer, whatever the

@@ -87,13 +87,13 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         kind = self.kind
         if kind == "auto":
             curved = width > 1 and self.calibration.refits and self._has_gradients
-            kind = "curvature" if curved else "wanda"
+            kind = "curvature" if curved else "activation"
         if kind == "curvature":
             scores = self._curvature_scores(readers, units, width)
             if scores is not None:
                 self.used.add(kind)
                 return scores
-            kind = "wanda"
+            kind = "activation"
         self.used.add(kind)
         total = torch.zeros(units, dtype=torch.float64)
         for reader in readers:
@@ -112,7 +112,8 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
         warn(
             f"{readers[0].consumer.parameter} and other weights read the channels of one "
             "group, and their Gram matrices do not fit into max_memory together, so "
-            'it is ranked by "wanda", not by "curvature". Pass a larger max_memory= to calibrate()',
+            'it is ranked by "activation", not by "curvature". Pass a larger max_memory= to '
+            "calibrate()",
             CalibrationWarning,
         )
         return False
@@ -128,7 +129,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
                 raise
             warn(
                 f"{type(self.calibration.model).__name__}: gradients cannot be measured "
-                f'({in_one_line(error)}), so heads are ranked by "wanda"',
+                f'({in_one_line(error)}), so heads are ranked by "activation"',
                 CalibrationWarning,
             )
             self._has_gradients = False

@@ -25,6 +25,10 @@ from .measured import MeasuredModel, Readings, that_fit
 from .passes import Ranks, memory_limit, shown, watched_pass
 from .sources import Sources
 
+# times the ridge, behind a norm: a cut of what the norm reads changes each of its outputs, and with
+# the ridge of other weights, refits make text of another kind than the calibration's worse
+# (docs/quality.md, "Four texts")
+_BEHIND_NORMS = 3
 _TRIES = 12  # the ridge grows tenfold until the solve succeeds
 
 
@@ -205,7 +209,8 @@ class _Products:
         if sums is None or len(sums[0]) != len(kept):  # None: other layers ran before it
             return None
         own, cross = sums
-        return refit_from_products(own, cross, kept, self._step.calibration.ridge)
+        ridge = _BEHIND_NORMS * self._step.calibration.ridge
+        return refit_from_products(own, cross, kept, ridge)
 
 
 def _kept_channels(

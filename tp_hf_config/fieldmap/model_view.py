@@ -24,7 +24,7 @@ from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json
 from ..model.layer_class import layer_lists, stock_class
 from ..model.layer_entries import KEY, uniform_json
-from ..model.locate import check_followable, find_pretrained
+from ..model.locate import check_followable, find_pretrained, without_data
 from ..model.shapes import shapes
 from .completeness import build_live
 from .expressions import Expression, Quantity
@@ -285,11 +285,12 @@ def view_of(
     """Return the one Hugging Face model in a module, with its field map.
 
     The reference build is cached until the config, a module or a shape changes, so a plan, the
-    pruner's arguments and the hook share it. With ``weights``, the weights have to hold data.
+    pruner's arguments and the hook share it. With ``weights``, all weights have to hold data, or
+    none: a cut list can be made of a model on the meta device.
     Raises UnsupportedModelError if there is not one such model or its config does not build it.
     """
     prefix, model = find_pretrained(module)
-    check_followable(model, weights)
+    check_followable(model, weights and not without_data(model))
     data = model.config.to_json_string(use_diff=False)
     parts = tuple(map(id, module.modules()))
     state = (data, parts, tuple(shapes(model).items()), model.dtype, id(make_inputs))

@@ -81,7 +81,7 @@ class SyncReport(Report):
 
     def details(self) -> Iterator[str]:
         """Yield what ranked units, what else was updated, and how the config was proved."""
-        if self.ranked_by not in ([], ["wanda"]):
+        if self.ranked_by not in ([], ["activation"]):
             yield f"  ranked by {' and '.join(self.ranked_by)}"
         updated = {"attribute": self.attributes, "buffer": self.buffers, "tie": self.ties}
         counts = ", ".join(_count(len(items), word) for word, items in updated.items() if items)

@@ -21,6 +21,7 @@ from torch_pruning.pruner.importance import OBDCImportance
 from ..calibration.importance import holds_experts
 from ..graph.pruner_access import BasePruner, Importance, Pruner, scope_of
 from ..graph.sides import ConfigGroup, GraphGroup
+from ..model.locate import check_has_data
 from ..model.sharded import gathered
 from ..model.tensors import PIECE
 
@@ -154,6 +155,8 @@ class UnitChoice:
                 "and no parameter has a gradient. Importances such as Taylor's need gradients: run "
                 "loss.backward() on some data before pruner.step(). Nothing is pruned yet."
             ) from error
+        if values is not None and values.is_meta:
+            check_has_data(self.pruner.DG.pretrained)
         self.valued |= values is not None
         return values
 

@@ -62,6 +62,13 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
+def without_data(model: nn.Module) -> bool:
+    """True if a model was built on the meta device; False if accelerate offloads its weights."""
+    return all(parameter.is_meta for parameter in model.parameters()) and not any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )
+
+
 def check_has_data(model: nn.Module) -> None:
     """Raise if parameters are on the meta device, as accelerate's offloaded ones are."""
     for name, parameter in model.named_parameters():

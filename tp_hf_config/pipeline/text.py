@@ -117,7 +117,7 @@ def choose(
             )
         return Choice(job.importance or "magnitude")
     # gradients of a model larger than memory take too much of it
-    importance = job.importance or ("wanda" if is_large(job.source) else "auto")
+    importance = job.importance or ("activation" if is_large(job.source) else "auto")
     origin: Origin = "own" if job.calibration == "own" else "shipped" if text is None else "file"
     tokenizer = None
     try:

@@ -181,7 +181,7 @@ def test_every_kind_of_importance_ranks_experts_by_this_score(kind: Any) -> None
     model = built(case)
     calibration = calibrate(model, calibrated.batches(model, 4))
     first, second = (
-        values_of(model, calibration.importance(which), case) for which in ("wanda", kind)
+        values_of(model, calibration.importance(which), case) for which in ("auto", kind)
     )
     assert torch.equal(first, second)
 

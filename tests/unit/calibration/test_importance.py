@@ -112,7 +112,7 @@ def test_a_head_counts_what_the_outputs_lose_without_it() -> None:
 def test_each_kind_of_width_has_a_score_of_its_own_by_default() -> None:
     model = zoo.build("qwen3")
     calibration = calibrate(model, calibrated.batches(model, 10))
-    for kind, settings in (("curvature", HEADS), ("wanda", {"prune": "intermediate_size"})):
+    for kind, settings in (("curvature", HEADS), ("activation", {"prune": "intermediate_size"})):
         importance = calibration.importance()
         found = values_of(model, importance, **settings)
         assert importance.used == {kind}
@@ -120,7 +120,7 @@ def test_each_kind_of_width_has_a_score_of_its_own_by_default() -> None:
         assert all(map(torch.equal, found, expected))
     alone = calibrate(model, calibrated.batches(model, 10), refits=False).importance()
     values_of(model, alone, **HEADS)
-    assert alone.used == {"wanda"}
+    assert alone.used == {"activation"}
 
 
 def test_the_report_names_what_ranked_units() -> None:
@@ -158,8 +158,10 @@ def test_a_model_without_gradients_is_ranked_otherwise_and_says_so() -> None:
     importance = calibration.importance()
     with pytest.warns(CalibrationWarning, match="gradients cannot be measured .* heads are ranked"):
         found = values_of(model, importance, **HEADS)
-    assert importance.used == {"wanda"}
-    assert all(map(torch.equal, found, values_of(model, calibration.importance("wanda"), **HEADS)))
+    assert importance.used == {"activation"}
+    assert all(
+        map(torch.equal, found, values_of(model, calibration.importance("activation"), **HEADS))
+    )
     with pytest.raises(RuntimeError, match="does not require grad"):
         values_of(model, calibration.importance("curvature"), **HEADS)
 
@@ -167,7 +169,7 @@ def test_a_model_without_gradients_is_ranked_otherwise_and_says_so() -> None:
 def test_hidden_channels_count_all_that_read_them() -> None:
     model = zoo.build("llama")
     calibration = calibrate(model, calibrated.batches(model, 10))
-    importance = calibration.importance(normalizer=None)
+    importance = calibration.importance("wanda", normalizer=None)
     (values,) = values_of(model, importance, prune="hidden_size")
     total = torch.zeros(64, dtype=torch.float64)
     for consumer in calibration.readings.leaders:
@@ -183,7 +185,7 @@ def test_hidden_channels_count_all_that_read_them() -> None:
 def test_experts_count_together() -> None:
     model = zoo.build("mixtral")
     calibration = calibrate(model, calibrated.batches(model, 10))
-    importance = calibration.importance(normalizer=None)
+    importance = calibration.importance("wanda", normalizer=None)
     found = values_of(model, importance, prune="intermediate_size")
     name = "model.layers.0.mlp.experts.down_proj"
     expected = torch.zeros(96, dtype=torch.float64)
@@ -207,14 +209,14 @@ def test_products_are_wanted_of_all_that_read_a_group(matrices: float) -> None:
         leader = Consumer("model.layers.0.mlp.experts.down_proj", 2, 0)
         assert calibration.readings.statistics[leader].gram is not None
         short = memory is not None and matrices < 4
-        message = r'experts.down_proj and other weights read .* it is ranked by "wanda", not'
+        message = r'experts.down_proj and other weights read .* it is ranked by "activation", not'
         warned = pytest.warns(CalibrationWarning, match=message)
         importance = calibration.importance("curvature", normalizer=None)
         with warned if short else contextlib.nullcontext():
             values.append(values_of(model, importance, prune="intermediate_size"))
     if matrices < 4:
-        wanda = calibration.importance("wanda", normalizer=None)
-        values[0] = values_of(model, wanda, prune="intermediate_size")
+        other = calibration.importance("activation", normalizer=None)
+        values[0] = values_of(model, other, prune="intermediate_size")
     assert all(map(torch.equal, *values))
 
 
