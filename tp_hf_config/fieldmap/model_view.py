@@ -24,7 +24,7 @@ from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, config_json
 from ..model.layer_class import layer_lists, stock_class
 from ..model.layer_entries import KEY, uniform_json
-from ..model.locate import check_followable, find_pretrained, without_data
+from ..model.locate import check_followable, find_pretrained, has_no_data
 from ..model.shapes import shapes
 from .completeness import build_live
 from .expressions import Expression, Quantity
@@ -290,7 +290,7 @@ def view_of(
     Raises UnsupportedModelError if there is not one such model or its config does not build it.
     """
     prefix, model = find_pretrained(module)
-    check_followable(model, weights and not without_data(model))
+    check_followable(model, weights and not has_no_data(model))
     data = model.config.to_json_string(use_diff=False)
     parts = tuple(map(id, module.modules()))
     state = (data, parts, tuple(shapes(model).items()), model.dtype, id(make_inputs))

@@ -62,7 +62,7 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
-def without_data(model: nn.Module) -> bool:
+def has_no_data(model: nn.Module) -> bool:
     """True if a model was built on the meta device; False if accelerate offloads its weights."""
     return all(parameter.is_meta for parameter in model.parameters()) and not any(
         hasattr(module, "_hf_hook") for module in model.modules()
