@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ def test_meta_device():
     cuts = []
     for each in (model, small.bert()):
         settings["hooks"] = [hook := HFConfigSyncHook(prune="inner")]
+        random.seed(0)  # TP 1.5 shuffles by Python's generator, 1.6 by that of torch
         torch.manual_seed(0)
         tp.pruner.MetaPruner(each, None, tp.importance.RandomImportance(), **settings).step()
         cuts.append(hook.cuts)

@@ -208,7 +208,7 @@ class TestWhatIsWritten:
             kl_div = torch.nn.functional.kl_div
             return kl_div(guess, target, log_target=True, reduction="batchmean").item()
 
-        after, before = distance("recovered", "--recover", 20), distance("cut")
+        after, before = distance("recovered", "--recover", 60), distance("cut")
         assert after < before, (after, before)
 
     def test_what_belongs_goes_along(
