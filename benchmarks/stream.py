@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room for twice the model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=("stream", "pad", "cut-list"), help="this part")
-    parser.add_argument("--padded-layers", type=int, default=4, help="of the 72B that is padded")
+    parser.add_argument("--padded-layers", type=int, default=5, help="of the 72B that is padded")
     options = parser.parse_args()
     with TemporaryDirectory(dir=options.folder, prefix="stream-") as name:
         folder = Path(name)

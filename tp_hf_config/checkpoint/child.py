@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 ALIGNED = 64  # bytes
+LARGE = 1 << 20  # bytes
 
 
 def run(job: dict[str, Any]) -> None:
@@ -79,17 +80,17 @@ def _paged(folder: str) -> Iterator[None]:
 def aligned(model: torch.nn.Module, in_turn: bool) -> Iterator[None]:
     """Align weights in memory as torch does: the order of sums can depend on it.
 
-    Mapped files align them differently. ``in_turn``: align a layer in a list only while it runs,
-    because all layers may be larger than memory.
+    Mapped files align them differently. ``in_turn``: align a large weight only while its module
+    runs, and a layer in a list while it runs, because all may be larger than memory.
     """
     handles: list[Any] = []
-    layers = list(_listed(model)) if in_turn else []
-    later = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    turns = _turns(model) if in_turn else {}
+    later = {id(parameter) for parameters in turns.values() for parameter in parameters}
     for parameter in model.parameters():
         if id(parameter) not in later:
             parameter.data = _aligned(parameter.data)
-    for layer in layers:
-        handles += _aligned_while_it_runs(layer)
+    for module, parameters in turns.items():
+        handles += _aligned_while_it_runs(module, parameters)
     try:
         yield
     finally:
@@ -97,16 +98,29 @@ def aligned(model: torch.nn.Module, in_turn: bool) -> Iterator[None]:
             handle.remove()
 
 
+def _turns(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
+    """The layers in lists with their parameters, and other modules with large ones of their own."""
+    turns = {layer: list(layer.parameters()) for layer in _listed(model)}
+    inside = {module for layer in turns for module in layer.modules()}
+    for module in model.modules():
+        if module not in inside:
+            own = module.parameters(recurse=False)
+            turns[module] = [parameter for parameter in own if parameter.nbytes >= LARGE]
+    return turns
+
+
 def _aligned(values: torch.Tensor) -> torch.Tensor:
     misaligned = values.data_ptr() % ALIGNED if type(values) is torch.Tensor else 0
     return values.clone() if misaligned else values
 
 
-def _aligned_while_it_runs(layer: torch.nn.Module) -> list[Any]:
+def _aligned_while_it_runs(
+    module: torch.nn.Module, parameters: list[torch.nn.Parameter]
+) -> list[Any]:
     mapped: list[tuple[Any, torch.Tensor]] = []
 
     def enter(*_: Any) -> None:
-        for parameter in layer.parameters():
+        for parameter in parameters:
             mapped.append((parameter, parameter.data))
             parameter.data = _aligned(parameter.data)
 
@@ -115,7 +129,7 @@ def _aligned_while_it_runs(layer: torch.nn.Module) -> list[Any]:
             parameter, values = mapped.pop()
             parameter.data = values
 
-    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -23,7 +23,7 @@ from ..arguments import check_arguments
 from ..errors import CheckpointError, ConfigSyncError, in_one_line
 from ..model.config_json import changed_values, field_name
 from ..model.files import write_whole
-from ..model.paging import in_file
+from ..model.paging import copied
 from ..model.shapes import Shapes
 from ..model.tensors import parameter_names, select
 from ..reports import short
@@ -112,8 +112,7 @@ class Edit:
         if self.refits is None:
             raise ValueError(_REFITTED)
         if self.refits:
-            paged = in_file(values)  # a new file-backed tensor while paging, else ``values`` itself
-            values = values.clone() if paged is values else paged
+            values = copied(values)
         for refit in self.refits:
             refit.apply(values)
         return select(values, self.kept)

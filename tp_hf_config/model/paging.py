@@ -45,12 +45,19 @@ def is_paged() -> bool:
 
 
 def in_file(values: Tensor) -> Tensor:
-    """Copy a large CPU tensor into a mapped file; while nothing is paged, return it as it is."""
+    """Move a large CPU tensor into a mapped file; while nothing is paged, return it as it is."""
+    return values if _stays(values) or values.untyped_storage().filename else copied(values)
+
+
+def _stays(values: Tensor) -> bool:
+    return not is_paged() or values.device.type != "cpu" or values.nbytes < _SMALLEST
+
+
+def copied(values: Tensor) -> Tensor:
+    """Copy a tensor, into a new mapped file if it is large and on the CPU and weights are paged."""
+    if _stays(values):
+        return values.clone()
     folder = _folder.get()
-    if folder is None or values.device.type != "cpu" or values.nbytes < _SMALLEST:
-        return values
-    if values.untyped_storage().filename is not None:
-        return values
     handle, name = tempfile.mkstemp(dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):  # else writing to a full disk would kill the process

@@ -34,6 +34,7 @@ from ..model.fill import fill
 from ..model.layer_class import auto_classes, layer_lists, stock_class
 from ..model.layer_entries import layer_number, name_in_all_layers, shared_field, uniform_json
 from ..model.paging import in_file, is_paged
+from ..model.surroundings import free_memory
 from ..model.tensors import owner, tensor
 from ..planning.selection import inner_widths_of
 from ..twin.layout import places_of, positions_left
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOUD = 10.0  # noise relative to the weights around it: large enough to change a router's choice
+_BYTES_TO_PROVE = 12  # of a parameter: the padded one, and both copies while it becomes float64
 
 
 def write(model: PreTrainedModel, folder: Path, multiple_of: int = 1) -> Written:
@@ -73,9 +75,10 @@ def padded_alike(
 ) -> tuple[PreTrainedModel, ByLayer, SameOutputs]:
     """Pad every layer to the widest, and prove that the stock class then computes the same.
 
-    While weights are paged (they do not fit into memory), a tiny model of the class proves it, if
-    layers do not differ.
+    If copies in float64 do not fit into memory, a tiny model of the class proves it, unless layers
+    differ.
     """
+    large = is_paged() or _BYTES_TO_PROVE * model.num_parameters() > free_memory()
     differ = bool(layer_lists(type(model)))
     widths = _widths_of(model, differ)
     values = _largest(widths)
@@ -85,7 +88,7 @@ def padded_alike(
         raise NotProvedError(
             f"{named} is a multiple of {multiple_of} already" if named else "it has no inner width"
         )
-    proof = _proved_at_twice(model) if is_paged() and not differ else None
+    proof = _proved_at_twice(model) if large and not differ else None
     return _padded(model, widths, raised, proof)
 
 
