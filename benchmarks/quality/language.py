@@ -233,7 +233,9 @@ class Language:
             chats = own_chats(model, tokenizer, with_held_out(windows), seed)
             calibration = calibrate(model, batches(chats))
         seconds = time.perf_counter() - started
-        return self._cut("ffn20", "wanda", calibration) | {"text_and_measuring_seconds": seconds}
+        return self._cut("ffn20", "activation", calibration) | {
+            "text_and_measuring_seconds": seconds
+        }
 
     @cached_property
     def allocation(self) -> Allocation:
@@ -320,7 +322,7 @@ class Language:
         refits: dict[str, Any] = {}
         for cut, settings in CUTS.items():
             smaller, found = pruned(
-                model, settings, self.importance("wanda"), calibration, True, self.scale.seed
+                model, settings, self.importance("activation"), calibration, True, self.scale.seed
             )
             refits[cut] = {"widths": changed(model, smaller), "seconds": found.seconds}
         return {

@@ -43,7 +43,9 @@ def draw_perplexity(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     whole = (unpruned["parameters"], unpruned["whole"]["reference"])
-    uniform = [r for r in rows if r["variant"] == "wanda" and r["subject"] in ("ffn20", "ffn40")]
+    uniform = [
+        r for r in rows if r["variant"] == "activation" and r["subject"] in ("ffn20", "ffn40")
+    ]
     allocated = [r for r in rows if r["variant"] == "allocated"]
     dropped = [r for r in rows if r["part"] == "layers" and r["variant"] == "refitted"]
     lines = (

@@ -218,7 +218,7 @@ def _refits(row: Row) -> tuple[str, str]:
 
 def _text(rows: list[Row], _: list[Row]) -> Iterable[Sheet]:
     if rows:
-        title = f"Which text to calibrate on: SmolLM2-135M, {_widths(rows[0])}, wanda"
+        title = f"Which text to calibrate on: SmolLM2-135M, {_widths(rows[0])}"
         lines = [
             (_LABELS[row["subject"]], f"{row['tokens']:,}", *_compared(row, _perplexity)[1:])
             for row in rows
@@ -263,7 +263,7 @@ def _optipfair(rows: list[Row], good: list[Row]) -> Iterable[Sheet]:
         for row in rows
     ]
     beside = [r for r in good if r["part"] == "smollm2" and r["subject"] == rows[0]["subject"]]
-    for row in _ranked(r for r in beside if r["variant"] in ("magnitude", "wanda")):
+    for row in _ranked(r for r in beside if r["variant"] in ("magnitude", "activation")):
         size = f"{row['parameters'] / 1e6:.1f} M"
         lines.append((f"{_label(row)}, cut only", size, *_plain(row)))
         lines.append((f"{_label(row)}, cut and refitted", size, *_plain(row, "refitted")))

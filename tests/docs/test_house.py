@@ -102,23 +102,24 @@ def test_modules_are_short() -> None:
 
 
 LINES = {
-    "model": (2_881, 1_800),
+    "model": (2_888, 1_800),
     "forward": (2_292, 2_200),
     "fieldmap": (4_135, 3_400),
     "twin": (3_889, 3_400),
-    "graph": (2_885, 2_200),
+    "graph": (2_884, 2_200),
     "planning": (3_204, 2_200),
     "hook": (3_387, 2_300),
-    "calibration": (3_473, 2_300),
-    "checkpoint": (2_312, 2_000),
-    "pipeline": (3_851, 2_300),
+    "calibration": (3_547, 2_300),
+    "checkpoint": (2_326, 2_000),
+    "pipeline": (3_854, 2_300),
     "cli": (659, 700),
     "": (888, 400),
 }
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
 The first number only ever goes down, to what is there; it is raised where a feature was deleted for
-it, never by itself. Cut lists of models without data raised it on 2026-12-03; targets, quantised
+it, never by itself. The score of queries and keys, padding in 3 GiB and cut lists of models without
+data raised it on 2026-12-03; targets, quantised
 sizes, scores of experts, special tokens, the score of heads by gradients and the types of added
 tokens in GGUF files on 2026-12-02.
 """

@@ -127,13 +127,20 @@ def run_as_cut(
     """Run the model on held-out data, with each weight reading its inputs as the step leaves them.
 
     Only consumers in ``using`` are refitted, tied heads also where they embed tokens. Operations
-    without a weight (products of shorter queries and keys) run as in the whole model.
+    without a weight run as in the whole model: products of queries and keys get zeros for removed
+    channels, and keep the scale of the whole model.
     """
     heads = {each.parameter: step.refits[each] for each in using if each.dim == 1}
     sources, copies = step.sources(_leaders(step)), Copies()
     latest: tuple[Any, Tensor, Tensor] | None = None
 
     def visit(op: LinearOp) -> Any:
+        result, gone = read_as_cut(op), step.unread_outputs.get(op.consumer.parameter)
+        if gone is None or op.consumer.part is not None:
+            return result
+        return result.index_fill(op.axis, gone.to(result.device), 0.0)
+
+    def read_as_cut(op: LinearOp) -> Any:
         nonlocal latest
         used = op.consumer in using
         alike = step.alike.get(op.consumer, op.consumer), used
@@ -254,8 +261,8 @@ class Refits:
         measure: how the model's outputs on held-out data are compared: ``"KL"`` of the logits, or a
             relative ``"squared error"``.
         cut: the change by the plain cut; ``None`` if nothing is held out. Estimated before the cut
-            by running the model as if it were cut, except for products of queries and keys of fewer
-            dimensions.
+            by running the model as if it were cut, except that products of shorter queries and keys
+            keep their scale.
         refit: the change with refits, estimated in the same way.
         after: the change measured after the cut; ``None`` also if the output is narrower, or if the
             pruned model does not run on the held-out data (a note says so).

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "wanda", "activation", "curvature"]
 _READS = (function.prune_linear_in_channels, function.prune_conv_in_channels)
+_WRITES = (function.prune_linear_out_channels, function.prune_conv_out_channels)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class _Reader:
 class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ignore[misc]
     """Ranks any Torch-Pruning group.
 
-    Whole experts are ranked by what they add to the outputs of their layer, whatever the kind. If
-    that was not found, or no measured weight reads the group, it is ranked by magnitude, with a
-    warning.
+    Whole experts are ranked by what they add to the outputs of their layer, whatever the kind. A
+    group that no weight reads is ranked by the product of the norms of what its layers write, as
+    of queries and keys. If that was not measured either, it is ranked by magnitude, with a warning.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             return self._normalize(scores[first], self.normalizer)
         readers = list(self._readers(group, readings))
         if not readers:
+            written = self._written_scores(group, readings, roots)
+            if written is not None:
+                self.used.add("activation")
+                return self._normalize(written[first], self.normalizer)
             self._warn_unread(group)
             self.used.add("magnitude")
             return super().__call__(group)
@@ -157,17 +162,59 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             calibration.gradients = {**calibration.gradients, **found}
         return calibration.gradients
 
-    def _readers(self, group: Any, readings: Readings) -> Iterator[_Reader]:
+    def _written_scores(self, group: Any, readings: Readings, roots: int) -> Tensor | None:
+        """Return the product over a group's layers of the norm of what they write to each root.
+
+        ``None``: not all of them were seen to write, or there are several ranks.
+        """
+        if holds_experts(group, self.calibration.model) or self.calibration.ranks.count > 1:
+            return None
+        read = {consumer.parameter for consumer in readings.leaders}
+        items = [(name, item) for name, _, _, item in self._items(group) if name in read]
+        squares = self._written(dict(items))
+        if not items or any(name not in squares for name, _ in items):
+            return None
+        scores = torch.ones(roots, dtype=torch.float64)
+        for name, item in items:
+            values = squares[name][list(item.idxs)]
+            of_roots = torch.zeros(roots, dtype=torch.float64)
+            scores *= of_roots.scatter_add_(0, torch.tensor(list(item.root_idxs)), values).sqrt()
+        return scores.float()
+
+    def _written(self, parameters: Collection[str]) -> dict[str, Tensor]:
+        """Return the squares of each output channel, measured with those of other layers."""
+        calibration = self.calibration
+        if not calibration.written.keys() >= set(parameters):
+            found: dict[str, Tensor] = {}
+            alike = set(map(_without_numbers, parameters))
+
+            def visit(op: LinearOp) -> Any:
+                name, result = op.consumer.parameter, op.run()
+                if op.consumer.part is None and _without_numbers(name) in alike:
+                    rows = result.movedim(op.axis, -1).flatten(0, -2)
+                    squares = rows.float().square().sum(0).double().cpu()
+                    found[name] = found.get(name, 0) + squares
+                return result
+
+            batches = _first(calibration.train)
+            watched_pass(calibration.model, batches, visit, what="queries and keys")
+            calibration.written = {**calibration.written, **found}
+        return calibration.written
+
+    def _items(self, group: Any) -> Iterator[tuple[str, nn.Parameter, int, Any]]:
+        """Yield name, parameter, dimension and item of the weights that a group reads or writes."""
         names = {id(p): name for name, p in self.calibration.model.named_parameters()}
-        places = readings.by_place()
         for item in group:
-            place = _read_by(item.dep)
-            if place is None or not len(item.idxs):
-                continue
-            parameter, dim = place
+            place = _place_of(item.dep)
+            if place is not None and len(item.idxs):
+                yield names.get(id(place[0]), ""), *place, item
+
+    def _readers(self, group: Any, readings: Readings) -> Iterator[_Reader]:
+        places = readings.by_place()
+        for name, parameter, dim, item in self._items(group):
             channels = torch.tensor(list(item.idxs))
             roots = torch.tensor(list(item.root_idxs))
-            for consumer in places.get((names.get(id(parameter), ""), dim), ()):
+            for consumer in places.get((name, dim), ()):
                 statistics = readings.of(consumer)
                 if statistics is not None and statistics.tokens:
                     values, at = consumer.matrix_of(parameter.detach())
@@ -226,15 +273,16 @@ def _experts_in(
             yield root, measured[name].get(number, Contribution())
 
 
-def _read_by(dep: Any) -> tuple[nn.Parameter, int] | None:
-    """Return the parameter, and its dimension along which an item of a group reads, if any."""
+def _place_of(dep: Any) -> tuple[nn.Parameter, int] | None:
+    """Return the weight and its dimension that an item of a group runs along, if any."""
     layer = dep.target.module
     if isinstance(layer, ParameterView):
         parameter = layer.parameter
         return (parameter, layer.dim) if isinstance(parameter, nn.Parameter) else None
-    if dep.handler not in _READS:
+    if dep.handler not in (*_READS, *_WRITES):
         return None
-    return layer.weight, 0 if getattr(layer, "transposed", False) else 1
+    transposed = getattr(layer, "transposed", False)
+    return layer.weight, int((dep.handler in _READS) != transposed)
 
 
 def advice(importance: Any, model: Any) -> str | None:

@@ -374,6 +374,8 @@ class MeasuredModel:
         self.readings = Readings()
         # mean products of the gradients of what consumers read, for importances
         self.gradients: dict[Consumer, Tensor] = {}
+        # sums of squares of what parameters write, by channel, for importances
+        self.written: dict[str, Tensor] = {}
         self.seconds = 0.0
         self._measured_at: tuple[Any, ...] = ()
 
@@ -432,7 +434,7 @@ class MeasuredModel:
             started = time.perf_counter()
             again = "calibrate again" if self._measured_at else "calibrate"
             self.readings = Readings()  # frees the old Gram matrices
-            self.gradients = {}
+            self.gradients, self.written = {}, {}
             self.readings = measure(
                 self.model, self.train, self.max_memory, again, self.ranks, self.refits
             )

@@ -96,6 +96,8 @@ class StepRefits:
         self.alike: dict[Consumer, Consumer] = {}
         # parameters that lose inputs, though no measured operation multiplied them
         self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
+        # parameter -> output channels, 1-D, that it loses and no measured weight reads
+        self.unread_outputs = _unread_outputs(calibration.model, groups, self.readings)
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
         for consumer in self.kept:
@@ -228,6 +230,21 @@ def _kept_channels(
             stays[list(lost)] = False
             kept[consumer] = stays.nonzero().flatten()
     return kept
+
+
+def _unread_outputs(
+    model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
+) -> dict[str, Tensor]:
+    read = readings.by_place()
+    writers = {name for name, _ in read}
+    gone: dict[str, set[int]] = {}
+    for group in groups:
+        places = list(_places(model, [group]))
+        if not any((name, dim) in read for _, _, name, dim in places):
+            for _, side, name, _ in places:
+                if name in writers:  # queries and keys, not their biases
+                    gone.setdefault(name, set()).update(side.table[group.units].flatten().tolist())
+    return {name: torch.tensor(sorted(channels)) for name, channels in gone.items()}
 
 
 def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:

@@ -148,6 +148,28 @@ def test_what_is_foretold_of_the_model_is_what_comes() -> None:
     assert hook.reports[0].to_dict()["refits"]["layers"][0]["weight"]
 
 
+def test_shorter_queries_and_keys_are_foretold() -> None:
+    """The products of fewer dimensions, and which of them are kept."""
+    model = small.roberta(hidden_size=64)
+    for layer in model.roberta.encoder.layer:
+        part = layer.attention.self
+        for linear, factor in {part.query: 30, part.key: 30, part.value: 10}.items():
+            linear.weight.data *= factor
+        layer.attention.output.dense.weight.data *= 10
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 30, (2, 16), generator=generator) for _ in range(20)]
+    calibration = calibrate(model, [{"input_ids": row} for row in rows])
+    hook = HFConfigSyncHook(prune="hidden_size", refit=calibration)
+    importance = calibration.importance()
+    calibrated.pruner_of(model, hook, importance=importance, pruning_ratio=0.25).step()
+    assert model.config.hidden_size == 48
+    assert hook.last_report is not None
+    result = hook.last_report.refits
+    assert result is not None
+    assert result.after == pytest.approx(result.refit, rel=0.1)  # 0.22 without the products
+    assert hook.last_report.to_dict()["ranked_by"] == ["activation"]
+
+
 def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
     model = calibrated.build("llama")
     before = model.num_parameters()

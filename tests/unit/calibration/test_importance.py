@@ -234,6 +234,28 @@ def test_groups_that_nothing_reads_are_ranked_by_magnitude() -> None:
         assert first.argsort().tolist() == second.argsort().tolist()
 
 
+def test_queries_and_keys_are_ranked_by_the_product_of_their_norms() -> None:
+    model = zoo.build("bert")
+    calibration = calibrate(model, calibrated.batches(model, 10))
+    importance = calibration.importance(normalizer=None)
+    found = values_of(model, importance, prune="hidden_size")
+    squares: dict[nn.Module, Any] = {}
+    layers = [layer.attention.self for layer in model.bert.encoder.layer]
+    for linear in (part for layer in layers for part in (layer.query, layer.key)):
+        linear.register_forward_hook(
+            lambda linear, args, output: squares.update(
+                {linear: squares.get(linear, 0) + output.flatten(0, -2).double().square().sum(0)}
+            )
+        )
+    with torch.no_grad():
+        for batch in calibration.train:
+            model(**batch)
+    for layer in layers:
+        wanted = (squares[layer.query] * squares[layer.key]).sqrt().float()
+        same = [values for values in found if torch.allclose(values, wanted, rtol=1e-4)]
+        assert len(same) == 1
+
+
 class Net(nn.Module):
     """Convolutions, a norm and a head: a plain PyTorch model."""
 
