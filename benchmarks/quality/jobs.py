@@ -41,7 +41,7 @@ class Scale:
     calibration: int = 48
     evaluation: int = 8
     gradients: int = 12
-    tokens: tuple[int, ...] = (3_072, 12_288, 50_176)
+    tokens: tuple[int, ...] = (3_072, 12_288)
     paragraphs: int = 800
     sentences: int = 256
     rounds: int = 3

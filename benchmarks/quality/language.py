@@ -52,7 +52,7 @@ IMPORTANCES = (
     *("activation", "curvature", "wanda", "magnitude"),
     *("taylor", "hessian", "random"),
 )
-MEANS = (1218, 1065, 978)  # feed-forward widths, over all layers
+MEANS = (1218, 1065, 978, 922, 871)  # feed-forward widths, over all layers
 WAYS = ("uniform", "allocated")
 TEXTS = ("reference", "shipped", "own", "chat")
 
@@ -243,7 +243,12 @@ class Language:
         model = self.loaded[0]
         target = self._parameters_at(MEANS[-1])
         return allocate(
-            model, self.calibration, target_params=target, shares=(0.2, 0.45), batches=2, round_to=1
+            model,
+            self.calibration,
+            target_params=target,
+            shares=(0.2, 0.4, 0.65),
+            batches=2,
+            round_to=1,
         )
 
     def _parameters_at(self, mean: int) -> int:
