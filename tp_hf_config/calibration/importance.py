@@ -171,8 +171,11 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
             return None
         read = {consumer.parameter for consumer in readings.leaders}
         items = [(name, item) for name, _, _, item in self._items(group) if name in read]
+        stacks = {consumer.parameter for consumer in readings.leaders if consumer.part is not None}
+        if not items or stacks.intersection(dict(items)):
+            return None
         squares = self._written(dict(items))
-        if not items or any(name not in squares for name, _ in items):
+        if any(name not in squares for name, _ in items):
             return None
         scores = torch.ones(roots, dtype=torch.float64)
         for name, item in items:
@@ -190,7 +193,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
 
             def visit(op: LinearOp) -> Any:
                 name, result = op.consumer.parameter, op.run()
-                if op.consumer.part is None and _without_numbers(name) in alike:
+                if _without_numbers(name) in alike:
                     rows = result.movedim(op.axis, -1).flatten(0, -2)
                     squares = rows.float().square().sum(0).double().cpu()
                     found[name] = found.get(name, 0) + squares

@@ -89,15 +89,16 @@ class StepRefits:
     def __init__(self, calibration: MeasuredModel, groups: Sequence[ConfigGroup]):
         self.calibration = calibration
         self.readings = calibration.current()
+        places = list(_places(calibration.model, groups))
         # consumer -> the channels that it keeps, 1-D, if it loses some
-        self.kept = _kept_channels(calibration.model, groups, self.readings)
+        self.kept = _kept_channels(places, self.readings)
         self.refits: dict[Consumer, Refit] = {}
         # consumer -> the first with the same inputs and refit
         self.alike: dict[Consumer, Consumer] = {}
         # parameters that lose inputs, though no measured operation multiplied them
-        self.unseen = _unseen(calibration.model, groups, {c.parameter for c in self.kept})
+        self.unseen = _unseen(places, {c.parameter for c in self.kept})
         # parameter -> output channels, 1-D, that it loses and no measured weight reads
-        self.unread_outputs = _unread_outputs(calibration.model, groups, self.readings)
+        self.unread_outputs = _unread_outputs(places, self.readings)
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
         for consumer in self.kept:
@@ -215,16 +216,18 @@ class _Products:
         return refit_from_products(own, cross, kept, ridge)
 
 
-def _kept_channels(
-    model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
-) -> dict[Consumer, Tensor]:
+# group, side, first name of the parameter, and dimension
+_Place = tuple[ConfigGroup, Side, str, int]
+
+
+def _kept_channels(places: Iterable[_Place], readings: Readings) -> dict[Consumer, Tensor]:
     gone: dict[tuple[str, int], set[int]] = {}
-    for group, side, name, dim in _places(model, groups):
+    for group, side, name, dim in places:
         gone.setdefault((name, dim), set()).update(side.table[group.units].flatten().tolist())
     kept: dict[Consumer, Tensor] = {}
-    places = readings.by_place()
+    consumers = readings.by_place()
     for place, lost in gone.items():
-        for consumer in places.get(place, ()):
+        for consumer in consumers.get(place, ()):
             size = len(readings.statistics[readings.leaders[consumer]].squares)
             stays = torch.ones(size, dtype=torch.bool)
             stays[list(lost)] = False
@@ -232,34 +235,27 @@ def _kept_channels(
     return kept
 
 
-def _unread_outputs(
-    model: nn.Module, groups: Iterable[ConfigGroup], readings: Readings
-) -> dict[str, Tensor]:
-    read = readings.by_place()
-    writers = {name for name, _ in read}
+def _unread_outputs(places: Sequence[_Place], readings: Readings) -> dict[str, Tensor]:
+    consumers = readings.by_place()
+    writers = {name for name, _ in consumers}
+    read = {id(group) for group, _, name, dim in places if (name, dim) in consumers}
     gone: dict[str, set[int]] = {}
-    for group in groups:
-        places = list(_places(model, [group]))
-        if not any((name, dim) in read for _, _, name, dim in places):
-            for _, side, name, _ in places:
-                if name in writers:  # queries and keys, not their biases
-                    gone.setdefault(name, set()).update(side.table[group.units].flatten().tolist())
+    for group, side, name, _ in places:
+        if id(group) not in read and name in writers:  # queries and keys, not their biases
+            gone.setdefault(name, set()).update(side.table[group.units].flatten().tolist())
     return {name: torch.tensor(sorted(channels)) for name, channels in gone.items()}
 
 
-def _unseen(model: nn.Module, groups: Iterable[ConfigGroup], seen: set[str]) -> list[str]:
+def _unseen(places: Iterable[_Place], seen: set[str]) -> list[str]:
     names = {
         name
-        for _, side, name, _ in _places(model, groups)
+        for _, side, name, _ in places
         if not side.out and not isinstance(side.module, ParameterView)
     }
     return sorted(names - seen)
 
 
-def _places(
-    model: nn.Module, groups: Iterable[ConfigGroup]
-) -> Iterator[tuple[ConfigGroup, Side, str, int]]:
-    """Yield group, side, first name of the parameter, and dimension, of all tensor dims."""
+def _places(model: nn.Module, groups: Iterable[ConfigGroup]) -> Iterator[_Place]:
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in groups:
         for side in group.graph_group.sides:

@@ -104,8 +104,8 @@ def _turns(model: torch.nn.Module) -> dict[torch.nn.Module, list[torch.nn.Parame
     inside = {module for layer in turns for module in layer.modules()}
     for module in model.modules():
         if module not in inside:
-            own = module.parameters(recurse=False)
-            turns[module] = [parameter for parameter in own if parameter.nbytes >= LARGE]
+            own = [p for p in module.parameters(recurse=False) if p.nbytes >= LARGE]
+            turns |= {module: own} if own else {}
     return turns
 
 
