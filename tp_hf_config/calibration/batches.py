@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ TOKENS = 12_288  # default for texts, and for batches without a length
 ROWS = 512  # default for batches without a length that hold images or sounds
 HELD_OUT = 8  # every eighth batch is held out
 _MOST_HELD_OUT = 6  # batches
+_FIRST = 3_072  # tokens for what hardly changes with more: gradients, products of queries and keys
 _AT_ONCE = 8  # windows that the model writes in one batch
 Batch = Mapping[str, Any]
 _PADDING_MASKS = ("attention_mask", "features_mask", "padding_mask")
@@ -317,6 +319,16 @@ def rows_of(batch: Batch) -> Iterator[Batch]:
         yield batch
         return
     yield from (_row_of(batch, row, rows) for row in range(rows))
+
+
+def first_rows(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first rows, one by one: a backward pass keeps all that the forward pass made."""
+    chosen: list[Batch] = []
+    for row in chain.from_iterable(map(rows_of, batches)):
+        if chosen and tokens_in(chosen) >= _FIRST:
+            break
+        chosen.append(row)
+    return chosen
 
 
 def _row_of(batch: Batch, row: int, rows: int) -> dict[str, Any]:

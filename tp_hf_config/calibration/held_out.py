@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from ..forward.output_tensors import tensors_in
 from ..graph.cut_list import RefitInPlace, plain_cut
 from ..graph.sides import ConfigGroup
 from ..reports import fields_as_json
+from .head_basis import HeadBases, head_bases, with_bases
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, class_logits, logits_of, watched_pass
@@ -26,6 +27,7 @@ from .sources import Sources
 # KL divergences on held-out data, in nats; `in_words` says what they mean
 NOTICEABLE, TOO_MUCH = 0.1, 0.5
 _RELATIVE = "squared error"
+_ROUNDING = 1e-2  # of the change by a cut: so much may rounding change outputs
 _AT_ONCE = 16  # tokens; avoids a float32 copy of all logits
 _KEPT = 2**30  # bytes of outputs; of more, rows (tokens) at equal distances are kept
 
@@ -135,9 +137,11 @@ def run_as_cut(
     latest: tuple[Any, Tensor, Tensor] | None = None
 
     def visit(op: LinearOp) -> Any:
-        result, gone = read_as_cut(op), step.unread_outputs.get(op.consumer.parameter)
+        result, name = read_as_cut(op), op.consumer.parameter
+        gone = step.unread_outputs.get(name)
         if gone is None or op.consumer.part is not None:
             return result
+        result = with_bases(result, op.axis, step.bases.get(name, ()))
         return result.index_fill(op.axis, gone.to(result.device), 0.0)
 
     def read_as_cut(op: LinearOp) -> Any:
@@ -326,6 +330,8 @@ class Refitting:
             if consumer in using:
                 edit = RefitInPlace(consumer.dim, consumer.part, refit)
                 self.edits.setdefault(consumer.parameter, []).append(edit)
+        for name, edits in self._bases(groups, using).items():
+            self.edits.setdefault(name, []).extend(edits)
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
@@ -389,6 +395,40 @@ class Refitting:
         result.refit = result.cut
         self._mark(set())
         return set()
+
+    def _bases(
+        self, groups: Sequence[ConfigGroup], using: set[Consumer]
+    ) -> Mapping[str, list[RefitInPlace]]:
+        """Return other bases of queries and keys, if the whole model changes less in them."""
+        step, result = self._step, self.result
+        if result.refit is None or result.cut is None or step.calibration.ranks.count > 1:
+            return {}
+        bases = head_bases(step.calibration, groups, step.unread_outputs)
+        if not bases.whole or not self._are_exact(bases, result.cut):
+            return {}
+        step.bases = bases.cut
+        change = self._change(step, using, "other bases of heads")
+        if not change < result.refit:
+            step.bases = {}
+            return {}
+        result.notes.append(
+            f"{len(bases.whole)} weights that compute queries and keys are cut in another basis "
+            f"({result.measure} {change:.3g} instead of {result.refit:.3g})"
+        )
+        result.refit = change
+        return bases.edits
+
+    def _are_exact(self, bases: HeadBases, cut: float) -> bool:
+        """True if a model with whole bases, nothing cut, has the same outputs."""
+
+        def visit(op: LinearOp) -> Any:
+            result = op.run()
+            return with_bases(result, op.axis, bases.whole.get(op.consumer.parameter, ()))
+
+        self._outputs.begin()
+        what = "held-out data, whole bases of heads"
+        run_held_out(self._step.calibration, self._outputs.compare, what, visit)
+        return self._outputs.mean() <= _ROUNDING * cut
 
     def _change(self, step: StepRefits, using: set[Consumer], how: str) -> float:
         self._outputs.begin()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from ..forward.observed_pass import hidden_in, hidden_out
 from ..forward.output_tensors import tensors_in
 from ..graph.sides import ParameterView
 from ..model.tensors import is_matrix_stack
-from .batches import Batch, rows_of, tokens_in, writes_text
+from .batches import Batch, first_rows, writes_text
 from .linear_ops import Consumer, Contribution, LinearOp, WatchedOps
 from .measured import InputStatistics, Readings
 from .passes import ALONE, Ranks, class_logits, run, shown, undisturbed, watched_pass
@@ -199,7 +198,7 @@ class CalibratedImportance(tp.importance.GroupMagnitudeImportance):  # type: ign
                     found[name] = found.get(name, 0) + squares
                 return result
 
-            batches = _first(calibration.train)
+            batches = first_rows(calibration.train)
             watched_pass(calibration.model, batches, visit, what="queries and keys")
             calibration.written = {**calibration.written, **found}
         return calibration.written
@@ -301,9 +300,6 @@ def advice(importance: Any, model: Any) -> str | None:
     )
 
 
-_TOKENS = 3_072  # of gradients; more hardly change the order of heads (twelve windows)
-
-
 def _gradient_products(
     model: nn.Module, batches: Sequence[Batch], consumers: Collection[Consumer]
 ) -> dict[Consumer, Tensor]:
@@ -327,7 +323,7 @@ def _gradient_products(
 
     generator = torch.Generator().manual_seed(0)
     with undisturbed(model), torch.enable_grad():
-        for number, batch in enumerate(shown(_first(batches), "gradients for heads")):
+        for number, batch in enumerate(shown(first_rows(batches), "gradients for heads")):
             read.clear()
             result = run(model, number, batch, WatchedOps(model, visit))
             loss = _sampled_loss(result, generator)
@@ -353,16 +349,6 @@ def _alike(consumer: Consumer, others: Collection[Consumer]) -> list[Consumer]:
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "*", name)
-
-
-def _first(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the first rows, one by one: a backward pass keeps all that the forward pass made."""
-    chosen: list[Batch] = []
-    for row in chain.from_iterable(map(rows_of, batches)):
-        if chosen and tokens_in(chosen) >= _TOKENS:
-            break
-        chosen.append(row)
-    return chosen
 
 
 def _sampled_loss(result: Any, generator: torch.Generator) -> Tensor:

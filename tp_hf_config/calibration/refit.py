@@ -8,7 +8,7 @@ least squares for what the plain cut ``W Sᵀ`` misses. The ridge r pulls it tow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -99,6 +99,8 @@ class StepRefits:
         self.unseen = _unseen(places, {c.parameter for c in self.kept})
         # parameter -> output channels, 1-D, that it loses and no measured weight reads
         self.unread_outputs = _unread_outputs(places, self.readings)
+        # weight -> bases in which these outputs are cut
+        self.bases: Mapping[str, Sequence[Refit]] = {}
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}
         for consumer in self.kept:

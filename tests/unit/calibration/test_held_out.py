@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -31,7 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::tp_hf_config.CalibrationWarning"),
 ]
 
-# where the output has no product of queries and keys whose dims go, and no tied head
+# where no tied head and no product of queries and keys loses channels, but for T5's: between them
+# is nothing, so they are cut in another basis
 EXACT: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
@@ -47,7 +49,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "mamba2": {},
     "bert": {"prune": "intermediate_size"},
     "modernbert": {},
-    "t5": {"prune": "d_ff"},
+    "t5": {"prune": ("d_ff", "d_kv")},
     "bart": {"prune": ("encoder_ffn_dim", "decoder_ffn_dim")},
     "whisper": {"prune": ("encoder_ffn_dim", "decoder_ffn_dim")},
     "vit": {},
@@ -148,14 +150,19 @@ def test_what_is_foretold_of_the_model_is_what_comes() -> None:
     assert hook.reports[0].to_dict()["refits"]["layers"][0]["weight"]
 
 
-def test_shorter_queries_and_keys_are_foretold() -> None:
-    """The products of fewer dimensions, and which of them are kept."""
+def roberta_of_48(between: Any = None) -> tuple[HFConfigSyncHook, Refits]:
+    """A hook that has cut a RoBERTa's hidden size, and the effect of its refits.
+
+    ``between``: computed of each layer's queries before they are multiplied with the keys.
+    """
     model = small.roberta(hidden_size=64)
     for layer in model.roberta.encoder.layer:
         part = layer.attention.self
         for linear, factor in {part.query: 30, part.key: 30, part.value: 10}.items():
             linear.weight.data *= factor
         layer.attention.output.dense.weight.data *= 10
+        if between is not None:
+            part.query.register_forward_hook(lambda linear, args, output: between(output))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 30, (2, 16), generator=generator) for _ in range(20)]
     calibration = calibrate(model, [{"input_ids": row} for row in rows])
@@ -166,8 +173,24 @@ def test_shorter_queries_and_keys_are_foretold() -> None:
     assert hook.last_report is not None
     result = hook.last_report.refits
     assert result is not None
+    return hook, result
+
+
+def test_shorter_queries_and_keys_are_cut_in_another_basis_and_foretold() -> None:
+    """The products of fewer dimensions, and which of them are kept."""
+    hook, result = roberta_of_48()
     assert result.after == pytest.approx(result.refit, rel=0.1)  # 0.22 without the products
+    assert hook.last_report is not None
     assert hook.last_report.to_dict()["ranked_by"] == ["activation"]
+    (note,) = (note for note in result.notes if "another basis" in note)
+    assert note.startswith("4 weights that compute queries and keys are cut in another basis (")
+    changes = [float(each) for each in re.findall(r"\d\.\d+", note)]
+    assert changes[0] < 0.95 * changes[1]
+
+
+def test_queries_that_are_more_than_multiplied_keep_their_basis() -> None:
+    _, result = roberta_of_48(between=torch.tanh)
+    assert [note for note in result.notes if "another basis" in note] == []
 
 
 def test_a_costly_step_says_before_it_cuts_what_would_cost_less() -> None:
