@@ -23,6 +23,8 @@ from tp_hf_config import Calibration, calibrate
 CUTS: dict[str, dict[str, Any]] = {
     "ffn25": {"prune": ("intermediate_size",), "pruning_ratio": 0.25},
     "ffn50": {"prune": ("intermediate_size",), "pruning_ratio": 0.5},
+    "hidden": {"prune": ("hidden_size",), "pruning_ratio": 1 / 16},  # its heads get narrower
+    "hidden25": {"prune": ("hidden_size",), "pruning_ratio": 0.25},
     "demo": {
         "prune_num_heads": True,
         "ratios": {"intermediate_size": 0.25},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from ..forward.output_tensors import tensors_in
 from ..graph.cut_list import RefitInPlace, plain_cut
 from ..graph.sides import ConfigGroup
 from ..reports import fields_as_json
-from .head_basis import HeadBases, head_bases, with_bases
+from .head_basis import HeadBases, head_bases, in_bases
 from .linear_ops import Consumer, LinearOp
 from .measured import MeasuredModel
 from .passes import ALONE, Ranks, class_logits, logits_of, watched_pass
@@ -138,11 +138,12 @@ def run_as_cut(
 
     def visit(op: LinearOp) -> Any:
         result, name = read_as_cut(op), op.consumer.parameter
-        gone = step.unread_outputs.get(name)
-        if gone is None or op.consumer.part is not None:
+        if op.consumer.part is not None:
             return result
-        result = with_bases(result, op.axis, step.bases.get(name, ()))
-        return result.index_fill(op.axis, gone.to(result.device), 0.0)
+        if name in step.bases:
+            return in_bases(result, op.axis, step.bases[name])
+        gone = step.unread_outputs.get(name)
+        return result if gone is None else result.index_fill(op.axis, gone.to(result.device), 0.0)
 
     def read_as_cut(op: LinearOp) -> Any:
         nonlocal latest
@@ -326,12 +327,12 @@ class Refitting:
         using = self._worth_it()
         self._note_unfitted()
         self.edits: dict[str, list[RefitInPlace]] = {}
+        if self.result.cut is not None and calibration.ranks.count == 1:
+            using |= self._change_bases(groups, using)
         for consumer, refit in self._step.refits.items():
             if consumer in using:
                 edit = RefitInPlace(consumer.dim, consumer.part, refit)
                 self.edits.setdefault(consumer.parameter, []).append(edit)
-        for name, edits in self._bases(groups, using).items():
-            self.edits.setdefault(name, []).extend(edits)
         self.result.seconds = time.perf_counter() - started
 
     def _worth_it(self) -> set[Consumer]:
@@ -396,38 +397,33 @@ class Refitting:
         self._mark(set())
         return set()
 
-    def _bases(
-        self, groups: Sequence[ConfigGroup], using: set[Consumer]
-    ) -> Mapping[str, list[RefitInPlace]]:
-        """Return other bases of queries and keys, if the whole model changes less in them."""
+    def _change_bases(self, groups: Sequence[ConfigGroup], using: set[Consumer]) -> set[Consumer]:
+        """Cut heads in other bases, if the whole model changes less so; return what reads them."""
         step, result = self._step, self.result
-        if result.refit is None or result.cut is None or step.calibration.ranks.count > 1:
-            return {}
-        bases = head_bases(step.calibration, groups, step.unread_outputs)
+        assert result.cut is not None  # the caller looked
+        assert result.refit is not None
+        bases = head_bases(step, groups)
         if not bases.whole or not self._are_exact(bases, result.cut):
-            return {}
-        step.bases = bases.cut
-        change = self._change(step, using, "other bases of heads")
+            return set()
+        refits = step.refits
+        step.bases, step.refits = bases.cut, {**refits, **bases.refits}
+        change = self._change(step, using | bases.refits.keys(), "heads in other bases")
         if not change < result.refit:
-            step.bases = {}
-            return {}
+            step.bases, step.refits = {}, refits
+            return set()
         result.notes.append(
-            f"{len(bases.whole)} weights that compute queries and keys are cut in another basis "
-            f"({result.measure} {change:.3g} instead of {result.refit:.3g})"
+            f"{len(bases.whole)} weights that compute queries, keys or values are cut in another "
+            f"basis ({result.measure} {change:.3g} instead of {result.refit:.3g})"
         )
-        result.refit = change
-        return bases.edits
+        result.refit, self.edits = change, bases.edits
+        return set(bases.refits)
 
     def _are_exact(self, bases: HeadBases, cut: float) -> bool:
-        """True if a model with whole bases, nothing cut, has the same outputs."""
-
-        def visit(op: LinearOp) -> Any:
-            result = op.run()
-            return with_bases(result, op.axis, bases.whole.get(op.consumer.parameter, ()))
-
+        """True if the model has the same outputs in whole bases, nothing cut."""
         self._outputs.begin()
         what = "held-out data, whole bases of heads"
-        run_held_out(self._step.calibration, self._outputs.compare, what, visit)
+        compare = self._outputs.compare
+        run_held_out(self._step.calibration, compare, what, bases.run_whole)
         return self._outputs.mean() <= _ROUNDING * cut
 
     def _change(self, step: StepRefits, using: set[Consumer], how: str) -> float:

@@ -99,7 +99,7 @@ class StepRefits:
         self.unseen = _unseen(places, {c.parameter for c in self.kept})
         # parameter -> output channels, 1-D, that it loses and no measured weight reads
         self.unread_outputs = _unread_outputs(places, self.readings)
-        # weight -> bases in which these outputs are cut
+        # weight -> the bases in which its outputs are cut
         self.bases: Mapping[str, Sequence[Refit]] = {}
         behind_norms: dict[Consumer, list[Consumer]] = {}
         plain: dict[Consumer, list[Consumer]] = {}

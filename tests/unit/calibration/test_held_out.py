@@ -176,14 +176,16 @@ def roberta_of_48(between: Any = None) -> tuple[HFConfigSyncHook, Refits]:
     return hook, result
 
 
-def test_shorter_queries_and_keys_are_cut_in_another_basis_and_foretold() -> None:
+def test_narrower_heads_are_cut_in_another_basis_and_foretold() -> None:
     """The products of fewer dimensions, and which of them are kept."""
     hook, result = roberta_of_48()
     assert result.after == pytest.approx(result.refit, rel=0.1)  # 0.22 without the products
     assert hook.last_report is not None
     assert hook.last_report.to_dict()["ranked_by"] == ["activation"]
     (note,) = (note for note in result.notes if "another basis" in note)
-    assert note.startswith("4 weights that compute queries and keys are cut in another basis (")
+    assert note.startswith(
+        "6 weights that compute queries, keys or values are cut in another basis ("
+    )
     changes = [float(each) for each in re.findall(r"\d\.\d+", note)]
     assert changes[0] < 0.95 * changes[1]
 
