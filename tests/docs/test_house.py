@@ -118,9 +118,9 @@ LINES = {
 """Folder ("": the root) -> the most lines that it may have now, and the budget to reach.
 
 The first number only ever goes down, to what is there; it is raised where a feature was deleted for
-it, never by itself. The score and the bases of narrower heads, padding in 3 GiB and cut lists of models without
-data raised it on 2026-12-03; targets, quantised sizes, scores of experts, special tokens, the score
-of heads by gradients and the types of added tokens in GGUF files on 2026-12-02.
+it, never by itself. The score and the bases of narrower heads, padding in 3 GiB and cut lists of
+models without data raised it on 2026-12-03; targets, quantised sizes, scores of experts, special
+tokens, the score of heads by gradients and the types of added tokens in GGUF files on 2026-12-02.
 """
 
 
