@@ -1,7 +1,9 @@
 """Find a width for every layer, so that a model of a given size changes as little as possible.
 
 Units of one layer at a time are removed, with refits, and outputs on held-out data are compared
-with the unpruned model's. A Lagrangian then removes the cheapest parameters, in whichever layer.
+with the unpruned model's. A Lagrangian then finds the cheapest parameters, in whichever layer. The
+costs of layers cut one at a time are too low where the others are cut too, so widths halfway to
+equal shares are compared with these, all layers cut.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import Count, Positive, Share, check_arguments
 from ..calibration.calibrate import Calibration
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = (0.2, 0.4, 0.6)  # shares of each layer's units whose removal is measured
+_EVENNESS = (0.5, 0.0)  # that are compared; the first if they are as good
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +56,7 @@ class Allocation(Report):
         curves: what was measured of each layer.
         widths: the layer's own field -> its value in the end.
         parameters: the model's parameters before and after.
+        evenness: how far the widths are from the cheapest ones (0) to equal shares (1).
     """
 
     model: str
@@ -60,6 +64,7 @@ class Allocation(Report):
     curves: tuple[LayerCurve, ...]
     widths: Mapping[str, int]
     parameters: tuple[int, int]
+    evenness: float = 0.0
     _make_inputs: MakeInputs | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -90,7 +95,7 @@ class Allocation(Report):
             ValueError: the number cannot be reached with the largest share that was measured.
         """
         before = self.parameters[0]
-        widths, after = _lagrangian(self.curves, before, target_params, round_to)
+        widths, after = _lagrangian(self.curves, before, target_params, round_to, self.evenness)
         return replace(self, widths=widths, parameters=(before, after))
 
     @property
@@ -198,18 +203,21 @@ def allocate(
         )
     with layers_listed(model):
         view = view_of(model)
+        before = view.model.num_parameters()
+        goal = int(target_params * (before if target_params <= 1 else 1))
         widths = _widths(view, prune)
         sensitivity = _Sensitivity(view, calibration, importance, batches, Target.of(target))
         curves = tuple(sensitivity.curve(width, shares) for width in widths)
-    before = view.model.num_parameters()
-    goal = int(target_params * (before if target_params <= 1 else 1))
-    left, after = _lagrangian(curves, before, goal, round_to)
+        found = {some: _lagrangian(curves, before, goal, round_to, some) for some in _EVENNESS}
+        evenness = min(found, key=lambda some: sensitivity.change(found[some][0]))
+    left, after = found[evenness]
     return Allocation(
         stock_class(type(view.model)).__name__,
         sensitivity.measure,
         curves,
         left,
         (before, after),
+        evenness,
         view.field_map.recipe.make_inputs,
     )
 
@@ -253,6 +261,8 @@ class _Sensitivity:
         self._calibration = calibration.comparing_on(calibration.held_out[:batches])
         self._outputs = Difference(len(self._calibration.held_out), calibration.ranks)
         run_held_out(self._calibration, self._outputs.note)
+        # field -> its graph, and the units of each channel group, the least important first
+        self._ranked: dict[str, tuple[ConfigGraph, Tensor]] = {}
 
     @property
     def measure(self) -> str:
@@ -264,21 +274,15 @@ class _Sensitivity:
         graph = ConfigGraph(model, width.groups)
         graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
-        count = graph_group.count
+        count, field_of = graph_group.count, field_name(width.fields[0])
         whole = graph.group_at(graph_group, range(count.units))
         values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
         starts = torch.arange(0, count.units, values.shape[1], device=values.device)
-        order = values.argsort(1) + starts[:, None]  # each channel group loses equally many
-        changes = {}
-        for share in shares:
-            gone = order[:, : int(share * order.shape[1])].flatten().tolist()
-            step = StepRefits(self._calibration, [graph.group_at(graph_group, gone)])
-            self._outputs.begin()
-            run_as_cut(step, set(step.refits), self._outputs.compare)
-            changes[share] = self._outputs.mean()
+        self._ranked[field_of] = graph, values.argsort(1) + starts[:, None]
+        changes = {share: self._change_without({field_of: share}) for share in shares}
         each = count.per_field_unit
         return LayerCurve(
-            field_name(width.fields[0]),
+            field_of,
             width.units,
             width.parameters,
             changes,
@@ -288,18 +292,65 @@ class _Sensitivity:
             grid=count.grid,
         )
 
+    def change(self, widths: Mapping[str, int]) -> float:
+        """Return how the output changes with these widths in all layers, with refits."""
+        units = {name: graph.graph_groups[0].count for name, (graph, _) in self._ranked.items()}
+        gone = {
+            name: 1 - width * units[name].per_field_unit / units[name].units
+            for name, width in widths.items()
+        }
+        return self._change_without({name: share for name, share in gone.items() if share > 0})
+
+    def _change_without(self, shares: Mapping[str, float]) -> float:
+        groups = []
+        for name, share in shares.items():
+            graph, order = self._ranked[name]  # each channel group loses equally many
+            removed = order[:, : int(share * order.shape[1] + 1e-6)].flatten().tolist()
+            groups.append(graph.group_at(graph.graph_groups[0], removed))
+        step = StepRefits(self._calibration, groups)
+        self._outputs.begin()
+        run_as_cut(step, set(step.refits), self._outputs.compare)
+        return self._outputs.mean()
+
 
 def _lagrangian(
-    curves: Sequence[LayerCurve], before: int, target: int, round_to: int | None
+    curves: Sequence[LayerCurve],
+    before: int,
+    target: int,
+    round_to: int | None,
+    evenness: float,
 ) -> tuple[dict[str, int], int]:
-    """Return the widths and parameters that are left; the cheapest steps are taken first."""
-    left = {curve.field: curve.units for curve in curves}
-    parameters = before
-    for _, curve, units in sorted(_steps(curves, round_to), key=lambda step: step[0]):
+    """Return the widths and parameters that are left.
+
+    ``evenness``: how far the widths are from the cheapest ones (0) to equal shares (1).
+    """
+    whole = {curve.field: curve.units for curve in curves}
+    steps = sorted(_steps(curves, round_to), key=lambda step: step[0])
+    cheapest, after = _taken(steps, whole, before, target)
+    if not evenness:
+        return cheapest, after
+    even, _ = _taken(sorted(steps, key=lambda s: -s[2] / s[1].units), whole, before, target)
+    left, parameters = whole, before
+    for curve in curves:
+        between = evenness * even[curve.field] + (1 - evenness) * cheapest[curve.field]
+        left[curve.field] = min(size for size in curve.sizes(round_to) if size >= between)
+        parameters -= (curve.units - left[curve.field]) * curve.parameters
+    return _taken(steps, left, parameters, target)
+
+
+def _taken(
+    steps: Iterable[tuple[float, LayerCurve, int]],
+    widths: Mapping[str, int],
+    parameters: int,
+    target: int,
+) -> tuple[dict[str, int], int]:
+    """Take steps in order until the target is reached; return widths and parameters."""
+    left = dict(widths)
+    for _, curve, units in steps:
         if parameters <= target:
             break
-        parameters -= (left[curve.field] - units) * curve.parameters
-        left[curve.field] = units
+        parameters -= max(0, left[curve.field] - units) * curve.parameters
+        left[curve.field] = min(units, left[curve.field])
     if parameters > target:
         raise ValueError(
             f"target_params={target:,}: {parameters:,} parameters remain even if the largest of "

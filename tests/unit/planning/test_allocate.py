@@ -19,6 +19,7 @@ from tp_hf_config import (
     allocate,
     calibrate,
 )
+from tp_hf_config.planning.allocate import _lagrangian
 
 pytestmark = [
     pytest.mark.skipif(not layer_zoo.ENTRIES, reason="no per_layer_config in this Transformers"),
@@ -44,6 +45,7 @@ def test_a_layer_that_does_little_goes_first(useless: int) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
     narrow, wide = (f"per_layer_config.{n}.intermediate_size" for n in (useless, 1 - useless))
     assert dict(allocation.widths) == {narrow: 38, wide: 76}
+    assert allocation.evenness == 0.0  # halfway to equal shares costs more
     assert allocation.measure == "KL"
     assert str(allocation).splitlines()[1].startswith("intermediate_size, 96 in each layer -> ")
 
@@ -107,6 +109,17 @@ def test_sizes_of_a_layer() -> None:
     assert LayerCurve("a", 8, 1, changes, minimum=6).sizes(1) == [8, 7, 6]
     assert LayerCurve("a", 8, 1, changes, run=8).sizes(16) == [8, 6, 4]
     assert LayerCurve("a", 768, 1, changes, multiple=8).sizes(1)[:3] == [768, 760, 752]
+
+
+def test_widths_between_the_cheapest_ones_and_equal_shares() -> None:
+    """A unit of the second layer costs four times as much."""
+    curves = [
+        LayerCurve(name, 60, 1, {1.0: cost}, multiple=3) for name, cost in {"a": 1, "b": 4}.items()
+    ]
+    found = {evenness: _lagrangian(curves, 120, 90, None, evenness) for evenness in (0.0, 0.5, 1.0)}
+    assert found[0.0] == ({"a": 36, "b": 54}, 90)
+    assert found[0.5] == ({"a": 39, "b": 51}, 90)
+    assert found[1.0] == ({"a": 45, "b": 45}, 90)
 
 
 def test_what_cannot_be_is_refused() -> None:
