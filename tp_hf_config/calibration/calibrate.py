@@ -127,7 +127,8 @@ def calibrate(
             a DataLoader); else (a generator, an ``IterableDataset``) 12,288 tokens or 512 rows.
         ridge: pulls refits towards the plain cut, relative to the mean square of the channels;
             default: 0.1 for causal language models, whose later text differs from the calibration
-            text, else 0.01.
+            text, else 0.01. For a weight that read fewer than 8 tokens a channel it is as many
+            times stronger.
         max_memory: bytes that the Gram matrices may take together (4 x channels x channels for each
             input); more are measured in further passes. Default: half of the free memory.
         seed: seed of the text that the model writes itself.

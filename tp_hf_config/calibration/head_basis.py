@@ -242,7 +242,8 @@ def _refit_of(
     """
     consumer, channels = factor.reader, factor.heads.flatten()
     assert consumer is not None
-    gram = step.readings.statistics[step.readings.leaders[consumer]].gram
+    leader = step.readings.leaders[consumer]
+    gram = step.readings.statistics[leader].gram
     stays = channels[kept].sort().values
     if gram is None or len(gram) != len(channels) or consumer not in step.refits:
         return None
@@ -250,7 +251,7 @@ def _refit_of(
         return None  # whole heads are cut too
     products = basis.double().T @ gram.cpu().double()[channels][:, channels]
     own = products @ basis.double()
-    found = solve(own, products - own @ plain.double(), step.calibration.ridge)
+    found = solve(own, products - own @ plain.double(), step.ridge_of(leader))
     return None if found is None else _as_refit(factor, kept, plain + found.to(plain))
 
 

@@ -83,7 +83,12 @@ class InputStatistics:
 
     @property
     def is_enough(self) -> bool:
-        return self.tokens >= TOKENS_PER_CHANNEL * len(self.squares)
+        return self.shortage == 1
+
+    @property
+    def shortage(self) -> float:
+        """How many times more tokens refits need; at least 1."""
+        return max(1.0, TOKENS_PER_CHANNEL * len(self.squares) / max(1, self.tokens))
 
     @property
     def norms(self) -> Tensor:

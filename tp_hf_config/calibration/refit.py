@@ -127,7 +127,7 @@ class StepRefits:
             for leader in shown(ready, "solving refits", "inputs"):
                 gram = self.readings.statistics[leader].gram
                 assert gram is not None  # require() returns those that have one
-                solve = partial(refit_from_gram, gram, ridge=self.calibration.ridge)
+                solve = partial(refit_from_gram, gram, ridge=self.ridge_of(leader))
                 self._add(consumers[leader], solve)
             remaining = [leader for leader in remaining if leader not in ready] if ready else []
 
@@ -142,6 +142,10 @@ class StepRefits:
             if refit is not None:
                 self.refits[consumer] = refit
                 self.alike[consumer] = first
+
+    def ridge_of(self, leader: Consumer) -> float:
+        """Return the ridge of what reads an input; the fewer tokens were seen, the stronger."""
+        return self.calibration.ridge * self.readings.statistics[leader].shortage
 
     def sources(self, leaders: Iterable[Consumer]) -> Sources:
         chains = self.readings.chains
@@ -214,7 +218,7 @@ class _Products:
         if sums is None or len(sums[0]) != len(kept):  # None: other layers ran before it
             return None
         own, cross = sums
-        ridge = _BEHIND_NORMS * self._step.calibration.ridge
+        ridge = _BEHIND_NORMS * self._step.ridge_of(leader)
         return refit_from_products(own, cross, kept, ridge)
 
 

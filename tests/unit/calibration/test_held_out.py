@@ -26,6 +26,7 @@ from tp_hf_config import (
 from tp_hf_config.calibration import held_out
 from tp_hf_config.calibration.held_out import Refits
 from tp_hf_config.calibration.linear_ops import Consumer
+from tp_hf_config.calibration.refit import StepRefits, refit_from_gram
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -136,6 +137,23 @@ def test_two_runs_give_the_same_bits() -> None:
         states.append(model.state_dict())
     first, second = states
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_fewer_tokens_a_weight_read_the_stronger_is_its_ridge() -> None:
+    """As many times as it read fewer than eight a channel."""
+    model = calibrated.build("llama")
+    calibration = calibrate(model, calibrated.batches(model, 10), ridge=0.5)
+    pruner = calibrated.pruner_of(model, HFConfigSyncHook(prune="intermediate_size"))
+    step = StepRefits(calibration, calibrated.chosen(pruner))
+    assert len(step.refits) == 2
+    for consumer, refit in step.refits.items():
+        statistics = step.readings.statistics[consumer]
+        assert 1 < 8 * 96 / statistics.tokens < 10
+        assert statistics.gram is not None
+        ridge = 0.5 * 8 * 96 / statistics.tokens
+        expected = refit_from_gram(statistics.gram, step.kept[consumer], ridge)
+        assert expected is not None
+        torch.testing.assert_close(refit.share, expected.share)
 
 
 def test_what_is_foretold_of_the_model_is_what_comes() -> None:
