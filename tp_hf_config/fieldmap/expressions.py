@@ -37,15 +37,23 @@ class Expression:
         terms = {fields: coefficient * ratio for fields, coefficient in self.terms.items()}
         return Expression(int(self.base * ratio), terms)
 
-    def monomials(self, values: Mapping[FieldPath, int]) -> dict[frozenset[FieldPath], Fraction]:
-        """Return the size as a sum of products of field values: fields -> factor, no constant."""
-        factors: dict[frozenset[FieldPath], Fraction] = {}
+    def around(
+        self, steps: Mapping[FieldPath, int], renamed: Mapping[FieldPath, FieldPath] | None = None
+    ) -> Expression:
+        """Return the same size around other field values (``steps`` away), with fields renamed."""
+        names, terms = renamed or {}, dict[frozenset[FieldPath], Fraction]()
         for fields, coefficient in self.terms.items():
             for size in range(1, len(fields) + 1):
                 for chosen in map(frozenset, combinations(fields, size)):
-                    rest = prod(-values[name] for name in fields - chosen)
-                    factors[chosen] = factors.get(chosen, Fraction(0)) + coefficient * rest
-        return {fields: factor for fields, factor in factors.items() if factor}
+                    rest = prod(steps.get(name, 0) for name in fields - chosen)
+                    moved = frozenset(names.get(name, name) for name in chosen)
+                    terms[moved] = terms.get(moved, Fraction(0)) + coefficient * rest
+        base = int(self.evaluate(steps))
+        return Expression(base, {fields: factor for fields, factor in terms.items() if factor})
+
+    def monomials(self, values: Mapping[FieldPath, int]) -> Mapping[frozenset[FieldPath], Fraction]:
+        """Return the size as a sum of products of field values: fields -> factor, no constant."""
+        return self.around({name: -value for name, value in values.items()}).terms
 
     def step_to(
         self, name: FieldPath, steps: Mapping[FieldPath, int], target: int

@@ -10,9 +10,6 @@ import re
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import combinations
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -85,15 +82,7 @@ class LayerFields:
             if (f, layer) in self.own
         }
         steps = {field: self.values[own] - values[field] for field, own in fields.items()}
-        terms: dict[frozenset[FieldPath], Fraction] = {}
-        for names, coefficient in expression.terms.items():
-            for size in range(1, len(names) + 1):
-                for chosen in map(frozenset, combinations(names, size)):
-                    rest = prod(steps.get(field, 0) for field in names - chosen)
-                    moved = frozenset(fields.get(field, field) for field in chosen)
-                    terms[moved] = terms.get(moved, Fraction(0)) + coefficient * rest
-        base = int(expression.evaluate(steps))
-        return Expression(base, {names: value for names, value in terms.items() if value})
+        return expression.around(steps, fields)
 
 
 def uniform_map(
