@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import permutations
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -176,14 +176,6 @@ class Study:
         """True if at least two other values of a field only added or removed tensors."""
         return self._repeating[field] > 1  # once may be a projection between two equal widths
 
-    def changes_nothing(self, values: Mapping[FieldPath, int]) -> bool | Refusal:
-        """True if the class builds the same shapes and splits at these values, or its refusal."""
-        model = self.build(values)
-        if isinstance(model, Refusal):
-            return model
-        changed = _changed(self.attributes, _numbers(model))
-        return shapes(model) == self.shapes and not self._around_splits(changed)
-
     def _sizes(self, built: Shapes, splits: HeadSplits) -> Sizes:
         """Return the quantities of a built model, of the first layer of each kind."""
         sizes: Sizes = {
@@ -194,18 +186,14 @@ class Study:
             sizes.update({(name, which): count for which, count in counts.items()})
         return {key: size for key, size in sizes.items() if self.first(key[0]) == key[0]}
 
-    def alone(
-        self, field: FieldPath, value: int, probes: Sequence[Probe] = (), enough: int = 2
-    ) -> list[Probe] | Refusal | None:
-        """Probe one field by itself until it has ``enough`` probes; empty: it sets nothing.
+    def alone(self, field: FieldPath, value: int) -> list[Probe] | Refusal | None:
+        """Return up to two probes of one field by itself; empty: it sets nothing.
 
         If no probe succeeds, return the first refusal, or None if some value builds other tensors.
         """
-        probes, rounded = list(probes), list[Probe]()
+        probes, rounded = list[Probe](), list[Probe]()
         failures: list[Refusal | None] = []
         for other in probe_values(value):
-            if any(probe.value == other for probe in probes):
-                continue
             heads = any(isinstance(which, str) for probe in probes for _, which in probe.sizes)
             sizes = self.at({field: other}, watch=heads or not probes)
             if not isinstance(sizes, dict):
@@ -217,12 +205,14 @@ class Study:
                 return probes
             if not any(sizes.values()):
                 continue  # the forward pass stopped earlier (a router short of experts)
+            if probes:  # what changes only now was rounded: six heads need not divide a width
+                sizes = {key: size for key, size in sizes.items() if key in probes[0].sizes}
             candidate = Probe(other, sizes)
             uneven = bool(probes) and is_rounded(self.base, value, probes[0], candidate)
             (rounded if uneven else probes).append(candidate)
-            if len(probes) >= enough or len(rounded) == _ROUNDED:
+            if len(probes) == 2 or len(rounded) == _ROUNDED:
                 break
-        probes += rounded[: max(0, enough - len(probes))]
+        probes += rounded[: 2 - len(probes)]
         if probes or not failures:
             return probes
         return None if None in failures else failures[0]
@@ -242,22 +232,6 @@ def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[
 _Fields = TypeVar("_Fields")
 
 
-def without_effect(study: Study, values: Mapping[FieldPath, int]) -> set[FieldPath]:
-    """Return the fields that change nothing at these values, or cannot be a number (bisection)."""
-    no_numbers: set[Any] = set()
-
-    def changes_nothing(paths: Sequence[FieldPath]) -> bool:
-        numbers = [field for field in paths if field[-1] not in no_numbers]
-        outcome = not numbers or study.changes_nothing({field: values[field] for field in numbers})
-        if len(numbers) == 1 and isinstance(outcome, Refusal) and "'int' object" in outcome.reason:
-            # Python's message: the field is no number, in this config and in those inside it
-            no_numbers.add(numbers[0][-1])
-        return outcome is True
-
-    matter = set(may_matter(list(values), changes_nothing))
-    return {field for field in values if field not in matter or field[-1] in no_numbers}
-
-
 def may_matter(
     fields: Sequence[_Fields], changes_nothing: Callable[[Sequence[_Fields]], bool]
 ) -> Iterator[_Fields]:
@@ -270,47 +244,6 @@ def may_matter(
     half = len(fields) // 2
     yield from may_matter(fields[:half], changes_nothing)
     yield from may_matter(fields[half:], changes_nothing)
-
-
-def each_of(
-    study: Study, values: Mapping[FieldPath, int], moved: Mapping[FieldPath, Sizes]
-) -> Iterator[tuple[FieldPath, int, Sizes]]:
-    """Yield each field with its value and the sizes that it changes there."""
-    groups: list[list[FieldPath]] = []  # fields that changed no quantity in common
-    for field in values:
-        for group in groups:
-            if all(moved[field].keys().isdisjoint(moved[other]) for other in group):
-                group.append(field)
-                break
-        else:
-            groups.append([field])
-    for group in groups:
-        yield from _separated(study, group, values, moved)
-
-
-def _separated(
-    study: Study,
-    group: Sequence[FieldPath],
-    values: Mapping[FieldPath, int],
-    moved: Mapping[FieldPath, Sizes],
-) -> Iterator[tuple[FieldPath, int, Sizes]]:
-    """Yield each field of a group with the sizes that it changes, from one build of all of them."""
-    if len(group) < 2:
-        return  # it needs a build alone
-    heads = any(isinstance(which, str) for field in group for _, which in moved[field])
-    sizes = study.at({field: values[field] for field in group}, watch=heads)
-    expected = {key for field in group for key in moved[field]}
-    if not isinstance(sizes, dict) or any(
-        size and key not in expected for key, size in sizes.items()
-    ):
-        half = len(group) // 2
-        yield from _separated(study, group[:half], values, moved)
-        yield from _separated(study, group[half:], values, moved)
-        return
-    for field in group:
-        own_sizes = {key: size for key, size in sizes.items() if key in moved[field]}
-        if own_sizes:
-            yield field, values[field], own_sizes
 
 
 def show_heads(

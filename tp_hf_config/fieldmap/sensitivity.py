@@ -18,20 +18,17 @@ from .probe import (
     Sizes,
     Study,
     breaks_off,
-    each_of,
     extrapolated,
     may_matter,
     on_a_line,
     probe_values,
     show_heads,
-    without_effect,
 )
 
 
 def all_implied(study: Study, unset: Sequence[FieldPath]) -> dict[FieldPath, int]:
     """Return the unset fields that set a quantity, with the values that they imply."""
-    ineffective = without_effect(study, dict.fromkeys(unset, UNSET_PROBES[0]))
-    implied = {field: _implied(study, field) for field in unset if field not in ineffective}
+    implied = {field: _implied(study, field) for field in unset}
     return {field: value for field, value in implied.items() if value is not None}
 
 
@@ -117,14 +114,15 @@ def sensitivities(
     refused: list[FieldPath] = []
     rebuilt: list[FieldPath] = []
     for field, value in values.items():
-        field_probes = study.alone(field, value, enough=1)
+        field_probes = study.alone(field, value)
         if isinstance(field_probes, Refusal):
             refused.append(field)
         elif field_probes is None:
             rebuilt.append(field)
         elif field_probes:
             probes[field] = field_probes
-    _add_second(study, values, probes)
+            if len(field_probes) == 2 and all(breaks_off(probe.sizes) for probe in field_probes):
+                _replace_second(study, field, value, field_probes)
     for field in refused:
         field_probes = _with_partner(study, field, values, probes)
         if field_probes:
@@ -155,28 +153,6 @@ def _partners(
         return isinstance(alone, Refusal) and study.build(both_values) == alone
 
     return may_matter(others, changes_nothing)
-
-
-def _add_second(
-    study: Study, values: Mapping[FieldPath, int], probes: dict[FieldPath, list[Probe]]
-) -> None:
-    """Add a second probe of each field; fields whose effects do not mix share one build."""
-    first = {field: field_probes[0] for field, field_probes in probes.items()}
-    second_values = {
-        field: next(value for value in probe_values(values[field]) if value != probe.value)
-        for field, probe in first.items()
-    }
-    first_sizes = {field: probe.sizes for field, probe in first.items()}
-    for field, value, sizes in each_of(study, second_values, first_sizes):
-        second = Probe(value, sizes)
-        if on_a_line(study.base, values[field], first[field], second):
-            probes[field].append(second)  # else another field of that build may have a part in it
-    for field, field_probes in probes.items():
-        if len(field_probes) == 1:
-            extended = study.alone(field, values[field], field_probes)
-            probes[field] = extended if isinstance(extended, list) else field_probes
-        if len(probes[field]) == 2 and all(breaks_off(probe.sizes) for probe in probes[field]):
-            _replace_second(study, field, values[field], probes[field])
 
 
 def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Probe]) -> None:
