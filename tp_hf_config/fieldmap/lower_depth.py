@@ -97,31 +97,46 @@ class _Lowering:
 
     def _try(self, change: dict[FieldPath, Any], length: int, keep: int) -> bool:
         """Make a change if it only removes layers; return True if the class refuses it."""
-        model = self._builder.build(with_values(self.data, change))
-        if isinstance(model, Refusal):
-            return True
-        if _has_length(model, self.kinds, length, keep):
-            self._take(model, change)
-        return False
+        lists = {field: value for field, value in change.items() if type(value) is not int}
+        # without numbers first: one may equal a list's length by chance (PP-DocLayout takes three
+        # feature maps of an image with three channels)
+        for part in (lists, change) if 0 < len(lists) < len(change) else (change,):
+            model = self._builder.build(with_values(self.data, part))
+            lengths = set() if isinstance(model, Refusal) else self._shorter(model, length)
+            # eight steps of sound in Phi-4-multimodal are no layers; if they become one, five
+            # layers remain
+            fits = keep in lengths or (part is change and not lengths)
+            if fits and not isinstance(model, Refusal) and self._take(model, part):
+                break
+        return isinstance(model, Refusal)
 
     def restate(self, changes: Iterable[dict[FieldPath, Any]], length: int, keep: int) -> None:
-        """Make the first change after which lists of ``length`` layers have ``keep``."""
+        """Make the first change that only removes layers."""
         before = self.data
         for change in changes:
-            model = self._builder.build(with_values(self.data, change))
-            if not isinstance(model, Refusal) and keep in _shorter(model, self.kinds, length):
-                self._take(model, change)
+            self._try(change, length, keep)
             if self.data is not before:
                 return
 
-    def _take(self, model: nn.Module, change: dict[FieldPath, Any]) -> None:
+    def _shorter(self, model: nn.Module, length: int) -> set[int]:
+        """Return how many layers a build has in lists that had ``length`` before."""
+        return {
+            len(layers)
+            for name, layers in lists_of(model).items()
+            if name in self.kinds and len(layers) != length == len(self.kinds[name].first)
+        }
+
+    def _take(self, model: nn.Module, change: dict[FieldPath, Any]) -> bool:
+        """Make a change if it only removes layers; return False if it does not."""
         step = self._step(model, change)
         entries = None if step is None else self._entries(step, change)
-        if step is not None and entries is not None:
-            self._by_layer |= entries
-            self.shapes, self.kinds = shapes(model), kinds_in(model)
-            self.data = _without_coincidence(self._builder, self.data, change, self.shapes)
-            self._steps.append(step)
+        if step is None or entries is None:
+            return False
+        self._by_layer |= entries
+        self.shapes, self.kinds = shapes(model), kinds_in(model)
+        self.data = with_values(self.data, change)
+        self._steps.append(step)
+        return True
 
     def _entries(
         self, step: _Step, change: Mapping[FieldPath, Any]
@@ -170,32 +185,13 @@ class _Lowering:
         if any(name not in self.shapes for name in after if not _inside(name, shorter)):
             return None
         ratios = {Fraction(before[name], len(lists[name])) for name in shorter}
-        with_pieces = False
         for name, shape in self.shapes.items():
             new = after.get(renumbered(name, step.numbers))
             if new == shape:
                 continue
-            with_pieces = True
             if new is None or self._in_layers(name) or not _pieces(shape, new, ratios):
                 return None
-        if with_pieces and not self._needs_numbers(change, shorter, lists):
-            return None
         return step if self._rest_as_before(model, shorter, change) else None
-
-    def _needs_numbers(
-        self,
-        change: Mapping[FieldPath, Any],
-        shorter: Sequence[str],
-        lists: Mapping[str, nn.ModuleList | nn.Sequential],
-    ) -> bool:
-        """True if lists of layers get shorter only if a change's whole numbers are changed too."""
-        # an image may have as many channels as there are layers
-        rest = _without_numbers(change)
-        built = self._builder.build(with_values(self.data, rest)) if rest else None
-        if not isinstance(built, nn.Module):
-            return True
-        alone = lists_of(built)
-        return any(len(alone.get(name, ())) != len(lists[name]) for name in shorter)
 
     def _rest_as_before(
         self, model: nn.Module, shorter: Sequence[str], change: Collection[FieldPath]
@@ -260,25 +256,6 @@ def _represented(kinds: Sequence[int], remaining: Sequence[int]) -> Iterator[int
         yield same_kind[min(remaining[:number].count(kind), len(same_kind) - 1)]
 
 
-def _without_coincidence(
-    builder: Builder, data: dict[str, Any], change: dict[FieldPath, Any], lowered: Shapes
-) -> dict[str, Any]:
-    """Return the changed config, without changes of fields that equal a list's length by chance.
-
-    PP-DocLayout takes three feature maps of an image with three channels.
-    """
-    rest = _without_numbers(change)
-    if 0 < len(rest) < len(change):
-        fewer = with_values(data, rest)
-        if builder.shapes_at(fewer) == lowered:
-            return fewer
-    return with_values(data, change)
-
-
-def _without_numbers(change: Mapping[FieldPath, Any]) -> dict[FieldPath, Any]:
-    return {field: value for field, value in change.items() if type(value) is not int}
-
-
 def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return, for each list in which layers repeat, the number of the first layer like each."""
     return _repeating(kinds_in(model))
@@ -287,24 +264,6 @@ def kinds_of_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _repeating(kinds: Mapping[str, Kinds]) -> dict[str, tuple[int, ...]]:
     firsts = {name: list_kinds.first for name, list_kinds in kinds.items()}
     return {name: first for name, first in firsts.items() if len(set(first)) < len(first)}
-
-
-def _has_length(model: nn.Module, kinds: Mapping[str, Kinds], length: int, keep: int) -> bool:
-    """True if one of the lists that got shorter went from ``length`` to ``keep``, or if none did.
-
-    Eight steps of sound in Phi-4-multimodal are no layers; if they become one, five layers remain.
-    """
-    shorter = _shorter(model, kinds, length)
-    return not shorter or keep in shorter
-
-
-def _shorter(model: nn.Module, kinds: Mapping[str, Kinds], length: int) -> set[int]:
-    """Return how many layers a build has in lists that had ``length`` before."""
-    return {
-        len(layers)
-        for name, layers in lists_of(model).items()
-        if name in kinds and len(layers) != length == len(kinds[name].first)
-    }
 
 
 _FEW = 16  # longer lists are not looked at; numbers above it may be widths
