@@ -260,26 +260,10 @@ def _scales_parts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool |
             continue
         model = _rebuilt(tiny, {path: int(value) for path, value in changes.items()})
         if model is not None:
-            ran, dims = True, _dims_with_more_parts(group, tiny, model, factor)
+            ran, dims = True, _dims_in(model, group, tiny, factor)
             if dims is not None:
                 return _channel_group_count(group, tiny, model, dims) == group.channel_groups
     return False if ran else None
-
-
-def _dims_with_more_parts(
-    group: TinyGroup, tiny: TinyModel, model: nn.Module, factor: Fraction
-) -> list[TensorDim] | None:
-    """Return a group's dims in a build with ``factor`` times the parts; None: sizes do not fit."""
-    was, now = shapes(tiny.model), shapes(model)
-    dims = []
-    for dim in group.dims if was.keys() == now.keys() else ():
-        layout, parts = dim.layout, dim.layout.parts * factor
-        longer = now[dim.name][dim.dim] - was[dim.name][dim.dim]
-        added = (parts - layout.parts) * group.units * layout.run
-        if layout.offset or parts.denominator > 1 or longer < added:
-            return None
-        dims.append(replace(dim, layout=replace(layout, parts=int(parts))))
-    return dims or None
 
 
 def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
@@ -291,10 +275,32 @@ def _counts(field: FieldPath, group: TinyGroup, tiny: TinyModel) -> bool:
         model = _rebuilt(tiny, {field: number}) if number != group.channel_groups else None
         if model is None:
             continue
-        ran, dims = True, _dims_with_other_rest(group, tiny, model)
+        ran, dims = True, _dims_in(model, group, tiny)
         if dims is None or _channel_group_count(group, tiny, model, dims) != number:
             return False
     return ran
+
+
+def _dims_in(
+    model: nn.Module, group: TinyGroup, tiny: TinyModel, factor: Fraction = Fraction(1)
+) -> list[TensorDim] | None:
+    """Return a group's dims in a build with ``factor`` times the parts; None: sizes do not fit."""
+    was, now = shapes(tiny.model), shapes(model)
+    dims = []
+    for dim in group.dims if was.keys() == now.keys() else ():
+        layout, parts = dim.layout, dim.layout.parts * factor
+        size, per_part = was[dim.name][dim.dim], group.units * layout.run
+        added = now[dim.name][dim.dim] - size - (parts - layout.parts) * per_part
+        rest = size - layout.parts * per_part  # positions of something else, which may be more now
+        if factor != 1:
+            fits = not layout.offset and parts.denominator == 1 and added >= 0
+        else:
+            fits = not added or (not layout.gap and rest > 0 and rest + added >= 0)
+        if not fits:
+            return None
+        offset = int(layout.offset + added) if layout.offset else 0
+        dims.append(replace(dim, layout=replace(layout, parts=int(parts), offset=offset)))
+    return dims or None
 
 
 def _channel_group_count(
@@ -313,20 +319,3 @@ def _rebuilt(tiny: TinyModel, values: Mapping[FieldPath, int]) -> nn.Module | No
         randomise(model)
         scale_convolutions(model, tiny.inputs, tiny.recipe)
     return model if forward_error(model, tiny.inputs, tiny.recipe) is None else None
-
-
-def _dims_with_other_rest(
-    group: TinyGroup, tiny: TinyModel, model: nn.Module
-) -> list[TensorDim] | None:
-    """Return a group's dims in a build that may add other positions; None: the units changed."""
-    was, now = shapes(tiny.model), shapes(model)
-    dims = []
-    for dim in group.dims if was.keys() == now.keys() else ():
-        layout, size = dim.layout, was[dim.name][dim.dim]
-        longer = now[dim.name][dim.dim] - size
-        rest = size - group.units * layout.parts * layout.run
-        if longer and (layout.gap or not rest or rest + longer < 0):
-            return None
-        offset = layout.offset + longer if layout.offset else 0
-        dims.append(replace(dim, layout=replace(layout, offset=offset)))
-    return dims or None
