@@ -31,6 +31,8 @@ _PAIRS = 4  # of twins at most
 # axes that hold units, the results that count as outputs
 Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int], tuple[PassResult, ...]]
 
+Pair = tuple[int, int]  # two units, which are made twins
+
 
 class TwinTest:
     """The experiments on one small model in float64 and eval mode; its parameters are restored."""
@@ -98,18 +100,18 @@ class TwinTest:
         hidden = unobserved = list(dims)
         # several pairs, because a unit can be hidden for these inputs (a dead ReLU)
         for first in range(0, min(2 * _PAIRS, self.units - 1), 2):
-            second = first + 1
+            pair = first, first + 1
             with self._edits.undone():
-                self._make_twins(dims, first, second)
-                grads = self._gradients(dims, first, second)
-                observed, unequal = self._observed(dims, grads, first, second)
+                self._make_twins(dims, pair)
+                grads = self._gradients(dims, pair)
+                observed, unequal = self._observed(dims, grads, pair)
                 unobserved = [dim for dim in unobserved if dim not in observed]
                 if unequal:
                     return Links((), tuple(unequal), tuple(unobserved))
                 settled = {dim for group in groups for dim in group} - {*hidden, *doubted}
                 hidden = [d for d in hidden if d in observed and self._is_dead(grads, d, first)]
                 unsettled = [dim for dim in observed if dim not in settled]
-                for group in self._components(unsettled, observed, first, second, doubted):
+                for group in self._components(unsettled, observed, pair, doubted):
                     groups = merged(groups, group)
             ordered = (tuple(dim for dim in dims if dim in group) for group in groups)
             links = Links(tuple(ordered), (), tuple(unobserved))
@@ -122,15 +124,14 @@ class TwinTest:
     def alike(self, dims: Sequence[TensorDim], channel_groups: int) -> bool:
         """True if the first and last unit of a channel group have equal gradients as twins."""
         # relative to their own size: differences may be too small to see in permuted outputs
-        first, second = 0, self.units // channel_groups - 1
+        pair = 0, self.units // channel_groups - 1
         with self._edits.undone():
-            self._make_twins(dims, first, second)
-            grads = self._gradients(dims, first, second)
-            return not self._observed(dims, grads, first, second)[1]
+            self._make_twins(dims, pair)
+            return not self._observed(dims, self._gradients(dims, pair), pair)[1]
 
-    def _make_twins(self, dims: Sequence[TensorDim], first: int, second: int) -> None:
+    def _make_twins(self, dims: Sequence[TensorDim], pair: Pair) -> None:
         for dim in dims:
-            source, target = self._positions(dim, first, second)
+            source, target = self._positions(dim, *pair)
             values = self.parameters[dim.name].data.index_select(dim.dim, source)
             self._edits.write(dim, target, values)
 
@@ -223,8 +224,7 @@ class TwinTest:
         self,
         unsettled: Sequence[TensorDim],
         dims: list[TensorDim],
-        first: int,
-        second: int,
+        pair: Pair,
         doubted: Collection[TensorDim],
     ) -> list[set[TensorDim]]:
         """Return groups of linked tensor dims: those that unsettled ones are in."""
@@ -232,31 +232,27 @@ class TwinTest:
         for dim in unsettled:
             in_doubt = dim in doubted and not any({*doubted} <= group for group in groups)
             if in_doubt or not any(dim in group for group in groups):
-                linked = {dim, *self._disturbed(dim, dims, first, second)}
+                linked = {dim, *self._disturbed(dim, dims, pair)}
                 groups = merged(groups, linked)
         return groups
 
-    def _disturbed(
-        self, dim: TensorDim, dims: list[TensorDim], first: int, second: int
-    ) -> list[TensorDim]:
+    def _disturbed(self, dim: TensorDim, dims: list[TensorDim], pair: Pair) -> list[TensorDim]:
         """Return the dims in which the twins' gradients differ after noise in ``dim`` of one."""
         data = self.parameters[dim.name].data
-        (positions,) = self._positions(dim, first)
+        (positions,) = self._positions(dim, pair[0])
         generator = torch.Generator().manual_seed(1)
         shape = data.index_select(dim.dim, positions).shape
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(data.device)
         for other in dims:
             if other.name == dim.name and other.dim != dim.dim:
-                one, two = self._positions(other, first, second)
+                one, two = self._positions(other, *pair)
                 noise.index_copy_(other.dim, two, noise.index_select(other.dim, one))
         with self._edits.undone():
             self._edits.write(dim, positions, data.index_select(dim.dim, positions) + noise)
-            grads = self._gradients(dims, first, second)
-            return self._unequal(dims, grads, largest_by_name(grads), first, second)
+            grads = self._gradients(dims, pair)
+            return self._unequal(dims, grads, largest_by_name(grads), pair)
 
-    def _gradients(
-        self, dims: Sequence[TensorDim], first: int, second: int
-    ) -> dict[str, Tensor | None]:
+    def _gradients(self, dims: Sequence[TensorDim], pair: Pair) -> dict[str, Tensor | None]:
         """Return the gradients of parameters by name, of a loss that treats both twins alike."""
         by_name: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
         buffers = [self.parameters[name] for name in by_name if name in self._followed]
@@ -264,21 +260,19 @@ class TwinTest:
             names = [name for name in by_name if self.parameters[name].requires_grad]
             axes = self._axes(dims)
             outputs = [output for output in self.outputs(names) if output.requires_grad]
-            losses = [self._loss(output, first, second, axes) for output in outputs]
+            losses = [self._loss(output, pair, axes) for output in outputs]
             if not names or not losses:
                 return by_name
             asked = [self.parameters[name] for name in names]
             grads = torch.autograd.grad(torch.stack(losses).sum(), asked, allow_unused=True)
         return by_name | dict(zip(names, grads, strict=True))
 
-    def _loss(
-        self, output: Tensor, first: int, second: int, axes: Mapping[int, Sequence[UnitLayout]]
-    ) -> Tensor:
+    def _loss(self, output: Tensor, pair: Pair, axes: Mapping[int, Sequence[UnitLayout]]) -> Tensor:
         """Return a loss not linear in the output: else the last projection shows no link."""
         weights = self._weights(output.shape)
         for axis, size in enumerate(output.shape):
             if size in axes:
-                tied = self._tied_positions(size, first, second, axes[size])
+                tied = self._tied_positions(size, pair, axes[size])
                 weights = weights.index_select(axis + 1, tied)
         weights = weights.to(output.device)
         return (output * weights[0] + output * output * weights[1]).sum()
@@ -290,27 +284,22 @@ class TwinTest:
             self._random[shape] = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
         return self._random[shape]
 
-    def _tied_positions(
-        self, size: int, first: int, second: int, layouts: Sequence[UnitLayout]
-    ) -> Tensor:
+    def _tied_positions(self, size: int, pair: Pair, layouts: Sequence[UnitLayout]) -> Tensor:
         """Return for each position of an output axis the one whose weight in the loss it gets."""
-        pairs = [
-            (layout.positions(first, self.units), layout.positions(second, self.units))
-            for layout in layouts
-        ]
+        twins = [[layout.positions(unit, self.units) for unit in pair] for layout in layouts]
         tied = torch.arange(size)
-        for _ in pairs:
-            for one, two in pairs:
+        for _ in twins:
+            for one, two in twins:
                 tied[one] = tied[two] = torch.minimum(tied[one], tied[two])
         return tied
 
     def _observed(
-        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], first: int, second: int
+        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], pair: Pair
     ) -> tuple[list[TensorDim], list[TensorDim]]:
         """Return the tensor dims with gradients, and those of them in which the twins' differ."""
         largest = largest_by_name(grads)
         observed = [dim for dim in dims if largest[dim.name] >= _NO_GRADIENT]
-        unequal = self._unequal(observed, grads, largest, first, second)
+        unequal = self._unequal(observed, grads, largest, pair)
         # differences that are rounding of larger gradients: such a dim is in neither list
         least = _ROUNDING * max(largest.values(), default=0.0)
         rounded = {dim for dim in unequal if largest[dim.name] < least}
@@ -324,15 +313,14 @@ class TwinTest:
         dims: Sequence[TensorDim],
         grads: Mapping[str, Tensor | None],
         largest: Mapping[str, float],
-        first: int,
-        second: int,
+        pair: Pair,
     ) -> list[TensorDim]:
         result = []
         for dim in dims:
             grad = grads[dim.name]
             if grad is None or not grad.numel():
                 continue
-            one, two = self._positions(dim, first, second)
+            one, two = self._positions(dim, *pair)
             apart = grad.index_select(dim.dim, one) - grad.index_select(dim.dim, two)
             if largest_in(apart) > _EQUAL * largest[dim.name]:
                 result.append(dim)
