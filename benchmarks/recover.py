@@ -33,7 +33,7 @@ PRELOADED = [
     "torch",
     "transformers",
     "transformers.modeling_utils",
-    "tp_hf_config.fieldmap.solve.recover",
+    "tp_hf_config.fieldmap.solve",
 ]
 SECONDS, BYTES = 300, 9 << 30
 _CHOICES = 8
@@ -149,8 +149,7 @@ class Trial:
 
 def outcome(trial: Trial, values: dict[tuple[Any, ...], int]) -> dict[str, Any]:
     """Recover one target and look at what came of it."""
-    from tp_hf_config.fieldmap.solve.fit import Conflict
-    from tp_hf_config.fieldmap.solve.recover import Recovery, recover
+    from tp_hf_config.fieldmap.solve import Conflict, Recovery, recover
     from tp_hf_config.model.config_json import field_name
 
     target = trial.build(values, full=True)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from tp_hf_config.checkpoint.child import load
 from tp_hf_config.errors import TPHFConfigError, in_one_line
-from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.fewer_layers import layer_lists_in
-from tp_hf_config.fieldmap.learn_field_map import map_of, whole_build
+from tp_hf_config.fieldmap.learn_field_map import build_live, map_of, whole_build
 from tp_hf_config.forward.observed_pass import AllFloat64, handed_on, without_layers
 from tp_hf_config.forward.output_tensors import outputs_of, unmasked
 from tp_hf_config.graph.experiments import experiments_of

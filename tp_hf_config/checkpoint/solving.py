@@ -15,8 +15,7 @@ from ..errors import TPHFConfigError
 from ..fieldmap.field_map import FieldMap
 from ..fieldmap.learn_field_map import map_of
 from ..fieldmap.model_view import by_layers
-from ..fieldmap.solve.fit import Conflict
-from ..fieldmap.solve.recover import Recovery, recover
+from ..fieldmap.solve import Conflict, Recovery, recover
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, plain_fields, ranges, with_values
 from ..model.shapes import Mismatch

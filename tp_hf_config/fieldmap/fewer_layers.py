@@ -19,6 +19,7 @@ from ..model.build import Builder, Refusal
 from ..model.config_json import (
     FieldPath,
     config_json,
+    plain_fields,
     value_at,
     with_values,
     without_field,
@@ -283,16 +284,11 @@ class _Search:
                 yield [new for new, number in enumerate(self._keep) if first[number] in chosen]
 
 
-def _counts(
-    data: dict[str, Any], length: int, count: int, node: FieldPath = ()
-) -> Iterator[tuple[FieldPath, Change]]:
+def _counts(data: dict[str, Any], length: int, count: int) -> Iterator[tuple[FieldPath, Change]]:
     """Yield settings that may count layers: where they are, and with their new values."""
-    for key, value in (value_at(data, node) if node else data).items():
-        field = (*node, key)
-        if isinstance(value, dict):
-            yield from _counts(data, length, count, field)
-        elif type(value) is int and 0 <= value - length <= 1:  # one more: Mask2Former's decoder
-            yield node, {field: count + value - length}
+    for field, value in plain_fields(data):
+        if type(value) is int and 0 <= value - length <= 1:  # one more: Mask2Former's decoder
+            yield field[:-1], {field: count + value - length}
         elif isinstance(value, list):  # Swin's ``depths``
             for place, entry in enumerate(value):
                 if type(entry) is int and entry == length:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..model.build import Builder, Refusal
-from ..model.config_json import EntryOfKind, FieldPath, value_at, with_values
+from ..model.config_json import EntryOfKind, FieldPath, plain_fields, value_at, with_values
 from ..model.shapes import Shapes, shapes
 from .field_map import Depth, renumbered
 from .layer_kinds import (
@@ -92,51 +92,49 @@ class _Lowering:
         refused = False
         for change in changes:
             if all(holds(self.data, field) for field in change):
-                refused |= self._try(change, length, keep)
+                before = self.data
+                # without numbers first: one may equal a list's length by chance (PP-DocLayout
+                # takes three feature maps of an image with three channels)
+                lists = {field: value for field, value in change.items() if type(value) is not int}
+                if 0 < len(lists) < len(change):
+                    self._try(lists, length, keep)
+                if self.data is before:
+                    refused |= self._try(change, length, keep, others=True)
         return refused
 
-    def _try(self, change: dict[FieldPath, Any], length: int, keep: int) -> bool:
-        """Make a change if it only removes layers; return True if the class refuses it."""
-        lists = {field: value for field, value in change.items() if type(value) is not int}
-        # without numbers first: one may equal a list's length by chance (PP-DocLayout takes three
-        # feature maps of an image with three channels)
-        for part in (lists, change) if 0 < len(lists) < len(change) else (change,):
-            model = self._builder.build(with_values(self.data, part))
-            lengths = set() if isinstance(model, Refusal) else self._shorter(model, length)
-            # eight steps of sound in Phi-4-multimodal are no layers; if they become one, five
-            # layers remain
-            fits = keep in lengths or (part is change and not lengths)
-            if fits and not isinstance(model, Refusal) and self._take(model, part):
-                break
-        return isinstance(model, Refusal)
-
     def restate(self, changes: Iterable[dict[FieldPath, Any]], length: int, keep: int) -> None:
-        """Make the first change that only removes layers."""
+        """Make the first change after which lists of ``length`` layers have ``keep``."""
         before = self.data
         for change in changes:
             self._try(change, length, keep)
             if self.data is not before:
                 return
 
-    def _shorter(self, model: nn.Module, length: int) -> set[int]:
-        """Return how many layers a build has in lists that had ``length`` before."""
-        return {
+    def _try(
+        self, change: dict[FieldPath, Any], length: int, keep: int, others: bool = False
+    ) -> bool:
+        """Make a change if it only removes layers; return True if the class refuses it.
+
+        Some list of ``length`` layers has to get ``keep``; with ``others``, only other lists may
+        get shorter instead.
+        """
+        model = self._builder.build(with_values(self.data, change))
+        if isinstance(model, Refusal):
+            return True
+        shorter = {
             len(layers)
             for name, layers in lists_of(model).items()
             if name in self.kinds and len(layers) != length == len(self.kinds[name].first)
         }
-
-    def _take(self, model: nn.Module, change: dict[FieldPath, Any]) -> bool:
-        """Make a change if it only removes layers; return False if it does not."""
-        step = self._step(model, change)
+        # eight steps of sound in Phi-4-multimodal are no layers; if they become one, five remain
+        step = self._step(model, change) if keep in shorter or (others and not shorter) else None
         entries = None if step is None else self._entries(step, change)
-        if step is None or entries is None:
-            return False
-        self._by_layer |= entries
-        self.shapes, self.kinds = shapes(model), kinds_in(model)
-        self.data = with_values(self.data, change)
-        self._steps.append(step)
-        return True
+        if step is not None and entries is not None:
+            self._by_layer |= entries
+            self.shapes, self.kinds = shapes(model), kinds_in(model)
+            self.data = with_values(self.data, change)
+            self._steps.append(step)
+        return False
 
     def _entries(
         self, step: _Step, change: Mapping[FieldPath, Any]
@@ -372,21 +370,15 @@ def holds(data: dict[str, Any], field: FieldPath) -> bool:
 def width_lists(builder: Builder, data: dict[str, Any], before: Shapes) -> set[FieldPath]:
     """Return the short lists in the config that hold a width of each layer."""
     lists: set[FieldPath] = set()
-
-    def visit(node: dict[str, Any], field: FieldPath) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                visit(value, (*field, key))
-            elif is_whole_number_list(value) and 1 < len(value) <= _FEW:
-                if min(value) > _FEW and len(set(value)) > 1:
-                    lists.add((*field, key))
-                else:  # equal large numbers may set no shape (Longformer's windows)
-                    wider = with_values(data, {(*field, key, len(value) - 1): 2 * value[-1]})
-                    after = builder.shapes_at(wider)
-                    if after != before if min(value) > _FEW else _longer(before, after):
-                        lists.add((*field, key))
-
-    visit(data, ())
+    for field, value in plain_fields(data):
+        if is_whole_number_list(value) and 1 < len(value) <= _FEW:
+            if min(value) > _FEW and len(set(value)) > 1:
+                lists.add(field)
+            else:  # equal large numbers may set no shape (Longformer's windows)
+                wider = with_values(data, {(*field, len(value) - 1): 2 * value[-1]})
+                after = builder.shapes_at(wider)
+                if after != before if min(value) > _FEW else _longer(before, after):
+                    lists.add(field)
     return lists
 
 

@@ -18,15 +18,13 @@ from ..errors import UnsupportedModelError
 from ..forward.head_splits import counts_of, heads_of, observe
 from ..forward.run_recipe import MakeInputs
 from ..model.build import Builder, Refusal
-from ..model.config_json import FieldPath, config_json
+from ..model.config_json import FieldPath, config_json, plain_fields
 from ..model.layer_class import layer_lists, stock_class
 from ..model.layer_entries import KEY, uniform_json
 from ..model.locate import check_followable, find_pretrained, has_no_data
 from ..model.shapes import shapes
-from .completeness import build_live
-from .expressions import Expression, Quantity
-from .field_map import Depth, FieldMap, nonlinear_fields
-from .learn_field_map import map_at, map_of, stored_or_learned
+from .field_map import Depth, Expression, FieldMap, Quantity, nonlinear_fields
+from .learn_field_map import build_live, map_at, map_of, stored_or_learned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,20 +45,12 @@ class LayerFields:
         # (field of the stock class, layer) -> the layer's own field
         self.own: dict[tuple[FieldPath, int], FieldPath] = {}
         self.values: dict[FieldPath, int] = {}  # of the layers' own fields
-        self._collect(data, ())
+        for field, value in plain_fields(data):
+            if KEY in field[-3:-2] and type(value) is int:
+                self.own[(*field[:-3], field[-1]), int(field[-2])] = field
+                self.values[field] = value
         lists = "|".join(map(re.escape, layer_lists(builder.model_class)))
         self._in_list = re.compile(rf"(?:^|\.)(?:{lists})\.(\d+)(?:\.|$)")
-
-    def _collect(self, data: Mapping[str, Any], path: FieldPath) -> None:
-        for number, entry in (data.get(KEY) or {}).items():
-            for key, value in entry.items():
-                if type(value) is int:
-                    field = (*path, KEY, number, key)
-                    self.own[(*path, key), int(number)] = field
-                    self.values[field] = value
-        for key, value in data.items():
-            if isinstance(value, dict) and key != KEY:
-                self._collect(value, (*path, key))
 
     @property
     def shared(self) -> frozenset[FieldPath]:
@@ -192,16 +182,6 @@ class ModelView:
     prefix: str  # the model's name in the module that contains it; empty if it is that module
     reference: nn.Module  # built from the config on the meta device; its buffers hold values
 
-    def producers(self) -> Iterable[tuple[str, nn.Module, frozenset[FieldPath]]]:
-        """Yield linear layers, convolutions and embeddings with their output width's fields."""
-        for name, module in self.model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, (nn.Linear, Conv, nn.Embedding)):
-                dim = 1 if isinstance(module, nn.Embedding) else 0
-                dim = 1 if getattr(module, "transposed", False) else dim
-                if weight is not None:
-                    yield name, module, self.field_map.fields_of(f"{name}.weight", dim)
-
     def head_layers(
         self, values: Mapping[FieldPath, int] | None = None
     ) -> Iterable[tuple[str, nn.Module, int]]:
@@ -243,14 +223,14 @@ class ModelView:
     def head_fields(self) -> frozenset[FieldPath]:
         """Return the fields that set the number of heads or head_dim."""
         counts = self.field_map.count_fields()
-        dims = {
-            field
-            for name, _, fields in self.producers()
-            if self.field_map.splits_of(name)
-            for field in fields
-            if fields & counts
-        }
-        return frozenset(counts | dims)
+        result = set(counts)
+        for name, module in self.model.named_modules():
+            splits = self.field_map.splits_of(name)
+            if splits and isinstance(module, (nn.Linear, Conv, nn.Embedding)):
+                last = isinstance(module, nn.Embedding) or getattr(module, "transposed", False)
+                fields = self.field_map.fields_of(f"{name}.weight", 1 if last else 0)
+                result |= fields if fields & counts else set()
+        return frozenset(result)
 
     def rotates_head_dims(self) -> bool:
         """True if a non-persistent buffer's last dim is head_dim or half of it: position tables."""

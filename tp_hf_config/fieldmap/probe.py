@@ -19,8 +19,7 @@ from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at, with_values
 from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
-from .expressions import Power, Quantity, followed
-from .field_map import Depth
+from .field_map import Depth, Power, Quantity, followed
 
 Sizes = dict[Quantity, int]
 UNSET_PROBES = (24, 40, 8, 2, 4, 1)  # values at which a field that has no value is probed
@@ -30,6 +29,9 @@ UNSET_PROBES = (24, 40, 8, 2, 4, 1)  # values at which a field that has no value
 class Probe:
     value: int
     sizes: Sizes  # of changed quantities; 0 if the forward pass stopped before
+
+
+Probes = Mapping[FieldPath, Sequence[Probe]]
 
 
 def probe_values(value: int) -> list[int]:
@@ -101,8 +103,10 @@ class Study:
         implied: Mapping[FieldPath, int],
         recipe: RunRecipe | None = None,
         make_inputs: MakeInputs | None = None,
+        values: Mapping[FieldPath, int] | None = None,
     ):
         self.builder = builder
+        self.values = values or {}  # the fields to probe, as the config has or implies them
         # fields that the class accepts no other value of, alone or with one other field
         self.refused: list[FieldPath] = []
         self.ratio_rules: dict[FieldPath, Power] = {}  # fields that follow others in every build
@@ -186,12 +190,15 @@ class Study:
             sizes.update({(name, which): count for which, count in counts.items()})
         return {key: size for key, size in sizes.items() if self.first(key[0]) == key[0]}
 
-    def alone(self, field: FieldPath, value: int) -> list[Probe] | Refusal | None:
+    def times(self, factor: int, *fields: FieldPath) -> dict[FieldPath, int]:
+        return {field: factor * self.values[field] for field in fields}
+
+    def alone(self, field: FieldPath) -> list[Probe] | Refusal | None:
         """Return up to two probes of one field by itself; empty: it sets nothing.
 
         If no probe succeeds, return the first refusal, or None if some value builds other tensors.
         """
-        probes, rounded = list[Probe](), list[Probe]()
+        value, probes, rounded = self.values[field], list[Probe](), list[Probe]()
         failures: list[Refusal | None] = []
         for other in probe_values(value):
             heads = any(isinstance(which, str) for probe in probes for _, which in probe.sizes)
@@ -246,9 +253,7 @@ def may_matter(
     yield from may_matter(fields[half:], changes_nothing)
 
 
-def show_heads(
-    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, Sequence[Probe]]
-) -> None:
+def show_heads(study: Study, probes: Probes) -> None:
     """Add to the probes the head counts that show only if head_dim does not change.
 
     Qwen2-VL's rotary sections add up to head_dim: with another head count or hidden size alone, the
@@ -270,19 +275,19 @@ def show_heads(
             if (f"{key[0]}.weight", 0) in moved[width]
             and not {(f"{key[0]}.weight", 0), (f"{key[0]}.weight", 1)} & moved[count]
         }
-        sizes = study.at({count: 2 * values[count], width: 2 * values[width]}) if keys else None
+        sizes = study.at(study.times(2, count, width)) if keys else None
         if not isinstance(sizes, dict):
             continue
         for key in (key for key in keys if sizes.get(key) == 2 * study.base[key]):
             hidden_counts.discard(key)
             for probe in probes[count]:
-                share = Fraction(probe.value * study.base[key], values[count])
+                share = Fraction(probe.value * study.base[key], study.values[count])
                 probe.sizes[key] = int(share) if share.denominator == 1 else 0
             for probe in probes[width]:
                 del probe.sizes[key]
 
 
-def _hidden_heads(study: Study, probes: Mapping[FieldPath, Sequence[Probe]]) -> set[Quantity]:
+def _hidden_heads(study: Study, probes: Probes) -> set[Quantity]:
     """Return the head counts that change in no probe of any field."""
     sizes = [probe.sizes for field_probes in probes.values() for probe in field_probes]
     return {

@@ -11,10 +11,11 @@ from ..forward.head_splits import observe
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts
-from .expressions import Expression, Power, Quantity, product
+from .field_map import Expression, Power, Quantity, product
 from .probe import (
     UNSET_PROBES,
     Probe,
+    Probes,
     Sizes,
     Study,
     breaks_off,
@@ -106,15 +107,14 @@ def _is_in_every_config(field: FieldPath) -> bool:
     return hasattr(PretrainedConfig, str(field[-1]))
 
 
-def sensitivities(
-    study: Study, values: Mapping[FieldPath, int]
-) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
+def sensitivities(study: Study) -> tuple[dict[FieldPath, list[Probe]], dict[FieldPath, FieldPath]]:
     """Return up to two probes of each field with an effect, and field -> field it must equal."""
+    values = study.values
     probes: dict[FieldPath, list[Probe]] = {}
     refused: list[FieldPath] = []
     rebuilt: list[FieldPath] = []
-    for field, value in values.items():
-        field_probes = study.alone(field, value)
+    for field in values:
+        field_probes = study.alone(field)
         if isinstance(field_probes, Refusal):
             refused.append(field)
         elif field_probes is None:
@@ -122,9 +122,9 @@ def sensitivities(
         elif field_probes:
             probes[field] = field_probes
             if len(field_probes) == 2 and all(breaks_off(probe.sizes) for probe in field_probes):
-                _replace_second(study, field, value, field_probes)
+                _replace_second(study, field, field_probes)
     for field in refused:
-        field_probes = _with_partner(study, field, values, probes)
+        field_probes = _with_partner(study, field, probes)
         if field_probes:
             probes[field] = field_probes
     must_equal: dict[FieldPath, FieldPath] = {}
@@ -133,30 +133,28 @@ def sensitivities(
         if {field, other} & (probes.keys() | must_equal.keys()):
             continue
         if values[field] == values[other] and not study.counts_layers(field):
-            field_probes = _joint_probes(study, field, other, values[field])
+            field_probes = _joint_probes(study, field, other)
             if field_probes:
                 probes[field], must_equal[other] = field_probes, field
     # the class refuses to change them, alone or with one other field
     study.refused = [field for field in still_refused if field not in probes.keys() | must_equal]
-    show_heads(study, values, probes)
+    show_heads(study, probes)
     return probes, must_equal
 
 
-def _partners(
-    study: Study, field: FieldPath, others: Sequence[FieldPath], values: Mapping[FieldPath, int]
-) -> Iterator[FieldPath]:
+def _partners(study: Study, field: FieldPath, others: Sequence[FieldPath]) -> Iterator[FieldPath]:
     """Yield the fields with which the class may accept twice the value of a refused field."""
-    alone = study.build({field: 2 * values[field]})
+    alone = study.build(study.times(2, field))
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
-        both_values = {doubled: 2 * values[doubled] for doubled in (field, *some)}
-        return isinstance(alone, Refusal) and study.build(both_values) == alone
+        return isinstance(alone, Refusal) and study.build(study.times(2, field, *some)) == alone
 
     return may_matter(others, changes_nothing)
 
 
-def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Probe]) -> None:
+def _replace_second(study: Study, field: FieldPath, probes: list[Probe]) -> None:
     """Replace the second probe by one at a lower value at which the forward pass gets further."""
+    value = study.values[field]
     for lower_value in (other for other in reversed(probe_values(value)) if other < value):
         sizes = study.at({field: lower_value})
         if isinstance(sizes, dict) and not breaks_off(sizes):
@@ -166,15 +164,13 @@ def _replace_second(study: Study, field: FieldPath, value: int, probes: list[Pro
                 break
 
 
-def non_size_followers(
-    study: Study, values: Mapping[FieldPath, int], moving: Collection[FieldPath]
-) -> dict[FieldPath, FieldPath]:
+def non_size_followers(study: Study, moving: Collection[FieldPath]) -> dict[FieldPath, FieldPath]:
     """Return fields that set no shape, but must equal another field so that no count becomes 0.
 
     DeepSeek's latent attention has no key/value heads, but ``num_key_value_groups`` is heads over
     ``num_key_value_heads``.
     """
-    must_equal: dict[FieldPath, FieldPath] = {}
+    values, must_equal = study.values, dict[FieldPath, FieldPath]()
     may_vanish = [field for field in values if field in moving and study.vanishing.get(field, True)]
 
     def changes_nothing(some: Sequence[FieldPath]) -> bool:
@@ -203,35 +199,30 @@ def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
     return None if isinstance(model, Refusal) else bool(vanished_counts(study.model, model))
 
 
-def _joint_probes(study: Study, field: FieldPath, other: FieldPath, value: int) -> list[Probe]:
+def _joint_probes(study: Study, field: FieldPath, other: FieldPath) -> list[Probe]:
     probes: list[Probe] = []
-    for joint_value in (2 * value, 3 * value):
-        sizes = study.at({field: joint_value, other: joint_value})
+    for factor in (2, 3):
+        sizes = study.at(study.times(factor, field, other))
         if sizes is None:
             break
         if isinstance(sizes, dict) and sizes:
-            probes.append(Probe(joint_value, sizes))
+            probes.append(Probe(factor * study.values[field], sizes))
     return probes
 
 
-def _with_partner(
-    study: Study,
-    field: FieldPath,
-    values: Mapping[FieldPath, int],
-    probes: Mapping[FieldPath, Sequence[Probe]],
-) -> list[Probe]:
+def _with_partner(study: Study, field: FieldPath, probes: Probes) -> list[Probe]:
     """Return one probe of a field that the class accepts only together with another, or none."""
-    for partner in _partners(study, field, list(probes), values):
+    for partner in _partners(study, field, list(probes)):
         sizes_at = {probe.value: probe.sizes for probe in probes[partner]}
         for factor in (2, 3):
-            value = factor * values[partner]
-            joint_values = {field: factor * values[field], partner: value}
+            joint_values = study.times(factor, field, partner)
+            now, then = study.values[partner], joint_values[partner]
             joint_sizes = study.at(joint_values, watch=False)
             if not isinstance(joint_sizes, dict):
                 continue
-            partner_sizes = sizes_at.get(value) or study.at({partner: value}, watch=False)
+            partner_sizes = sizes_at.get(then) or study.at({partner: then}, watch=False)
             if isinstance(partner_sizes, Refusal):  # alone, only a little more is accepted (Phi-3)
-                partner_sizes = extrapolated(study.base, values[partner], probes[partner], value)
+                partner_sizes = extrapolated(study.base, now, probes[partner], then)
                 # head counts too: no probe of the field alone shows them
                 joint_sizes = study.at(joint_values)
             if not isinstance(partner_sizes, dict) or not isinstance(joint_sizes, dict):
@@ -248,9 +239,7 @@ def _with_partner(
     return []
 
 
-def fit_expressions(
-    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
-) -> dict[Quantity, Expression]:
+def fit_expressions(study: Study, probes: Probes) -> dict[Quantity, Expression]:
     """Return an expression for each quantity that is linear in each field."""
     slopes: dict[Quantity, dict[FieldPath, Fraction]] = {}
     inexact: set[Quantity] = set()
@@ -258,7 +247,7 @@ def fit_expressions(
         for key in {key for probe in field_probes for key in probe.sizes}:
             field_slopes = {
                 Fraction(probe.sizes.get(key, study.base[key]) - study.base[key])
-                / (probe.value - values[field])
+                / (probe.value - study.values[field])
                 for probe in field_probes
                 if probe.sizes.get(key) != 0
             }
@@ -268,19 +257,16 @@ def fit_expressions(
                     slopes.setdefault(key, {})[field] = slope
             elif field_slopes:  # an image's number of patches: only the proof checks it
                 inexact.add(key)
-    pairs = _pairs(study, values, probes, slopes)
+    pairs = _pairs(study, probes, slopes)
     return {
-        key: _expression(study.base[key], key, by_field, values, pairs)
+        key: _expression(study, key, by_field, pairs)
         for key, by_field in slopes.items()
         if key not in inexact
     }
 
 
 def fit_powers(
-    study: Study,
-    values: Mapping[FieldPath, int],
-    probes: Mapping[FieldPath, list[Probe]],
-    straight: Collection[Quantity],
+    study: Study, probes: Probes, straight: Collection[Quantity]
 ) -> tuple[dict[Quantity, Power], dict[Quantity, frozenset[FieldPath]]]:
     """Return quantities that are powers of fields, and the rest -> the fields that change them."""
     sizes: dict[Quantity, dict[FieldPath, list[tuple[int, int]]]] = {}
@@ -293,29 +279,24 @@ def fit_powers(
     unfitted: dict[Quantity, frozenset[FieldPath]] = {}
     for key, by_field in sizes.items():
         exponents = {
-            field: _exponent(values[field], study.base[key], points)
+            field: _exponent(study.values[field], study.base[key], points)
             for field, points in by_field.items()
         }
         if all(exponents.values()):
-            fitted[key] = Power(
-                study.base[key], exponents, {field: values[field] for field in exponents}
-            )
+            fitted[key] = Power(study.base[key], exponents, study.times(1, *exponents))
         else:
             unfitted[key] = frozenset(by_field)
     return fitted, unfitted
 
 
 def _pairs(
-    study: Study,
-    values: Mapping[FieldPath, int],
-    probes: Mapping[FieldPath, list[Probe]],
-    slopes: Mapping[Quantity, Mapping[FieldPath, Fraction]],
+    study: Study, probes: Probes, slopes: Mapping[Quantity, Mapping[FieldPath, Fraction]]
 ) -> list[tuple[dict[FieldPath, int], Sizes]]:
     """Return builds with two fields changed: the steps of both, and all sizes."""
     wanted = {
         frozenset(pair)
         for key, by_field in slopes.items()
-        if len(by_field) > 1 and not _is_product(study.base[key], by_field, values)
+        if len(by_field) > 1 and not _is_product(study, key, by_field)
         for pair in combinations(by_field, 2)
     }
     result: list[tuple[dict[FieldPath, int], Sizes]] = []
@@ -323,21 +304,21 @@ def _pairs(
         pair_values = {field: probes[field][0].value for field in pair}
         sizes = study.at(pair_values)
         if isinstance(sizes, dict):
-            steps = {field: pair_values[field] - values[field] for field in pair}
+            steps = {field: pair_values[field] - study.values[field] for field in pair}
             result.append((steps, {**study.base, **sizes}))
     return result
 
 
 def _expression(
-    base: int,
+    study: Study,
     key: Quantity,
     slopes: Mapping[FieldPath, Fraction],
-    values: Mapping[FieldPath, int],
     pairs: list[tuple[dict[FieldPath, int], Sizes]],
 ) -> Expression:
     """Return the expression of one quantity; ``pairs`` show the products of fields in it."""
-    if len(slopes) > 1 and _is_product(base, slopes, values):
-        return product(base, {field: values[field] for field in slopes})
+    base = study.base[key]
+    if len(slopes) > 1 and _is_product(study, key, slopes):
+        return product(base, study.times(1, *slopes))
     terms = {frozenset({field}): slope for field, slope in slopes.items()}
     for steps, sizes in pairs:
         if steps.keys() <= slopes.keys():
@@ -348,10 +329,9 @@ def _expression(
     return Expression(base, terms)
 
 
-def _is_product(
-    base: int, slopes: Mapping[FieldPath, Fraction], values: Mapping[FieldPath, int]
-) -> bool:
-    return all(slope * values[field] == base for field, slope in slopes.items())
+def _is_product(study: Study, key: Quantity, slopes: Mapping[FieldPath, Fraction]) -> bool:
+    base = study.base[key]
+    return all(slope * study.values[field] == base for field, slope in slopes.items())
 
 
 def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
@@ -370,21 +350,19 @@ def _exponent(value: int, base: int, points: Sequence[tuple[int, int]]) -> int:
 RatioPartners = dict[FieldPath, tuple[FieldPath, ...]]
 
 
-def find_ratio_partners(study: Study, values: Mapping[FieldPath, int]) -> RatioPartners:
+def find_ratio_partners(study: Study) -> RatioPartners:
     """Return the refused fields that the class accepts in proportion with others."""
     # none can be probed alone: Mamba 2's heads times head dim is its inner width
     accepted: RatioPartners = {}
     for field, other in combinations(study.refused, 2):
-        sizes = study.at({field: 2 * values[field], other: 2 * values[other]}, watch=False)
+        sizes = study.at(study.times(2, field, other), watch=False)
         if isinstance(sizes, dict) and any(sizes.values()):
             accepted[field] = (*accepted.get(field, ()), other)
             accepted[other] = (*accepted.get(other, ()), field)
     return accepted
 
 
-def let_follow(
-    study: Study, ratio_partners: RatioPartners, values: Mapping[FieldPath, int]
-) -> dict[FieldPath, list[Probe]]:
+def let_follow(study: Study, ratio_partners: RatioPartners) -> dict[FieldPath, list[Probe]]:
     """Choose one field of each proportion that builds compute from the others from now on.
 
     The choice makes the expressions simplest; it is added to ``study.ratio_rules``. Returns the
@@ -393,19 +371,23 @@ def let_follow(
     probes: dict[FieldPath, list[Probe]] = {}
     for fields in _proportions(ratio_partners):
         before = study.ratio_rules
-        tried: list[tuple[tuple[int, ...], Power, FieldPath, dict[FieldPath, list[Probe]]]] = []
+        tried: list[tuple[tuple[int, int], dict[FieldPath, Power], dict[FieldPath, list[Probe]]]]
+        tried = []
         for follower in fields:
-            rule = _rule(follower, fields, ratio_partners, values)
-            study.ratio_rules = {**before, follower: rule}
-            other_probes = _probe_all(study, rule, values)
-            if other_probes is not None:
-                complexity = _complexity(study, values, other_probes)
-                tried.append((complexity, rule, follower, other_probes))
+            # in proportion to its partners, inverse to the other fields
+            others = study.times(1, *(field for field in fields if field != follower))
+            exponents = {field: 1 if field in ratio_partners[follower] else -1 for field in others}
+            rule = {follower: Power(study.values[follower], exponents, others)}
+            study.ratio_rules = before | rule
+            results = {field: study.alone(field) for field in others}
+            found = {field: p for field, p in results.items() if isinstance(p, list) and p}
+            if found.keys() == others.keys():
+                tried.append((_complexity(study, found), rule, found))
         study.ratio_rules = before
         if tried:
-            _, rule, follower, other_probes = min(tried, key=lambda attempt: attempt[0])
-            study.ratio_rules = {**before, follower: rule}
-            probes |= other_probes
+            _, rule, found = min(tried, key=lambda attempt: attempt[0])
+            study.ratio_rules = before | rule
+            probes |= found
     return probes
 
 
@@ -420,41 +402,10 @@ def _proportions(ratio_partners: RatioPartners) -> Iterator[list[FieldPath]]:
         yield sorted(connected, key=str)
 
 
-def _rule(
-    follower: FieldPath,
-    fields: Sequence[FieldPath],
-    ratio_partners: RatioPartners,
-    values: Mapping[FieldPath, int],
-) -> Power:
-    """Return a field as a power: in proportion to its partners, inverse to the other fields."""
-    others = {field: values[field] for field in fields if field != follower}
-    exponents = {field: 1 if field in ratio_partners[follower] else -1 for field in others}
-    return Power(values[follower], exponents, others)
-
-
-def _probe_all(
-    study: Study, rule: Power, values: Mapping[FieldPath, int]
-) -> dict[FieldPath, list[Probe]] | None:
-    """Probe each field that the rule reads; None if one cannot be probed."""
-    probes: dict[FieldPath, list[Probe]] = {}
-    for field in rule.exponents:
-        field_probes = study.alone(field, values[field])
-        if not isinstance(field_probes, list) or not field_probes:
-            return None
-        probes[field] = field_probes
-    return probes
-
-
-def _complexity(
-    study: Study, values: Mapping[FieldPath, int], probes: Mapping[FieldPath, list[Probe]]
-) -> tuple[int, ...]:
+def _complexity(study: Study, probes: Probes) -> tuple[int, int]:
     """Return how complex the expressions are: unfitted quantities first, then repeated fields."""
-    straight = fit_expressions(study, values, probes)
-    curved, unfitted = fit_powers(study, values, probes, straight)
-    several = parts = 0
-    for expression in straight.values():
-        products = expression.monomials(values)
-        own = [sum(field in fields for fields in products) for field in probes]
-        several += sum(number > 1 for number in own)
-        parts += sum(own)
-    return len(unfitted), several, parts + sum(len(power.fields) for power in curved.values())
+    straight = fit_expressions(study, probes)
+    unfitted = fit_powers(study, probes, straight)[1]
+    products = [expression.monomials(study.values) for expression in straight.values()]
+    repeated = (sum(field in one for one in fields) > 1 for fields in products for field in probes)
+    return len(unfitted), sum(repeated)

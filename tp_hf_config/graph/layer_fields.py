@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..fieldmap.completeness import build_live
-from ..fieldmap.expressions import Quantity
-from ..fieldmap.field_map import FieldMap
+from ..fieldmap.field_map import FieldMap, Quantity
+from ..fieldmap.learn_field_map import build_live
 from ..fieldmap.model_view import entangled_fields, uniform_map
 from ..model.config_json import EntryOfKind, FieldPath, config_json, field_name
 from ..model.layer_class import layer_lists

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
-from ..fieldmap.completeness import build_live
-from ..fieldmap.learn_field_map import whole_build
+from ..fieldmap.learn_field_map import build_live, whole_build
 from ..model.build import Builder, Refusal
 from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field_name, value_at
 from ..model.fill import fill

@@ -29,7 +29,7 @@ from ..errors import (
     warn,
 )
 from ..fieldmap.model_view import ModelView, view_of
-from ..fieldmap.solve.fit import AGAIN
+from ..fieldmap.solve import AGAIN
 from ..graph.config_graph import ConfigGraph, kept_positions
 from ..graph.cut_list import CutList, Edit, edits_of, explained
 from ..graph.layer_fields import layers_listed

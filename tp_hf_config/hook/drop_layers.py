@@ -18,10 +18,9 @@ from ..calibration.depth_refit import depth_refits, refitted
 from ..calibration.importance import layer_influence
 from ..calibration.passes import undisturbed
 from ..errors import ConfigSyncError, UnsupportedModelError, in_one_line, listed
-from ..fieldmap.completeness import build_live, notes_on_options
 from ..fieldmap.fewer_layers import Change, KeptLayers, config_without, layer_lists_in
 from ..fieldmap.layer_kinds import lists_of
-from ..fieldmap.learn_field_map import whole_build
+from ..fieldmap.learn_field_map import build_live, notes_on_options, whole_build
 from ..forward.find_recipe import find_recipe
 from ..forward.inputs import example_inputs, text_inputs
 from ..forward.observed_pass import AllFloat64, Argument, handed_on, without_layers

@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
-from ..fieldmap.completeness import (
+from ..fieldmap.field_map import Quantity
+from ..fieldmap.layer_kinds import names_in_code
+from ..fieldmap.learn_field_map import (
     missing_parts,
     notes_on_layer_order,
     notes_on_options,
     parts_beyond,
 )
-from ..fieldmap.expressions import Quantity
-from ..fieldmap.layer_kinds import names_in_code
 from ..fieldmap.lower_depth import of_every_config
 from ..fieldmap.model_view import view_of
-from ..fieldmap.solve.fit import (
+from ..fieldmap.solve import (
     Conflict,
     build_with_shapes,
     explain_conflict,

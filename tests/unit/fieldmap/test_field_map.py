@@ -23,7 +23,7 @@ from tp_hf_config.fieldmap import (
 from tp_hf_config.fieldmap.field_map import Depth, FieldMap
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.fieldmap.probe import may_matter
-from tp_hf_config.fieldmap.solve.fit import Conflict, Problem, solve
+from tp_hf_config.fieldmap.solve import Conflict, Problem, solve
 from tp_hf_config.forward.head_splits import heads_of, observe
 from tp_hf_config.model.build import Builder, Refusal
 from tp_hf_config.model.config_json import config_json, with_values
@@ -698,10 +698,10 @@ def test_what_changes_no_word_of_a_refusal_is_not_tried_with_every_field(
     asked: list[Any] = []
     own, built = sensitivity._with_partner, probe.Study.build
 
-    def together(study: Any, path: Any, values: Any, probes: Any) -> Any:
+    def together(study: Any, path: Any, probes: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(probe.Study, "build", lambda *args: asked.append(path) or built(*args))
-            return own(study, path, values, probes)
+            return own(study, path, probes)
 
     monkeypatch.setattr(sensitivity, "_with_partner", together)
     field_map = learned(Staged(StagedConfig()))

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tp_hf_config.fieldmap.expressions import Expression, Power, followed, product
-from tp_hf_config.fieldmap.solve.fit import Conflict, Problem, solve
+from tp_hf_config.fieldmap.field_map import Expression, Power, followed, product
+from tp_hf_config.fieldmap.solve import Conflict, Problem, solve
 from tp_hf_config.model.config_json import FieldPath
 
 HEADS: FieldPath = ("num_attention_heads",)

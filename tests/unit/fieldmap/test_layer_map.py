@@ -8,8 +8,7 @@ import layer_zoo
 import pytest
 
 from tp_hf_config import UnsupportedModelError
-from tp_hf_config.fieldmap.completeness import build_live
-from tp_hf_config.fieldmap.learn_field_map import learn
+from tp_hf_config.fieldmap.learn_field_map import build_live, learn
 from tp_hf_config.fieldmap.model_view import layer_map, uniform_map
 from tp_hf_config.graph.layer_fields import layers_listed
 from tp_hf_config.model.build import Refusal

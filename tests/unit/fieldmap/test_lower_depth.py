@@ -18,7 +18,7 @@ import transformers as hf
 
 from tp_hf_config import HFConfigSyncHook, plan, prunable
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.fieldmap.solve.recover import Recovery, recover
+from tp_hf_config.fieldmap.solve import Recovery, recover
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import EntryOfKind, field_name, value_at, with_values
 from tp_hf_config.model.shapes import shapes

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from tp_hf_config.fieldmap.field_map import FieldMap
 from tp_hf_config.fieldmap.learn_field_map import map_of
-from tp_hf_config.fieldmap.solve.fit import Conflict
-from tp_hf_config.fieldmap.solve.recover import Recovery, recover
+from tp_hf_config.fieldmap.solve import Conflict, Recovery, recover
 from tp_hf_config.model.build import Refusal
 from tp_hf_config.model.config_json import FieldPath, with_values
 from tp_hf_config.model.shapes import shapes

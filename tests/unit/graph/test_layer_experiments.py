@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import transformers as hf
 
-from tp_hf_config.fieldmap.completeness import build_live
 from tp_hf_config.fieldmap.field_map import Depth
+from tp_hf_config.fieldmap.learn_field_map import build_live
 from tp_hf_config.fieldmap.model_view import uniform_map
 from tp_hf_config.graph.experiments import LayerFindings, experiments_of
 from tp_hf_config.graph.layer_fields import layers_listed

@@ -11,7 +11,7 @@ from tiny_costs import costs, known_of
 from torch import nn
 from transformers import FalconH1Config, FalconH1ForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-from tp_hf_config.fieldmap.expressions import Expression, Power
+from tp_hf_config.fieldmap.field_map import Expression, Power
 from tp_hf_config.fieldmap.learn_field_map import map_of
 from tp_hf_config.forward.head_splits import HeadSplits
 from tp_hf_config.model.build import module_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tp_hf_config.fieldmap.expressions import Expression
+from tp_hf_config.fieldmap.field_map import Expression
 from tp_hf_config.twin.find_groups import equal_fields, grouped_heads
 from tp_hf_config.twin.tiny.tiny_model import equal_by_chance
 

@@ -23,7 +23,7 @@ from transformers.trainer_callback import (
 
 from ...arguments import check_arguments, taken_by
 from ...errors import TrainingError, listed
-from ...fieldmap.completeness import build_live
+from ...fieldmap.learn_field_map import build_live
 from ...graph.layer_fields import layers_listed
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, changed_values, config_json, field_name, with_values

@@ -17,7 +17,7 @@ from ...forward.head_splits import HeadSplits, observe
 from ...forward.input_shapes import IMAGE_SIZES
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
-from ...model.config_json import FieldPath, config_json, value_at, with_values
+from ...model.config_json import FieldPath, config_json, plain_fields, value_at, with_values
 from .requirements import Requirements, goes_as_far
 
 # runs a config and returns its head splits; None: it lacks something that is required
@@ -292,17 +292,12 @@ def smaller_images(field_map: FieldMap, data: dict[str, Any]) -> Iterator[dict[s
     whole = config_json(field_map.builder.config(data), use_diff=False)
     images: dict[FieldPath, int] = {}
     windows: dict[FieldPath, int] = {}
-
-    def visit(node: Any, field: FieldPath) -> None:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            sides = value if isinstance(value, list) else [value]
-            if key in (*IMAGE_SIZES, _WINDOW) and all(type(side) is int for side in sides):
-                numbered = isinstance(value, list)
-                into = windows if key == _WINDOW else images
-                into.update({(*field, key, *([n] * numbered)): s for n, s in enumerate(sides)})
-            visit(value, (*field, key))
-
-    visit(whole, ())
+    for field, value in plain_fields(whole):
+        numbers = value if isinstance(value, list) else [value]
+        if field[-1] in (*IMAGE_SIZES, _WINDOW) and all(type(side) is int for side in numbers):
+            numbered = isinstance(value, list)
+            into = windows if field[-1] == _WINDOW else images
+            into.update({(*field, *([n] * numbered)): s for n, s in enumerate(numbers)})
     images = {p: side for p, side in images.items() if side > _IMAGES[0]}
     grids = _grids(field_map, max(images.values(), default=0))
     setting = {field: side for field, side in images.items() if field in field_map.sizes}
@@ -351,14 +346,15 @@ def images_in_proportion(
         field: value
         for field in numbers
         if field not in sides
-        and not _is_patch(field)
+        and _PATCH not in field[-2:]
         and type(value := value_at(whole, field)) is int
         and _PARTS * largest % value == 0  # a map's length: the image's side over some stride
         and largest <= _STRIDE * value
     }
     following = {field: side for field, side in {**sides, **maps}.items() if side > 1}
     lists = {field[:-1] for field in following if not isinstance(field[-1], str)}
-    data = with_values(data, {field: value_at(whole, field) for field in _outermost(lists)})
+    lists -= {field for field in lists if any(field[:n] in lists for n in range(1, len(field)))}
+    data = with_values(data, {field: value_at(whole, field) for field in lists})
     for factor in _FACTORS if sides else ():
         if largest // factor >= _IMAGES[0] and not any(n % factor for n in following.values()):
             yield with_values(data, {field: n // factor for field, n in following.items()})
@@ -366,14 +362,6 @@ def images_in_proportion(
 
 def is_side(field: FieldPath) -> bool:
     return any(key in IMAGE_SIZES for key in field[-2:])
-
-
-def _is_patch(field: FieldPath) -> bool:
-    return any(key == _PATCH for key in field[-2:])
-
-
-def _outermost(lists: Collection[FieldPath]) -> set[FieldPath]:
-    return {field for field in lists if not any(field[:n] in lists for n in range(1, len(field)))}
 
 
 def _grids(field_map: FieldMap, image: int) -> dict[FieldPath, int]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...fieldmap.expressions import Expression, Power, Quantity, product
-from ...fieldmap.field_map import FieldMap
+from ...fieldmap.field_map import Expression, FieldMap, Power, Quantity, product
 from ...fieldmap.lower_depth import kinds_of_layers
 from ...forward.head_splits import HeadSplits, heads_of, observe
 from ...forward.run_recipe import RunRecipe

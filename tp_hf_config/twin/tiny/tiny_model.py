@@ -31,7 +31,13 @@ from ...forward.output_tensors import outputs_of, tensors_in
 from ...forward.replay import Replay
 from ...forward.run_recipe import RunRecipe, encoder_states_in
 from ...model.build import Refusal
-from ...model.config_json import OF_NO_EFFECT, FieldPath, with_values, without_names
+from ...model.config_json import (
+    OF_NO_EFFECT,
+    FieldPath,
+    plain_fields,
+    with_values,
+    without_names,
+)
 from ...model.shapes import shapes
 from ...model.surroundings import same_random_state
 from ...model.tensors import compute_unsaved, saved_buffers
@@ -246,7 +252,7 @@ def _reaching_alike(model: nn.Module, working: WorkingInputs) -> WorkingInputs:
         return working
     before, same = copy.deepcopy(model.state_dict()), 0
     for _ in range(_DRAWS):
-        redraw_matrices(model)
+        randomise(model, matrices_only=True)
         scale_convolutions(model, working.inputs, working.recipe)
         redrawn = working_inputs(model, working.recipe)
         still = unreached if isinstance(redrawn, Refusal) else _unreached_shares(model, redrawn)
@@ -330,22 +336,18 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
     """Yield changes after which lists and numbers that can name layers name the tiny model's."""
     numbers: dict[str, list[FieldPath]] = {}
 
-    def visit(node: Any, field: FieldPath) -> Iterator[dict[FieldPath, Any]]:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            entry: FieldPath = (*field, key)
-            names_layers = any(word in key for word in _NAMING)
-            if may_name_layers(value) or (names_layers and is_whole_number_list(value)):
-                yield {entry: list(range(len(value)))}
-                yield {entry: [index % _LAYERS for index in range(len(value))]}
-                yield {entry: [_LAYERS - 1] * len(value)}
-            elif names_layers and type(value) is int:
-                # both are set if the config passes it on to one of its parts (MiniCPM-V 4.6)
-                numbers.setdefault(key, []).append(entry)
-                if entry not in field_map.non_size_fields | field_map.sizes:
-                    yield {entry: 0}
-            yield from visit(value, entry)
-
-    yield from visit(data, ())
+    for entry, value in plain_fields(data):
+        key = str(entry[-1])
+        names_layers = any(word in key for word in _NAMING)
+        if may_name_layers(value) or (names_layers and is_whole_number_list(value)):
+            yield {entry: list(range(len(value)))}
+            yield {entry: [index % _LAYERS for index in range(len(value))]}
+            yield {entry: [_LAYERS - 1] * len(value)}
+        elif names_layers and type(value) is int:
+            # both are set if the config passes it on to one of its parts (MiniCPM-V 4.6)
+            numbers.setdefault(key, []).append(entry)
+            if entry not in field_map.non_size_fields | field_map.sizes:
+                yield {entry: 0}
     for paths in numbers.values():
         if len(paths) > 1:
             yield dict.fromkeys(paths, 0)
@@ -354,7 +356,7 @@ def _numbers_of_layers(field_map: FieldMap, data: dict[str, Any]) -> Iterator[di
 _LARGEST = 4.0  # the values of a convolution have at most this root mean square
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module, matrices_only: bool = False) -> None:
     """Give every parameter and saved buffer random values, none of them trivial, in place."""
     # loading computes these again, with other values for another width (Marian's positions)
     unsaved = compute_unsaved(model)
@@ -365,20 +367,12 @@ def randomise(model: nn.Module) -> None:
                 continue
             if parameter.ndim > 1:
                 parameter.copy_(_matrix(model, name, parameter))
-            else:
+            elif not matrices_only:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
-        for buffer in saved_buffers(model).values():
+        for buffer in () if matrices_only else saved_buffers(model).values():
             buffer.mul_(1 + 0.3 * torch.rand_like(buffer))  # a variance remains positive
             buffer.add_(0.3 * torch.rand_like(buffer))
-
-
-def redraw_matrices(model: nn.Module) -> None:
-    unsaved = compute_unsaved(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and name not in unsaved:
-                parameter.copy_(_matrix(model, name, parameter))
 
 
 def _matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:

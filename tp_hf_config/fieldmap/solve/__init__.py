@@ -1,1 +1,0 @@
-"""Find the values of config fields from the shapes of tensors."""
