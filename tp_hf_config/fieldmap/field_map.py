@@ -25,6 +25,7 @@ from ..model.shapes import Shapes, shapes, vanished_counts
 
 # (tensor name, dimension), or (layer name, name of its head count as ``heads_of`` returns it)
 Quantity = tuple[str, int | str]
+Values = Mapping[FieldPath, int]  # of fields, or their steps (changes of value)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Expression:
     def fields(self) -> frozenset[FieldPath]:
         return frozenset(name for names in self.terms for name in names)
 
-    def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
+    def evaluate(self, steps: Values) -> Fraction:
         total = Fraction(self.base)
         for fields, coefficient in self.terms.items():
             total += coefficient * prod(steps.get(name, 0) for name in fields)
@@ -51,7 +52,7 @@ class Expression:
         return Expression(int(self.base * ratio), terms)
 
     def around(
-        self, steps: Mapping[FieldPath, int], renamed: Mapping[FieldPath, FieldPath] | None = None
+        self, steps: Values, renamed: Mapping[FieldPath, FieldPath] | None = None
     ) -> Expression:
         """Return the same size around other field values (``steps`` away), with fields renamed."""
         names, terms = renamed or {}, dict[frozenset[FieldPath], Fraction]()
@@ -64,13 +65,11 @@ class Expression:
         base = int(self.evaluate(steps))
         return Expression(base, {fields: factor for fields, factor in terms.items() if factor})
 
-    def monomials(self, values: Mapping[FieldPath, int]) -> Mapping[frozenset[FieldPath], Fraction]:
+    def monomials(self, values: Values) -> Mapping[frozenset[FieldPath], Fraction]:
         """Return the size as a sum of products of field values: fields -> factor, no constant."""
         return self.around({name: -value for name, value in values.items()}).terms
 
-    def step_to(
-        self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
-    ) -> Fraction | None:
+    def step_to(self, name: FieldPath, steps: Values, target: int) -> Fraction | None:
         """Return the step of one field that makes the size ``target``; None: it has no effect."""
         slope = Fraction(0)
         rest = Fraction(self.base)
@@ -88,14 +87,14 @@ class Power:
     """``base`` times a power of each field over its base value (hidden size over heads)."""
 
     base: int  # the size when no field changes
-    exponents: Mapping[FieldPath, int]  # each is 1, 2, -1 or -2
-    values: Mapping[FieldPath, int]  # the base value of each field
+    exponents: Values  # each is 1, 2, -1 or -2
+    values: Values  # the base value of each field
 
     @property
     def fields(self) -> frozenset[FieldPath]:
         return frozenset(self.exponents)
 
-    def evaluate(self, steps: Mapping[FieldPath, int]) -> Fraction:
+    def evaluate(self, steps: Values) -> Fraction:
         return prod(
             (self._factor(name, steps) for name in self.exponents), start=Fraction(self.base)
         )
@@ -103,9 +102,7 @@ class Power:
     def times(self, ratio: Fraction) -> Power:
         return self if ratio == 1 else replace(self, base=int(self.base * ratio))
 
-    def step_to(
-        self, name: FieldPath, steps: Mapping[FieldPath, int], target: int
-    ) -> Fraction | None:
+    def step_to(self, name: FieldPath, steps: Values, target: int) -> Fraction | None:
         """Return the step to ``target``; roots are rounded down: check it with ``evaluate``."""
         if name not in self.exponents:
             return None
@@ -118,15 +115,13 @@ class Power:
             ratio = Fraction(isqrt(ratio.numerator), isqrt(ratio.denominator))
         return self.values[name] * (ratio - 1)
 
-    def _factor(self, name: FieldPath, steps: Mapping[FieldPath, int]) -> Fraction:
+    def _factor(self, name: FieldPath, steps: Values) -> Fraction:
         value = self.values[name]
         factor: Fraction = Fraction(value + steps.get(name, 0), value) ** self.exponents[name]
         return factor
 
 
-def followed(
-    rules: Mapping[FieldPath, Power], values: Mapping[FieldPath, int]
-) -> dict[FieldPath, int]:
+def followed(rules: Mapping[FieldPath, Power], values: Values) -> dict[FieldPath, int]:
     """Return the values that the rules set for fields not given; none that is not whole."""
     following: dict[FieldPath, int] = {}
     for name, rule in rules.items():
@@ -138,7 +133,7 @@ def followed(
     return following
 
 
-def product(base: int, values: Mapping[FieldPath, int]) -> Expression:
+def product(base: int, values: Values) -> Expression:
     """Return the expression for ``base`` times each field over its base value."""
     names = sorted(values, key=str)
     return Expression(
@@ -195,7 +190,7 @@ class FieldMap:
             for (_, which), expression in self.expressions.items()
         )
 
-    def config_at(self, values: Mapping[FieldPath, int], shallow: bool = True) -> dict[str, Any]:
+    def config_at(self, values: Values, shallow: bool = True) -> dict[str, Any]:
         """Return the config's JSON with these values and with the fields that depend on them."""
         # unset fields are written out, so that they do not change with other fields
         full = {field: self.values[field] for field in self.unset}
@@ -205,10 +200,10 @@ class FieldMap:
                 full[follower] = values[leader]
         return with_values(self.depth.data if shallow else self.data, full)
 
-    def build_at(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+    def build_at(self, values: Values) -> nn.Module | Refusal:
         return self.builder.build(self.config_at(values))
 
-    def shapes_at(self, values: Mapping[FieldPath, int]) -> Shapes | Refusal:
+    def shapes_at(self, values: Values) -> Shapes | Refusal:
         return self.builder.shapes_at(self.config_at(values))
 
     @cached_property
@@ -313,7 +308,7 @@ class Depth:
         """The fields in ``entries`` as text: ``intermediate_size[0-3]``."""
         return [field_name((*field, key)) for field, keys in self.entries.items() for key in keys]
 
-    def by_kinds(self, values: Mapping[FieldPath, int]) -> dict[FieldPath, int]:
+    def by_kinds(self, values: Values) -> dict[FieldPath, int]:
         """Return fields with their values, with one field for all entries of each kind of layer."""
         result: dict[FieldPath, int] = {}
         for field, value in values.items():
@@ -379,7 +374,7 @@ def renumbered(name: str, numbers: Numbers, new: bool = False) -> str:
 STOPS = "the class does not run then"  # start of the reason if a class builds but does not run
 
 
-def refusal_of(field_map: FieldMap, values: Mapping[FieldPath, int]) -> Refusal | None:
+def refusal_of(field_map: FieldMap, values: Values) -> Refusal | None:
     model = field_map.build_at(values)
     return model if isinstance(model, Refusal) else None
 
@@ -394,9 +389,7 @@ def count_at_zero(field_map: FieldMap, new: nn.Module) -> Refusal | None:
     return Refusal(f"{vanished[0]} would be 0: a field that sets no shape would have to change too")
 
 
-def build_mismatch(
-    field_map: FieldMap, new: nn.Module, values: Mapping[FieldPath, int]
-) -> Refusal | None:
+def build_mismatch(field_map: FieldMap, new: nn.Module, values: Values) -> Refusal | None:
     """Return how a build at other values differs from a model pruned to them, or None."""
     old, built = field_map.shapes, shapes(new)
     if old.keys() != built.keys():
@@ -427,7 +420,7 @@ def run_failure(field_map: FieldMap, new: nn.Module) -> Refusal | None:
 
 
 def ungrouped_change(
-    field_map: FieldMap, values: Mapping[FieldPath, int], new: nn.Module, held: Set[tuple[str, int]]
+    field_map: FieldMap, values: Values, new: nn.Module, held: Set[tuple[str, int]]
 ) -> Refusal | None:
     """Return which dimension outside all groups (``held``) has an unexpected size, or None."""
     steps = {field: value - field_map.values[field] for field, value in values.items()}

@@ -135,10 +135,7 @@ def _learned_once(
 
 
 def stored_or_learned(
-    builder: Builder,
-    config: PreTrainedConfig,
-    full: nn.Module,
-    make_inputs: MakeInputs | None,
+    builder: Builder, config: PreTrainedConfig, full: nn.Module, make_inputs: MakeInputs | None
 ) -> FieldMap:
     # in another process the user's function may make other inputs
     cached = folder() is not None and make_inputs is None
@@ -433,20 +430,17 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
         if not len(live_layers) == len(layers) > 1:
             continue
         # a class stores a layer's number when it builds the layer (``layer_idx``)
-        built_numbers, live_numbers = [
-            [_numbers(one) for one in each] for each in (layers, live_layers)
-        ]
+        built_facts, live_facts = [[_facts(one) for one in each] for each in (layers, live_layers)]
         numbering = [
-            key for key in built_numbers[0] if _counts_up([one.get(key) for one in built_numbers])
+            key for key in built_facts[0] if _counts_up([one.get(key) for one in built_facts])
         ]
         moved = [
             place
-            for place, numbers in enumerate(live_numbers)
-            if any(numbers.get(key) != built_numbers[place][key] for key in numbering)
+            for place, facts in enumerate(live_facts)
+            if any(facts.get(key) != built_facts[place][key] for key in numbering)
         ]
         if not moved:
             continue
-        built_facts, live_facts = [[_facts(one) for one in each] for each in (layers, live_layers)]
         for key in (one for one in built_facts[0] if one not in numbering):
             for place in moved if _varies(key, built_facts) or _varies(key, live_facts) else ():
                 if live_facts[place].get(key) != built_facts[place].get(key):
@@ -459,19 +453,10 @@ def notes_on_layer_order(model: nn.Module, built: nn.Module) -> list[str] | Refu
                     )
         notes += [
             f"the layers of {name} are not in their original order ({numbering[0][1]} says "
-            f"{', '.join(str(one.get(numbering[0])) for one in live_numbers)}). A reload numbers "
+            f"{', '.join(str(one.get(numbering[0])) for one in live_facts)}). A reload numbers "
             "them again"
         ]
     return notes
-
-
-def _numbers(layer: nn.Module) -> dict[tuple[str, str], int]:
-    return {
-        (name, key): value
-        for name, module in named_modules(layer)
-        for key, value in vars(module).items()
-        if type(value) is int and is_own(key)
-    }
 
 
 def _facts(layer: nn.Module) -> dict[tuple[str, str], Any]:

@@ -23,7 +23,7 @@ from ..model.layer_class import layer_lists, stock_class
 from ..model.layer_entries import KEY, uniform_json
 from ..model.locate import check_followable, find_pretrained, has_no_data
 from ..model.shapes import shapes
-from .field_map import Depth, Expression, FieldMap, Quantity, nonlinear_fields
+from .field_map import Depth, Expression, FieldMap, Quantity, Values, nonlinear_fields
 from .learn_field_map import build_live, map_at, map_of, stored_or_learned
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class LayerFields:
         match = self._in_list.search(name)
         return int(match[1]) if match else None
 
-    def within(
-        self, expression: Expression, name: str, values: Mapping[FieldPath, int]
-    ) -> Expression:
+    def within(self, expression: Expression, name: str, values: Values) -> Expression:
         """Return the stock class's expression, learned at ``values``, in the layer's own fields."""
         layer = self.layer_of(name)
         fields = {
@@ -182,9 +180,7 @@ class ModelView:
     prefix: str  # the model's name in the module that contains it; empty if it is that module
     reference: nn.Module  # built from the config on the meta device; its buffers hold values
 
-    def head_layers(
-        self, values: Mapping[FieldPath, int] | None = None
-    ) -> Iterable[tuple[str, nn.Module, int]]:
+    def head_layers(self, values: Values | None = None) -> Iterable[tuple[str, nn.Module, int]]:
         """Yield linear layers whose output is split into heads: name, layer, head count."""
         values = values or self.field_map.values  # those of the config now
         for name, module in self.model.named_modules():

@@ -19,7 +19,7 @@ from ..forward.run_recipe import MakeInputs, RunRecipe
 from ..model.build import Builder, Refusal
 from ..model.config_json import FieldPath, value_at, with_values
 from ..model.shapes import Shapes, named_modules, shapes, vanished_counts
-from .field_map import Depth, Power, Quantity, followed
+from .field_map import Depth, Power, Quantity, Values, followed
 
 Sizes = dict[Quantity, int]
 UNSET_PROBES = (24, 40, 8, 2, 4, 1)  # values at which a field that has no value is probed
@@ -100,10 +100,10 @@ class Study:
         self,
         builder: Builder,
         depth: Depth,
-        implied: Mapping[FieldPath, int],
+        implied: Values,
         recipe: RunRecipe | None = None,
         make_inputs: MakeInputs | None = None,
-        values: Mapping[FieldPath, int] | None = None,
+        values: Values | None = None,
     ):
         self.builder = builder
         self.values = values or {}  # the fields to probe, as the config has or implies them
@@ -127,12 +127,12 @@ class Study:
         self._repeating: Counter[FieldPath] = Counter()
         self.vanishing: dict[FieldPath, bool] = {}  # whether a lower value made some count 0
 
-    def build(self, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
+    def build(self, values: Values) -> nn.Module | Refusal:
         return self.builder.build(
             with_values(self.data, {**values, **followed(self.ratio_rules, values)})
         )
 
-    def at(self, values: Mapping[FieldPath, int], watch: bool = True) -> Sizes | Refusal | None:
+    def at(self, values: Values, watch: bool = True) -> Sizes | Refusal | None:
         """Return the quantities that change at these values, with their sizes; None: other tensors.
 
         A size that was not observed is 0. Head counts are observed only with ``watch``.

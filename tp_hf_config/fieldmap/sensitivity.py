@@ -11,7 +11,7 @@ from ..forward.head_splits import observe
 from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes, vanished_counts
-from .field_map import Expression, Power, Quantity, product
+from .field_map import Expression, Power, Quantity, Values, product
 from .probe import (
     UNSET_PROBES,
     Probe,
@@ -69,9 +69,7 @@ def _implied(study: Study, field: FieldPath) -> int | None:
     return int(value)
 
 
-def independent(
-    study: Study, implied: Mapping[FieldPath, int], values: Mapping[FieldPath, int]
-) -> dict[FieldPath, int]:
+def independent(study: Study, implied: Values, values: Values) -> dict[FieldPath, int]:
     """Return the unset fields that may keep their value while any other field changes.
 
     DeBERTa's ``attention_head_size`` has to follow the hidden size: with its old value the forward
@@ -193,7 +191,7 @@ def non_size_followers(study: Study, moving: Collection[FieldPath]) -> dict[Fiel
     return must_equal
 
 
-def _vanishes(study: Study, values: Mapping[FieldPath, int]) -> bool | None:
+def _vanishes(study: Study, values: Values) -> bool | None:
     """True if some count becomes 0 at these values; None if the class refuses them."""
     model = study.build(values)
     return None if isinstance(model, Refusal) else bool(vanished_counts(study.model, model))

@@ -22,22 +22,22 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, value_at, with_values
 from ..model.shapes import Mismatch, Shapes, compare, shapes
 from ..model.tensors import ties_of
-from .field_map import Expression, FieldMap, Power, Quantity, nearest_accepted
+from .field_map import Expression, FieldMap, Power, Quantity, Values, nearest_accepted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Values = dict[FieldPath, int]
+Solution = dict[FieldPath, int]
 
 
 def fit(
     field_map: FieldMap,
     sizes: Mapping[Quantity, int],
-    given: Mapping[FieldPath, int] | None = None,
+    given: Values | None = None,
     powers: bool = False,
     hold: Sequence[FieldPath] = (),
-) -> Values | Conflict:
+) -> Solution | Conflict:
     """Return a value for every field at which the field map gives these sizes, or the conflict.
 
     ``powers``: also use quantities that are powers of fields. ``hold``: fields to keep if several
@@ -62,7 +62,7 @@ def fit(
 def problem_of(
     field_map: FieldMap,
     sizes: Mapping[Quantity, int],
-    given: Mapping[FieldPath, int] | None = None,
+    given: Values | None = None,
     powers: bool = False,
 ) -> Problem:
     base = field_map.sizes if powers else field_map.values
@@ -95,11 +95,7 @@ def _in_words(follower: FieldPath, rule: Power) -> str:
 
 
 def build_with_shapes(
-    field_map: FieldMap,
-    base: dict[str, Any],
-    target: Shapes,
-    values: Mapping[FieldPath, int],
-    buffers: bool = False,
+    field_map: FieldMap, base: dict[str, Any], target: Shapes, values: Values, buffers: bool = False
 ) -> tuple[dict[str, Any], nn.Module] | Refusal | Sequence[Mismatch]:
     """Build the class at these values and compare it with the target; return its JSON and model."""
     changed = {
@@ -109,7 +105,7 @@ def build_with_shapes(
     }
     # unset fields remain unset if that suffices
     explicit = {field: values[field] for field in field_map.unset}
-    attempts: list[Values] = [{p: v for p, v in changed.items() if p not in field_map.unset}]
+    attempts: list[Solution] = [{p: v for p, v in changed.items() if p not in field_map.unset}]
     attempts += [{**attempts[0], field: value} for field, value in explicit.items()]
     attempts.append({**changed, **explicit})
     outcome: Refusal | Sequence[Mismatch] = Refusal("not tried")
@@ -133,7 +129,7 @@ class Conflict:
     needs: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]] = dataclasses.field(
         default_factory=dict
     )
-    ambiguous: Sequence[Mapping[FieldPath, int]] = ()  # several solutions, if nothing decides
+    ambiguous: Sequence[Values] = ()  # several solutions, if nothing decides
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ class Problem:
     """Sizes that quantities have to have, and how the fields determine them."""
 
     expressions: Mapping[Quantity, Expression | Power]
-    base: Mapping[FieldPath, int]  # the field values that the expressions were learned at
+    base: Values  # the field values that the expressions were learned at
     targets: Mapping[Quantity, int]
     hold: Sequence[FieldPath] = ()  # fields not to change if several solutions fit, in order
 
@@ -157,7 +153,7 @@ def open_together(problem: Problem) -> list[FieldPath]:
     return [] if isinstance(steps, Conflict) else _entangled(problem, steps)
 
 
-def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
+def _search(problem: Problem, steps: Values) -> dict[FieldPath, int] | Conflict:
     """Return the steps (value minus base value) that the targets require; or the conflict."""
     forced = _forced(problem, steps)
     if isinstance(forced, Conflict):
@@ -168,7 +164,7 @@ def _search(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath,
     return _branch(problem, forced, entangled)
 
 
-def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath, int] | Conflict:
+def _forced(problem: Problem, steps: Values) -> dict[FieldPath, int] | Conflict:
     """Add the steps that follow from single equations, or return the conflict."""
     steps = dict(steps)
     while True:
@@ -182,9 +178,7 @@ def _forced(problem: Problem, steps: Mapping[FieldPath, int]) -> dict[FieldPath,
             steps[name] = int(next(iter(by_step)))
 
 
-def _votes(
-    problem: Problem, steps: Mapping[FieldPath, int]
-) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
+def _votes(problem: Problem, steps: Values) -> dict[FieldPath, dict[Fraction, list[Quantity]]]:
     """Return field -> step -> quantities that require it, as their only open field."""
     votes: dict[FieldPath, dict[Fraction, list[Quantity]]] = {}
     for quantity, target in problem.targets.items():
@@ -201,7 +195,7 @@ def _votes(
 def _contradictions(
     problem: Problem,
     votes: Mapping[FieldPath, Mapping[Fraction, Sequence[Quantity]]],
-    steps: Mapping[FieldPath, int],
+    steps: Values,
 ) -> Conflict | None:
     """Return the conflict between these votes, or between the steps and the targets, or None."""
     needs: dict[FieldPath, dict[Fraction, Sequence[Quantity]]] = {}
@@ -223,7 +217,7 @@ def _contradictions(
     return Conflict(needs) if needs else None
 
 
-def _entangled(problem: Problem, steps: Mapping[FieldPath, int]) -> list[FieldPath]:
+def _entangled(problem: Problem, steps: Values) -> list[FieldPath]:
     """Return the fields without a step that share a quantity with another such field."""
     entangled: set[FieldPath] = set()
     for quantity in problem.targets:
@@ -259,9 +253,7 @@ def _branch(
     return min(failures, key=lambda conflict: len(conflict.needs))
 
 
-def _values(
-    problem: Problem, steps: Mapping[FieldPath, int], names: Iterable[FieldPath]
-) -> dict[FieldPath, int]:
+def _values(problem: Problem, steps: Values, names: Iterable[FieldPath]) -> dict[FieldPath, int]:
     return {name: problem.base[name] + steps.get(name, 0) for name in names}
 
 
@@ -367,13 +359,13 @@ _LISTED = 8  # solutions that are tried, and that a conflict lists
 
 @dataclass(frozen=True)
 class Recovery:
-    values: Values  # every field that sets a size
+    values: Solution  # every field that sets a size
     data: dict[str, Any]  # the config's JSON
     undecided: frozenset[FieldPath] = frozenset()  # fields of head counts that no shape shows
 
 
 def recover(
-    field_map: FieldMap, target: Shapes, given: Mapping[FieldPath, int] | None = None
+    field_map: FieldMap, target: Shapes, given: Values | None = None
 ) -> Recovery | Conflict | Refusal:
     """Return the one config that builds these shapes, proved by building it, or why there is none.
 
@@ -424,10 +416,10 @@ def _tied_groups(model: nn.Module) -> dict[str, set[str]]:
     return {name: set(tied.names) for tied in ties_of(model) for name in tied.names}
 
 
-def _fitting(goal: Goal, given: Mapping[FieldPath, int]) -> tuple[list[Values], Conflict | Refusal]:
+def _fitting(goal: Goal, given: Values) -> tuple[list[Solution], Conflict | Refusal]:
     """Return values that fit the field map and are accepted; and the first reason, if none are."""
     field_map, sizes = goal.field_map, goal.sizes
-    fitting: list[Values] = []
+    fitting: list[Solution] = []
     reason: Conflict | Refusal | None = None
     for solution in islice(solutions(field_map, sizes, given), _LISTED):
         outcome = solution if isinstance(solution, Conflict) else _accepted(goal, solution, given)
@@ -442,7 +434,7 @@ def _fitting(goal: Goal, given: Mapping[FieldPath, int]) -> tuple[list[Values], 
     return fitting, reason or Refusal("no whole numbers give these shapes")
 
 
-def _accepted(goal: Goal, solution: Values, given: Mapping[FieldPath, int]) -> Values | Refusal:
+def _accepted(goal: Goal, solution: Solution, given: Values) -> Solution | Refusal:
     """Return the values, with head counts, that build the target, or why none of them do."""
     reason = Refusal("not tried")
     for values in islice(with_heads(goal, solution, given), SMALL):
@@ -460,7 +452,7 @@ def _mismatched(field_map: FieldMap, mismatches: Sequence[Mismatch]) -> Refusal:
     return Refusal(f"no width of {name} gives {listed(mismatches, '; ')}")
 
 
-def _differences(solutions: Sequence[Values]) -> list[Values]:
+def _differences(solutions: Sequence[Solution]) -> list[Solution]:
     """Return the fields in which several solutions differ, at their values in each."""
     differing = [
         field for field in solutions[0] if len({solution[field] for solution in solutions}) > 1
@@ -484,7 +476,7 @@ class Goal:
             (name, dim): size for name, shape in target.items() for dim, size in enumerate(shape)
         }
 
-    def compare_at(self, values: Values) -> Sequence[Mismatch] | Refusal:
+    def compare_at(self, values: Solution) -> Sequence[Mismatch] | Refusal:
         """Return how the shallow build at these values differs from the target, or the refusal."""
         field_map = self.field_map
         built = field_map.shapes_at(values)
@@ -498,8 +490,8 @@ class Goal:
 
 
 def solutions(
-    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Mapping[FieldPath, int]
-) -> Iterator[Values | Conflict]:
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Values
+) -> Iterator[Solution | Conflict]:
     """Yield all values that fit the field map, each keeping another joint field; or a conflict."""
     result = fit(field_map, sizes, given, powers=True)
     if isinstance(result, Conflict) and result.ambiguous:
@@ -510,11 +502,8 @@ def solutions(
 
 
 def others(
-    field_map: FieldMap,
-    sizes: Mapping[Quantity, int],
-    given: Mapping[FieldPath, int],
-    recurse: bool = True,
-) -> Iterator[Values]:
+    field_map: FieldMap, sizes: Mapping[Quantity, int], given: Values, recurse: bool = True
+) -> Iterator[Solution]:
     """Yield the values that fit for every value of a joint field, and of a second if need be."""
     joint_fields = open_together(problem_of(field_map, sizes, given, powers=True))
     if not joint_fields:
@@ -529,7 +518,7 @@ def others(
                 yield from others(field_map, sizes, fixed, recurse=False)
 
 
-def with_heads(goal: Goal, values: Values, given: Mapping[FieldPath, int]) -> Iterator[Values]:
+def with_heads(goal: Goal, values: Solution, given: Values) -> Iterator[Solution]:
     """Yield the values as they are, then with other head counts that divide the widths."""
     yield values
     choices: dict[FieldPath, list[int]] = {}

@@ -7,7 +7,7 @@ together, and in which layout. The proof is a permutation of units that does not
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, reduce
 from itertools import chain, combinations, permutations, product
@@ -15,7 +15,7 @@ from math import gcd
 
 from torch import nn
 
-from ..fieldmap.field_map import FieldMap
+from ..fieldmap.field_map import FieldMap, Values
 from ..fieldmap.unit_shares import Shares, shares_of, strides_in, units_of
 from ..forward.coverage import forward_error
 from ..forward.head_splits import observe
@@ -23,8 +23,8 @@ from ..forward.run_recipe import AXIS, encoder_states_of
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name, with_values
 from ..model.tensors import is_matrix_stack, saved_buffers
-from .layout import Finding, Places, TensorDim, TinyGroup, UnitLayout, all_alike, places_of
-from .layout_search import Sources, Style, layouts_of, searched
+from .layout import Finding, Places, Sources, TensorDim, TinyGroup, UnitLayout, all_alike, places_of
+from .layout_search import Style, layouts_of, searched
 from .masked_check import rehearse
 from .prove import channel_groups_of, companion, named, order_of, proved, second_look
 from .tiny.tiny_model import TinyModel, once
@@ -257,7 +257,7 @@ def _least(tiny: TinyModel, field: FieldPath) -> int:
 
 
 def _without_twins(
-    test: TwinTest, sources: Mapping[TensorDim, FieldPath | None], fields: tuple[FieldPath, ...]
+    test: TwinTest, sources: Sources, fields: tuple[FieldPath, ...]
 ) -> Finding | None:
     """Return a finding with one group for each layer, proved by permutation alone, or None."""
     layers: dict[str, list[TensorDim]] = {}
@@ -394,9 +394,7 @@ def whole_heads(field_map: FieldMap) -> Iterator[tuple[FieldPath, ...]]:
 
 
 def equal_fields(
-    values: Mapping[FieldPath, int],
-    failed: set[FieldPath],
-    by_chance: frozenset[frozenset[FieldPath]],
+    values: Values, failed: set[FieldPath], by_chance: frozenset[frozenset[FieldPath]]
 ) -> Iterator[tuple[FieldPath, ...]]:
     """Yield pairs of equal widths that both cannot be pruned alone, or else one of which cannot."""
     pairs = [

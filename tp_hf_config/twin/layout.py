@@ -8,15 +8,16 @@ that are not in later layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from ..fieldmap.fewer_layers import facts_of
+from ..fieldmap.layer_kinds import ModuleFacts
 from ..model.config_json import FieldPath
+from ..model.shapes import named_modules
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class TensorDim:
         return self.name, self.dim
 
 
+# tensor dims in one layout each, with the field that sets them; None: the joint fields
+Sources = Mapping[TensorDim, FieldPath | None]
 Places = frozenset[tuple[str, int]]  # parameters and dimensions, without layouts
 
 
@@ -210,8 +213,7 @@ def in_parts_alike(
         like = (
             other
             for other in _parts_of_same_list(model, part)
-            if other not in by_part
-            and facts_of(model.get_submodule(other)) == facts_of(model.get_submodule(part))
+            if other not in by_part and _facts(model, other) == _facts(model, part)
         )
         added = (_as_in(merged, other, part, dims) for other in like)
         extended = next((candidate for candidate in added if candidate is not None), None)
@@ -237,6 +239,11 @@ def _parts_of_same_list(model: nn.Module, part: str) -> list[str]:
     above = part.rpartition(".")[0]
     children = model.get_submodule(above).named_children() if part else ()
     return [f"{above}.{key}" for key, _ in children]
+
+
+def _facts(model: nn.Module, part: str) -> dict[str, dict[str, Hashable]]:
+    facts = ModuleFacts()
+    return {name: facts.of(module) for name, module in named_modules(model.get_submodule(part))}
 
 
 def _as_in(

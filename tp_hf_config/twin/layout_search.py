@@ -11,7 +11,7 @@ from typing import Any
 from ..fieldmap.unit_shares import Share
 from ..forward.head_splits import heads_of
 from ..model.config_json import FieldPath
-from .layout import Places, TensorDim, UnitLayout, places_of, share_positions
+from .layout import Places, Sources, TensorDim, UnitLayout, places_of, share_positions
 from .tiny.tiny_model import TinyModel
 from .twin_test import Links, TwinTest
 
@@ -20,8 +20,6 @@ _MOST_RUNS = 4  # lengths of runs that are tried in all styles together
 _MAX_IN_VAIN = 4 * _MAX_LAYOUTS  # attempts in a row without a better one; there may be thousands
 # what tensor dims have in common: possible layouts with scores, and the field that sets them
 Style = tuple[tuple[tuple[int, UnitLayout], ...], FieldPath | None]
-# tensor dims in one layout each, with the field that sets them; None: the joint fields
-Sources = dict[TensorDim, FieldPath | None]
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class _Search:
 
 
 def _in_parts(likely: Sources, parts: Mapping[tuple[str, int], int], test: TwinTest) -> Sources:
-    sources: Sources = {}
+    sources: dict[TensorDim, FieldPath | None] = {}
     for dim, field in likely.items():
         count = parts.get(dim.place)
         if count is not None:

@@ -20,7 +20,7 @@ from ..model.build import Refusal
 from ..model.config_json import FieldPath
 from ..model.shapes import shapes
 from ..model.surroundings import same_random_state
-from .layout import Finding, TensorDim, TinyGroup, as_in_like_layers, in_parts_alike
+from .layout import Finding, Sources, TensorDim, TinyGroup, as_in_like_layers, in_parts_alike
 from .tiny.tiny_model import TinyModel, once, randomise, scale_convolutions
 from .twin_test import Links, TwinTest
 
@@ -30,10 +30,7 @@ def named(dims: Sequence[TensorDim]) -> str:
 
 
 def proved(
-    test: TwinTest,
-    sources: Mapping[TensorDim, FieldPath | None],
-    fields: tuple[FieldPath, ...],
-    links: Links,
+    test: TwinTest, sources: Sources, fields: tuple[FieldPath, ...], links: Links
 ) -> Finding:
     """Return the linked groups with their unobserved companions, each proved by permutation."""
     groups: list[TinyGroup] = []
@@ -67,10 +64,7 @@ def proved(
 
 
 def second_look(
-    test: TwinTest,
-    sources: Mapping[TensorDim, FieldPath | None],
-    fields: tuple[FieldPath, ...],
-    links: Links,
+    test: TwinTest, sources: Sources, fields: tuple[FieldPath, ...], links: Links
 ) -> Finding | None:
     """Return the finding after a second twin test that disturbs every tensor dim in doubt.
 

@@ -32,6 +32,7 @@ _PAIRS = 4  # of twins at most
 Proof = tuple[frozenset[TensorDim], tuple[int, ...], frozenset[int], tuple[PassResult, ...]]
 
 Pair = tuple[int, int]  # two units, which are made twins
+Grads = Mapping[str, Tensor | None]  # the gradients of parameters by name
 
 
 class TwinTest:
@@ -135,7 +136,7 @@ class TwinTest:
             values = self.parameters[dim.name].data.index_select(dim.dim, source)
             self._edits.write(dim, target, values)
 
-    def _is_dead(self, grads: dict[str, Tensor | None], dim: TensorDim, unit: int) -> bool:
+    def _is_dead(self, grads: Grads, dim: TensorDim, unit: int) -> bool:
         grad = grads[dim.name]
         (index,) = self._positions(dim, unit)
         return grad is not None and not bool(grad.index_select(dim.dim, index).any())
@@ -252,7 +253,7 @@ class TwinTest:
             grads = self._gradients(dims, pair)
             return self._unequal(dims, grads, largest_by_name(grads), pair)
 
-    def _gradients(self, dims: Sequence[TensorDim], pair: Pair) -> dict[str, Tensor | None]:
+    def _gradients(self, dims: Sequence[TensorDim], pair: Pair) -> Grads:
         """Return the gradients of parameters by name, of a loss that treats both twins alike."""
         by_name: dict[str, Tensor | None] = dict.fromkeys(dim.name for dim in dims)
         buffers = [self.parameters[name] for name in by_name if name in self._followed]
@@ -294,7 +295,7 @@ class TwinTest:
         return tied
 
     def _observed(
-        self, dims: Sequence[TensorDim], grads: Mapping[str, Tensor | None], pair: Pair
+        self, dims: Sequence[TensorDim], grads: Grads, pair: Pair
     ) -> tuple[list[TensorDim], list[TensorDim]]:
         """Return the tensor dims with gradients, and those of them in which the twins' differ."""
         largest = largest_by_name(grads)
@@ -309,11 +310,7 @@ class TwinTest:
         )
 
     def _unequal(
-        self,
-        dims: Sequence[TensorDim],
-        grads: Mapping[str, Tensor | None],
-        largest: Mapping[str, float],
-        pair: Pair,
+        self, dims: Sequence[TensorDim], grads: Grads, largest: Mapping[str, float], pair: Pair
     ) -> list[TensorDim]:
         result = []
         for dim in dims:

@@ -16,7 +16,7 @@ from ...forward.head_splits import HeadSplits, heads_of, observe
 from ...forward.run_recipe import RunRecipe
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at
-from ...model.shapes import shapes
+from ...model.shapes import Shapes, shapes
 
 HEAD_DIM = 16  # a head dim that is enough for all that a class does inside a head
 _PER_PARAMETER = 4  # a parameter, read and computed with, costs as much as this many numbers
@@ -134,9 +134,7 @@ def _several_per_unit(field_map: FieldMap) -> list[tuple[str, int, FieldPath]]:
 
 
 def _still_several(
-    several: Sequence[tuple[str, int, FieldPath]],
-    data: dict[str, Any],
-    built: dict[str, tuple[int, ...]],
+    several: Sequence[tuple[str, int, FieldPath]], data: dict[str, Any], built: Shapes
 ) -> bool:
     return all(
         built[name][dim] > value_at(data, field)
@@ -171,10 +169,7 @@ def _shared(field_map: FieldMap) -> dict[FieldPath, dict[tuple[str, int], bool]]
 
 
 def _still_shared(
-    parts: dict[tuple[str, int], bool],
-    field: FieldPath,
-    data: dict[str, Any],
-    built: dict[str, tuple[int, ...]],
+    parts: dict[tuple[str, int], bool], field: FieldPath, data: dict[str, Any], built: Shapes
 ) -> bool:
     """True if the field still has two units or more, each whole in all of its dims."""
     value = value_at(data, field)
@@ -188,14 +183,12 @@ def _still_shared(
     return several and value >= 2 * unit
 
 
-def _has_more_ones(before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]) -> bool:
+def _has_more_ones(before: Shapes, built: Shapes) -> bool:
     """True if a dim shrank to 1: attention over one patch of an image shows nothing."""
     return any(1 in built[name] and built[name].count(1) > before[name].count(1) for name in built)
 
 
-def _keeps_order_alone(
-    before: dict[str, tuple[int, ...]], built: dict[str, tuple[int, ...]]
-) -> bool:
+def _keeps_order_alone(before: Shapes, built: Shapes) -> bool:
     """True if a norm now runs over two numbers, so that only their order remains."""
     # all tokens are alike then, and attention shows nothing (Phi-4-multimodal's sound)
     matrices = {name.rpartition(".")[0] for name, shape in built.items() if len(shape) > 1}
@@ -205,7 +198,7 @@ def _keeps_order_alone(
     )
 
 
-def _ties_alike(model: Any, built: dict[str, tuple[int, ...]]) -> bool:
+def _ties_alike(model: Any, built: Shapes) -> bool:
     """True if tying weights changes no shape: Marian's decoder counts its tokens by two fields."""
     model.tie_weights()
     return shapes(model) == built

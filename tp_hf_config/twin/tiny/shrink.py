@@ -10,7 +10,7 @@ from torch import nn
 from ...fieldmap.field_map import FieldMap
 from ...model.build import Refusal
 from ...model.config_json import FieldPath, value_at, with_values
-from ...model.shapes import shapes
+from ...model.shapes import Shapes, shapes
 from ...model.tensors import is_matrix_stack
 from .compute_budget import (
     PARTS,
@@ -94,10 +94,7 @@ def _most_experts(field_map: FieldMap) -> int:
 
 
 def _unchanged_at_half_first(
-    field_map: FieldMap,
-    field: FieldPath,
-    fitting: Iterator[dict[str, Any]],
-    before: dict[str, tuple[int, ...]],
+    field_map: FieldMap, field: FieldPath, fitting: Iterator[dict[str, Any]], before: Shapes
 ) -> Iterator[dict[str, Any]]:
     """Yield fitting configs, last those that build other layers when half of the field is cut."""
     # Electra has a projection between two widths only if they differ
