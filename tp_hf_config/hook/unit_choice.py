@@ -26,7 +26,7 @@ from ..model.sharded import gathered
 from ..model.tensors import PIECE
 
 if TYPE_CHECKING:
-    from ..planning.preflight import Preflight
+    from ..planning.trajectory import Trajectory
 
 
 def is_unmodified(pruner: Any) -> bool:
@@ -60,7 +60,7 @@ class UnitChoice:
 
     def __init__(self, pruner: Pruner):
         self.pruner = pruner
-        self.preflight: Preflight | None = None  # the units that each step leaves, if known
+        self.preflight: Trajectory | None = None  # the units that each step leaves, if known
         self.valued = False  # the importance has given some group a value
         # ranked together, groups have lost rounded numbers: for these tools ("": the default grid)
         self._rounded_for: dict[str, None] = {}

@@ -170,8 +170,6 @@ def _trajectory(view: ModelView, chosen: Chosen, settings: PruneSettings) -> Tra
         moving = MovingWidth(
             width.fields,
             common_count(group.count for group in width.groups),
-            ratio,
-            (),
             clamped=bool(named) or width in chosen.heads,
             counts_heads=bool(set(width.fields) & view.field_map.count_fields()),
         )
@@ -199,7 +197,7 @@ def _plan(
     full = _full_model(field_map, {})
     assert not isinstance(full, Refusal)  # map_of built it
     before, notes = size_of(field_map, full)
-    target, missed = None, None
+    target, missed = None, 0
     if target_params is not None:
         target = int(target_params * (before.parameters if target_params <= 1 else 1))
         count = ParameterCount(field_map, full)
@@ -211,12 +209,13 @@ def _plan(
             settings = replace(settings, pruning_ratio=ratio)
         if heads:
             settings = replace(settings, head_pruning_ratio=ratio)
-        fewer = target - count.at(trajectory.steps()[-1])
-        if fewer:
-            rounded = _last_grid_note(trajectory, settings.iterative_steps) is not None
-            why = "widths are rounded" if rounded else "only whole units are removed"
-            missed = f"{fewer:,} fewer, because {why}"
+        missed = target - count.at(trajectory.steps()[-1])
     values = trajectory.steps()[-1]
+    # what the last step that moved a width to its grid says
+    grid = next(
+        filter(None, map(trajectory.grid_note, range(settings.iterative_steps, 0, -1))), None
+    )
+    why = "only whole units are removed" if grid is None else "widths are rounded"
     full_after, after = _full_model(field_map, values), None
     names = {width.name for width in chosen.widths}
     every_width = widths_of(view.model, field_map)
@@ -246,23 +245,17 @@ def _plan(
         after=after,
         refusal=trajectory.refusal(),
         adjusted=(*(line for _, line in trajectory.adjusted), *trajectory.shortfalls),
-        grid=_last_grid_note(trajectory, settings.iterative_steps),
+        grid=grid,
         unmet=tuple(unmet(view, every_width, values, of)),
         quantised=quantised,
         target=target,
-        why_not_exactly=missed,
+        why_not_exactly=f"{missed:,} fewer, because {why}" if missed else None,
         time=time,
         tokens=tokens,
         notes=(*notes, *_notes(chosen, settings)),
         _fields=dict(field_map.values),
         _make_inputs=field_map.recipe.make_inputs,
     )
-
-
-def _last_grid_note(trajectory: Trajectory, steps: int) -> str | None:
-    """Return what the last step that moved a width to its grid says."""
-    notes = map(trajectory.grid_note, range(steps, 0, -1))
-    return next((note for note in notes if note is not None), None)
 
 
 def _notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
@@ -278,7 +271,6 @@ def _notes(chosen: Chosen, settings: PruneSettings) -> Iterator[str]:
 
 
 def _full_model(field_map: FieldMap, values: Mapping[FieldPath, int]) -> nn.Module | Refusal:
-    """Return the full model on the meta device."""
     full = field_map.builder.build(field_map.config_at(values, shallow=False))
     if not isinstance(full, Refusal):
         cast("PreTrainedModel", full).tie_weights()  # a build on the meta device does not tie them
@@ -287,7 +279,7 @@ def _full_model(field_map: FieldMap, values: Mapping[FieldPath, int]) -> nn.Modu
 
 def _width(width: Width, moving: MovingWidth, trajectory: Trajectory) -> PlannedWidth:
     field_map = trajectory.field_map
-    units = trajectory.units_by_step[-1][moving.fields]
+    units = trajectory.left[moving.fields]
     sizes = {
         units * group.count.per_field_unit * dim.layout.run
         for group in width.groups

@@ -128,7 +128,9 @@ class Plan(Report):
 
     def of_pruner(self) -> dict[str, Any]:
         """Return the pruner's arguments that carry the plan out."""
-        return self.settings.of_pruner()
+        of_hook = ("prune", "ratios", "gqa", "per_layer", "target")
+        given = vars(self.settings).items()
+        return {name: value for name, value in given if name not in of_hook and value is not None}
 
     def check_fits(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of this class and config, which accepts it.

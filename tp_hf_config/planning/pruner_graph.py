@@ -37,7 +37,7 @@ def graph_for(
     model: nn.Module = arguments["model"]
     view = view_of(model, make_inputs)
     check_values(arguments)
-    settings.check_round_to(arguments.get("round_to"))
+    settings = replace(settings, round_to=arguments.get("round_to"))
     settings = settings.in_every_layer(fields_named(view.field_map))
     heads = bool(arguments.get("prune_num_heads") or settings.prune_num_heads)
     arguments["prune_num_heads"] = heads
@@ -168,10 +168,8 @@ def _adapt_arguments(view: ModelView, graph: ConfigGraph, arguments: dict[str, A
     """Change a pruner's arguments so that they mean on a graph what they mean in Torch-Pruning."""
     for name, out in _CONSTRAINTS.items():
         _check_constraint(graph, name, arguments.get(name) or {}, out)
-    for name in _BY_LAYER:
-        if arguments.get(name):
-            arguments[name] = _with_views(graph, arguments[name], name.startswith("head"))
-    for message in (*_without_effect(graph, view, arguments), *_unused(graph, arguments)):
+    unused = (message for name in _BY_LAYER for message in _adapt_ratios(graph, name, arguments))
+    for message in (*_without_effect(graph, view, arguments), *unused):
         warn(message)
     _count_heads(view, arguments)
 
@@ -239,61 +237,48 @@ def _together(graph: ConfigGraph, layer: nn.Module, count: int, out: bool) -> bo
     return True
 
 
-def _with_views(graph: ConfigGraph, ratios: Mapping[Any, float], single: bool) -> dict[Any, float]:
-    """Return the ratios by layer, extended to the parameter views of these layers.
+def _adapt_ratios(graph: ConfigGraph, name: str, arguments: dict[str, Any]) -> Iterator[str]:
+    """Extend ratios by layer to the parameter views of these layers; yield what has no effect.
 
     Inside a named layer, Torch-Pruning finds only layers of types that it can prune. It would miss
     a ``Conv1D``, Transformers' own norms and stacked experts, which are views in the graph.
     """
-    result: dict[Any, float] = {}
-    for key, ratio in ratios.items():
+    heads, given = name.startswith("head"), arguments.get(name) or {}
+    groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
+    ratios_of: list[dict[float, None]] = [{} for _ in groups]
+    adapted: dict[Any, float] = {}
+    idle: list[nn.Module] = []
+    for key, ratio in given.items():
         named = key if isinstance(key, tuple) else (key,)
         inside = {module for layer in named for module in layer.modules()}
-        views = [
-            side.module
-            for module in inside
-            for _, side in graph.sides_of(module)
-            if isinstance(side.module, ParameterView) and is_output(side)
+        sides = (side for module in inside for _, side in graph.sides_of(module))
+        views = [s.module for s in sides if isinstance(s.module, ParameterView) and is_output(s)]
+        layers = (*dict.fromkeys((*named, *views)),)
+        # a head ratio has one layer
+        adapted |= dict.fromkeys(layers if heads else [layers if layers != named else key], ratio)
+        inside |= {*views}
+        affected = [
+            ratios
+            for graph_group, ratios in zip(groups, ratios_of, strict=True)
+            if graph_group.units in inside  # no outputs: ConfigGraph.roots_of names its units
+            or any(side.module in inside and is_output(side) for side in graph_group.sides)
         ]
-        views = [view for view in dict.fromkeys(views) if view not in named]
-        if single:
-            result |= dict.fromkeys((*named, *views), ratio)
-        else:
-            result[(*named, *views) if views else key] = ratio
-    return result
-
-
-def _unused(graph: ConfigGraph, arguments: Mapping[str, Any]) -> Iterator[str]:
-    for name in _BY_LAYER:
-        heads = name.startswith("head")
-        groups = [graph_group for graph_group in graph.graph_groups if graph_group.heads is heads]
-        ratios_of: dict[int, list[float]] = {}  # by the id of a group
-        idle: list[nn.Module] = []
-        for key, ratio in (arguments.get(name) or {}).items():
-            named = key if isinstance(key, tuple) else (key,)
-            inside = {module for layer in named for module in layer.modules()}
-            affected = [
-                graph_group
-                for graph_group in groups
-                if graph_group.units in inside  # no outputs: ConfigGraph.roots_of names its units
-                or any(side.module in inside and is_output(side) for side in graph_group.sides)
-            ]
-            for graph_group in affected:
-                ratios_of.setdefault(id(graph_group), []).append(ratio)
-            if not affected:
-                idle.append(named[0])
-        if idle:
-            yield f"{name}= has no effect for {_names(graph, idle)}: {_why_idle(heads, arguments)}."
-        for graph_group in groups:
-            ratios = list(dict.fromkeys(ratios_of.get(id(graph_group), ())))
-            if len(ratios) > 1:
-                fields = " + ".join(map(field_name, graph_group.fields))
-                listed = ", ".join(f"{ratio:g}" for ratio in ratios)
-                yield (
-                    f"{name}= has the ratios {listed} for layers that lose the same channels "
-                    f"({fields}); Torch-Pruning uses the ratio of the first layer. Give them one "
-                    "ratio."
-                )
+        for ratios in affected:
+            ratios[ratio] = None
+        if not affected:
+            idle.append(named[0])
+    if given:
+        arguments[name] = adapted
+    if idle:
+        yield f"{name}= has no effect for {_names(graph, idle)}: {_why_idle(heads, arguments)}."
+    for graph_group, ratios in zip(groups, ratios_of, strict=True):
+        if len(ratios) > 1:
+            fields = " + ".join(map(field_name, graph_group.fields))
+            yield (
+                f"{name}= has the ratios {', '.join(f'{ratio:g}' for ratio in ratios)} for layers "
+                f"that lose the same channels ({fields}); Torch-Pruning uses the ratio of the "
+                "first layer. Give them one ratio."
+            )
 
 
 def _why_idle(heads: bool, arguments: Mapping[str, Any]) -> str:
@@ -331,7 +316,6 @@ def _largest_head_ratio(arguments: Mapping[str, Any]) -> float:
 
 
 def _wanted_by(arguments: Mapping[str, Any], settings: PruneSettings, cheapest: bool) -> Wanted:
-    """Return what a pruner's arguments and a hook's settings ask for."""
     named = cheapest or settings.prune is not None or settings.gqa is not None
     heads = bool(arguments.get("prune_num_heads"))
     # as in Torch-Pruning, heads need a ratio

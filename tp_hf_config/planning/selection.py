@@ -436,38 +436,36 @@ def _sharing_nothing(
     feed-forward widths. A feed-forward width that is a multiple of the hidden size shrinks with it
     anyway.
     """
-    owner = {tensor_dim: width for width in asked_for for tensor_dim in _places(width)}
     left_out: dict[str, str] = {}
-    for width in sorted(default, key=lambda width: -width.units * width.parameters):
-        shared = next((tensor_dim for tensor_dim in _places(width) if tensor_dim in owner), None)
-        if shared is None:
-            owner |= dict.fromkeys(_places(width), width)
-            continue
-        parameter, dim = shared
+    largest_first = sorted(default, key=lambda width: -width.units * width.parameters)
+    for width, other, (parameter, dim) in _sharing((*asked_for, *largest_first)):
         named = ", ".join(f'"{name}"' for name in width.names)
         left_out[width.name] = (
-            f"it sets dimension {dim} of {parameter} together with {owner[shared].name}. To prune "
-            f"it too, make another pruner afterwards: prune=({named},)"
+            f"it sets dimension {dim} of {parameter} together with {other.name}. To prune it too, "
+            f"make another pruner afterwards: prune=({named},)"
         )
     return [width for width in default if width.name not in left_out], left_out
 
 
-def _places(width: Width) -> dict[tuple[str, int], None]:
-    return {dim.place: None for group in width.groups for dim in group.dims}
+def _sharing(widths: Iterable[Width]) -> Iterator[tuple[Width, Width, tuple[str, int]]]:
+    """Yield each width that shares a tensor dim with an earlier one, with that one and the dim."""
+    owner: dict[tuple[str, int], Width] = {}
+    for width in widths:
+        places = {dim.place: width for group in width.groups for dim in group.dims}
+        shared = next((place for place in places if place in owner), None)
+        if shared is None:
+            owner |= places
+        else:
+            yield width, owner[shared], shared
 
 
 def check_apart(view: ModelView, chosen: Chosen) -> None:
     """Raise if two widths share a tensor dim (heads times head dim): no pruner can do both."""
-    owner: dict[tuple[str, int], Width] = {}
-    for width in chosen.widths:
-        for name, dim in _places(width):
-            other = owner.setdefault((name, dim), width)
-            if other is not width:
-                raise UnsupportedModelError(
-                    f"{type(view.model).__name__}: {other.name} and {width.name} both set "
-                    f"dimension {dim} of {name}. Prune them one after the other, "
-                    "each with a pruner of its own."
-                )
+    for width, other, (name, dim) in _sharing(chosen.widths):
+        raise UnsupportedModelError(
+            f"{type(view.model).__name__}: {other.name} and {width.name} both set dimension {dim} "
+            f"of {name}. Prune them one after the other, each with a pruner of its own."
+        )
 
 
 def inner_widths_of(view: ModelView) -> tuple[Width, ...]:

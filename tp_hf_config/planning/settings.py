@@ -198,16 +198,12 @@ class PruneSettings:
                 f"{how} asks for attention heads to be pruned, but prune_num_heads=False keeps all "
                 "of them. Leave one of the two out"
             )
-        self.check_round_to(self.round_to)
-        Target.of(self.target)  # raises
-
-    def check_round_to(self, round_to: int | None) -> None:
-        """Raise if both a target and ``round_to`` say what widths are multiples of."""
-        if round_to is not None and self.target is not None:
+        if self.round_to is not None and self.target is not None:
             raise ValueError(
-                f"round_to={round_to} and target={self.target!r}: both say what widths are "
+                f"round_to={self.round_to} and target={self.target!r}: both say what widths are "
                 "multiples of. Leave one of the two out"
             )
+        Target.of(self.target)  # raises
 
     @classmethod
     def of(
@@ -237,18 +233,9 @@ class PruneSettings:
 
     def in_every_layer(self, names_of: Callable[[str], Sequence[str]]) -> PruneSettings:
         """Replace fields that represent all layers by those that ``names_of`` returns for them."""
-        prune = (
-            None
-            if self.prune is None
-            else dict.fromkeys(n for p in self.prune for n in names_of(p))
-        )
+        prune = self.prune and tuple(dict.fromkeys(n for p in self.prune for n in names_of(p)))
         ratios = {name: ratio for given, ratio in self.ratios.items() for name in names_of(given)}
-        return replace(self, prune=None if prune is None else tuple(prune), ratios=ratios)
-
-    def of_pruner(self) -> dict[str, Any]:
-        """Return the settings that a pruner's constructor takes, without those that are None."""
-        own = ("prune", "ratios", "gqa", "per_layer", "target")
-        return {k: v for k, v in vars(self).items() if k not in own and v is not None}
+        return replace(self, prune=prune, ratios=ratios)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for ``json.dumps``, without the scheduler."""

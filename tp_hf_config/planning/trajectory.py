@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, product
 from math import gcd, lcm
+from typing import TYPE_CHECKING
 
 from ..fieldmap.field_map import (
     FieldMap,
@@ -18,6 +19,9 @@ from ..graph.unit_count import MULTIPLES, UnitCount, multiple_below
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import name_in_all_layers
+
+if TYPE_CHECKING:
+    from ..graph.sides import GraphGroup
 
 Values = dict[FieldPath, int]
 # fields of a width -> how many of its units are left
@@ -32,8 +36,8 @@ _PATIENT = 40  # sets of values that a step may try, in units of Trajectory.pati
 class MovingWidth:
     fields: tuple[FieldPath, ...]  # that count its units
     count: UnitCount  # in units of the fields: see ``common_count``
-    ratio: float  # share of its units to remove in the end
-    ratios: tuple[float, ...]  # the share that is removed after each step
+    ratio: float = 0.0  # share of its units to remove in the end
+    ratios: tuple[float, ...] = ()  # the share that is removed after each step
     clamped: bool = False  # max_pruning_ratio limits the ratio itself (ratios of single layers)
     counts_heads: bool = False  # ends at the nearest number of heads that the class accepts
 
@@ -103,17 +107,15 @@ class Trajectory:
     # Limits the search for widths that the class accepts: no step searches on after ``patience *
     # (_PATIENT + steps)`` sets of values.
     patience: int = 4
+    of_target: tuple[str, ...] = ()  # quantised sizes, and widths that its tools do not take
     _refusals: dict[object, Refusal | None] = field(default_factory=dict, compare=False, repr=False)
     # includes sets with a known answer: the limit must not depend on earlier searches
     _asked: set[object] = field(default_factory=set, init=False, compare=False, repr=False)
 
-    @property
-    def _start(self) -> UnitsLeft:
-        return {moving.fields: moving.count.units for moving in self.moving_widths}
-
     @cached_property
     def _steps(self) -> list[_Step]:
-        now, result = self._start, list[_Step]()
+        now = {moving.fields: moving.count.units for moving in self.moving_widths}
+        result: list[_Step] = []
         number_of_steps = max((len(moving.ratios) for moving in self.moving_widths), default=0)
         most = self.patience * (_PATIENT + number_of_steps)
         self._asked.clear()
@@ -190,8 +192,9 @@ class Trajectory:
         for moving in shrinking:
             units = state[moving.fields]
             for number in (units, *self._below(moving, units)[:_ALONE]):
-                alone = {**self._start, moving.fields: number}
-                if self.refusal_of(self.values_of(alone)) is None:
+                values, most = self.field_map.values, moving.count.units
+                alone = {field: values[field] * number // most for field in moving.fields}
+                if self.refusal_of(alone) is None:
                     result |= {moving.fields: number} if number != units else {}
                     break
         return result
@@ -302,9 +305,28 @@ class Trajectory:
             f"{count.ratio_for(fewest):g} removes the most that is possible"
         )
 
-    @cached_property
-    def units_by_step(self) -> list[UnitsLeft]:
-        return [step.left for step in self._steps]
+    def notes(self, step: int) -> list[str]:
+        """Return what a step, from 1, does differently from the ratios."""
+        lines = [line for at, line in self.adjusted if at == step]
+        if step <= len(self._steps) and (note := self.grid_note(step)):
+            lines.append(note)
+        last = step == len(self._steps)
+        return lines + ([*self.shortfalls, *self.of_target] if last else [])
+
+    def changes(self, step: int) -> bool:
+        return any(one.left != one.before for one in self._steps[step - 1 : step])
+
+    def units_left(self, graph_group: GraphGroup, step: int) -> int | None:
+        """Return how many units a step leaves of a group; ``None``: unknown."""
+        each, fields = graph_group.count.per_field_unit, graph_group.fields
+        for one in self._steps[step - 1 : step]:
+            if one.before.get(fields, 0) * each == graph_group.units.count:
+                return one.left[fields] * each
+        return None  # something else pruned the group
+
+    @property
+    def left(self) -> UnitsLeft:
+        return self._steps[-1].left
 
     def steps(self) -> list[Values]:
         return [self.values_of(step.left) for step in self._steps]
