@@ -84,14 +84,13 @@ class Difference:
 
     fields: list[tuple[str, FieldPath, Any]]  # (module that holds the config, field, new value)
     attributes: list[Attribute]
-    buffers: list[Attribute]
     unfilled: list[str]  # non-persistent buffers of a new shape whose values cannot be computed
 
 
 def difference(live: nn.Module, old: nn.Module, new: nn.Module) -> Difference:
     """Return the difference between builds from the old and new config, with buffers computed."""
     present, before = dict(live.named_modules()), dict(old.named_modules())
-    result = Difference([], [], [], [])
+    result = Difference([], [], [])
     compared: set[int] = set()
     for name, module in new.named_modules():
         reference = before.get(name)
@@ -121,39 +120,26 @@ def _compare_buffers(
     for key, value in (unsaved | vars(new)).items():
         if not isinstance(value, torch.Tensor):
             continue
-        previous: torch.Tensor | None = getattr(old, key, None)
+        previous: Any = getattr(old, key, None)
         dtype = None if previous is None else previous.dtype
         reshaped = previous is None or previous.shape != value.shape
         if value.is_meta and reshaped:  # it is filled together with the weights
             held: Any = getattr(live, key, None)
-            if _holds_one_number(held):
-                value = held.flatten()[:1].cpu().expand(value.shape).clone()
+            number = held.flatten()[:1] if isinstance(held, torch.Tensor) else None
+            if number is not None and number.numel() and torch.equal(held, number.expand_as(held)):
+                value = number.cpu().expand(value.shape).clone()
         attribute = Attribute(name, key, value, dtype)
         if value.is_meta:
             if reshaped and previous is not None and key in unsaved:
                 result.unfilled.append(attribute.name)
-        elif (
-            previous is None
-            or reshaped
-            or previous.dtype != value.dtype
-            or not torch.equal(previous, value)
-        ):
-            result.buffers.append(attribute)
+        elif reshaped or dtype != value.dtype or not torch.equal(previous, value):
+            result.attributes.append(attribute)
 
 
-def _holds_one_number(held: Any) -> bool:
-    return (
-        isinstance(held, torch.Tensor)
-        and bool(held.numel())
-        and bool((held == held.flatten()[0]).all())
-    )
-
-
-def write(changes: Changes, live: nn.Module, difference: Difference) -> tuple[list[str], list[str]]:
-    """Write a difference; return the names of attributes, and of buffers."""
+def write(changes: Changes, live: nn.Module, difference: Difference) -> list[Attribute]:
+    """Write a difference; return the attributes that changed."""
     write_fields(changes, live, difference.fields)
-    attributes = _write_values(changes, live, difference.attributes)
-    return attributes, _write_values(changes, live, difference.buffers)
+    return _write_values(changes, live, difference.attributes)
 
 
 def write_fields(
@@ -193,9 +179,8 @@ def _config_part(changes: Changes, live: nn.Module, module_name: str, path: Fiel
     return target
 
 
-def _write_values(changes: Changes, live: nn.Module, items: Sequence[Attribute]) -> list[str]:
-    """Write attributes and buffers; return the names of those that changed."""
-    written: list[str] = []
+def _write_values(changes: Changes, live: nn.Module, items: Sequence[Attribute]) -> list[Attribute]:
+    written: list[Attribute] = []
     for item in items:
         module, value = live.get_submodule(item.module), item.value
         present = getattr(module, item.key, _MISSING)
@@ -209,7 +194,7 @@ def _write_values(changes: Changes, live: nn.Module, items: Sequence[Attribute])
         changes.set(module._buffers if item.key in module._buffers else module, item.key, value)
         # sizes of torch's own layers (out_features) say no more than the weights' shapes
         if not type(module).__module__.startswith("torch.nn."):
-            written.append(item.name)
+            written.append(item)
     return written
 
 

@@ -74,9 +74,13 @@ def _advice_before(
     ]
     if behind(view.model) is view.model:
         parts += _from_inner_widths(view, calibration, refitting, groups, before - after)
+    layers, spread = sorted(refitting.result.layers, key=lambda layer: layer.refit), ""
+    if len(layers) > 1:
+        ends = (f"{layer.refit:.1%} ({layer.weight})" for layer in (layers[0], layers[-1]))
+        spread = f"The outputs of layers change by {' to '.join(ends)}, so "
     parts.append(
-        f"{_spread(refitting)}allocate(model, calibration, target_params={after}) prunes most in "
-        "the layers where it changes the output least (in the shell: --allocate --target-params "
+        f"{spread}allocate(model, calibration, target_params={after}) prunes most in the layers "
+        "where it changes the output least (in the shell: --allocate --target-params "
         f"{after / before:.2f})"
     )
     return " ".join(parts)
@@ -121,18 +125,6 @@ def _lowest(
         values = graph.importance_of(whole, importance)
         order = values.argsort()[: int(share * graph_group.units.count)]
         yield graph.group_at(graph_group, order.tolist())
-
-
-def _spread(refitting: Refitting) -> str:
-    """Return how much outputs change, least to most, as a sentence's beginning; or ``""``."""
-    layers = sorted(refitting.result.layers, key=lambda layer: layer.refit)
-    if len(layers) < 2:
-        return ""
-    least, most = layers[0], layers[-1]
-    return (
-        f"The outputs of layers change by {least.refit:.1%} ({least.weight}) to {most.refit:.1%} "
-        f"({most.weight}), so "
-    )
 
 
 def _examined(hook: Any, pruner: Any) -> tuple[Follower, UnitChoice]:
@@ -390,7 +382,7 @@ class Attachment:
         """Update the config and append a report, also on failure."""
         started = time.perf_counter()
         hook, graph, reports = self._hook, self._pruner.DG, self._hook.reports
-        groups = [PrunedGroup(tuple(cut.counted() for cut in cuts)) for cuts in done.groups]
+        groups = [PrunedGroup(tuple(layer for layer, _ in cuts)) for cuts in done.groups]
         report = SyncReport(len(reports) + 1, hook._graph_reason, groups)
         try:
             if failure is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
@@ -152,7 +153,7 @@ class Follower:
     def _write(self, changes: Changes, proof: Proof) -> dict[str, Any]:
         """Write a proved config, except ties; return what the report says of it."""
         old = config_json(self.model.config, use_diff=False)
-        attributes, buffers = write(changes, self.model, proof.change)
+        written = write(changes, self.model, proof.change)
         self._check_written(proof)
         new = config_json(self.model.config, use_diff=False)
         changed = {
@@ -161,8 +162,8 @@ class Follower:
         around, notes = _write_around(changes, self.model, self.pruner.model, changed)
         return {
             "fields": {field_name(field): values for field, values in changed.items()},
-            "attributes": [*attributes, *around],
-            "buffers": buffers,
+            "attributes": [one.name for one in written if not torch.is_tensor(one.value)] + around,
+            "buffers": [one.name for one in written if torch.is_tensor(one.value)],
             "notes": [*proof.notes, *notes],
         }
 
@@ -194,21 +195,21 @@ class Follower:
         read = encoder_states_of(self.model, self.field_map.recipe.encoder_states)
         if read is None:
             return self.inputs
-        cut = [c for c in cuts if not c.out and self._own_name(c.name) == read.layer]
+        cut = [c for c in cuts if not c[0].out and self._own_name(c[0].name) == read.layer]
         if not cut:
             return self.inputs
-        removed = {channel for layer in cut for channel in layer.removed}
-        remaining = self.inputs.get(read.argument, tuple(range(cut[0].before)))
+        removed = {channel for _, channels in cut for channel in channels}
+        remaining = self.inputs.get(read.argument, tuple(range(cut[0][0].before)))
         left = (channel for index, channel in enumerate(remaining) if index not in removed)
         return {**self.inputs, read.argument: tuple(left)}
 
     def _splits_after(self, cuts: Sequence[LayerCut]) -> Splits:
         """Return the head splits; None if a layer's heads lose different numbers of dimensions."""
         lost: dict[str, set[int]] = {}  # several groups may cut one layer, and a fused layer's
-        for layer in cuts:
+        for layer, channels in cuts:
             if layer.out:
                 name = self._own_name(layer.name).removesuffix(_ROWS)
-                lost.setdefault(name, set()).update(layer.removed)
+                lost.setdefault(name, set()).update(channels)
         return {
             name: splits and splits_after(splits, lost[name]) if name in lost else splits
             for name, splits in self.splits.items()
@@ -340,7 +341,7 @@ def with_mirrored_fields(
             candidate_build = builder.build(candidate, buffers=True)
             if not isinstance(candidate_build, Refusal):
                 change = difference(built, built, candidate_build)
-                if not change.attributes and not change.buffers:
+                if not change.attributes:
                     new, built = candidate, candidate_build
                     continue
         source = next(field_name(p) for p, v in changed_values(before, after) if v == pairs[value])

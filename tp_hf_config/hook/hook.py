@@ -99,16 +99,19 @@ class HFConfigSyncHook:
         shard: Shard | None = None,
         distributed: bool = False,
     ) -> None:
-        if plan is not None:
-            _check_plan_alone(prune, ratios, gqa, make_inputs, per_layer, target)
-            per_layer, make_inputs = plan.settings.per_layer, plan.make_inputs
-        self.plan = plan
-        self._settings = PruneSettings.of(
-            prune, ratios or None, None, gqa, per_layer=per_layer, target=target
-        )
-        self._cheapest = prune == INNER
-        if plan is not None:
-            self._settings, self._cheapest = plan.settings, True
+        self.plan, self._cheapest = plan, plan is not None or prune == INNER
+        if plan is None:
+            self._settings = PruneSettings.of(
+                prune, ratios or None, None, gqa, per_layer=per_layer, target=target
+            )
+        elif any((prune, ratios, gqa, make_inputs, per_layer, target)):
+            raise ValueError(
+                "HFConfigSyncHook(plan=...): the plan already says what to prune. Leave out "
+                "prune=, ratios=, gqa=, per_layer=, target= and make_inputs=, or leave out plan="
+            )
+        else:
+            self._settings, make_inputs = plan.settings, plan.make_inputs
+            per_layer = plan.settings.per_layer
         self.per_layer, self.strict, self.make_inputs = per_layer, strict, make_inputs
         self.refit, self.shard, self.distributed = refit, shard, distributed
         self.reports: list[SyncReport] = []
@@ -322,14 +325,6 @@ class HFConfigSyncHook:
         from ..plots import plot_history
 
         return plot_history(self.reports, path, metrics)
-
-
-def _check_plan_alone(*others: Any) -> None:
-    if any(others):
-        raise ValueError(
-            "HFConfigSyncHook(plan=...): the plan already says what to prune. Leave out prune=, "
-            "ratios=, gqa=, per_layer=, target= and make_inputs=, or leave out plan="
-        )
 
 
 def _planned(arguments: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Agreement:
         failure: Exception | None = None,
     ) -> None:
         """Compare the channels to be pruned; ``failure``: why this rank cannot prune them."""
-        parts = [(group[0].name, _digest([*map(vars, group)])) for group in groups if group]
+        cuts = ([(vars(layer), channels) for layer, channels in group] for group in groups if group)
+        parts = [(cut[0][0]["name"], _digest(cut)) for cut in cuts]
         self._on(_step(pruner), parts, failure)
 
     def on_refits(self, pruner: Any, refits: Refits) -> None:

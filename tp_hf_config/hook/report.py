@@ -178,17 +178,8 @@ class PrunedGroup:
         return self.layers[0]
 
 
-@dataclass(frozen=True)
-class LayerCut:
-    """One side of a layer in a group, and the channels that it loses."""
-
-    name: str  # in the model that the pruner prunes
-    out: bool  # True: output channels
-    removed: tuple[int, ...]  # channels, as numbered before this cut
-    before: int  # channels before this step
-
-    def counted(self) -> PrunedLayer:
-        return PrunedLayer(self.name, self.out, len(self.removed), self.before)
+# a layer, and the channels that it loses, as numbered before
+LayerCut = tuple[PrunedLayer, tuple[int, ...]]
 
 
 def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
@@ -199,4 +190,5 @@ def layers_of(graph: Any, group: Any) -> Iterator[LayerCut]:
         if side is not None and len(idxs):
             size = graph.get_out_channels(module) if out else graph.get_in_channels(module)
             name, is_output = side
-            yield LayerCut(name, is_output, tuple(map(int, idxs)), size or 0)
+            layer = PrunedLayer(name, is_output, len(idxs), size or 0)
+            yield layer, tuple(map(int, idxs))

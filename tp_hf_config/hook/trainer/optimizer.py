@@ -90,8 +90,10 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if not _can_follow(value, parameter):
+                    is_tensor, what = isinstance(value, Tensor), type(value).__name__
+                    what = f"tensor of shape {list(value.shape)}" if is_tensor else what
                     return Refusal(
-                        f"{kind} keeps {key!r} of {name}, {_described(value)}, but the parameter "
+                        f"{kind} keeps {key!r} of {name}, a {what}, but the parameter "
                         f"has shape {list(parameter.shape)}. Only state of the parameter's shape "
                         "can be pruned with it. Use an optimizer with this kind of state (AdamW, "
                         "SGD, Lion)."
@@ -138,9 +140,3 @@ def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
     if isinstance(value, Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return isinstance(value, _PLAIN)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    return f"a {type(value).__name__}"
