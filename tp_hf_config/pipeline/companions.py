@@ -30,8 +30,7 @@ LICENCES = ("LICENSE*", "NOTICE*")  # copied with every format
 _BELONG = (
     "tokenizer*",
     "*tokenizer/*",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    "*_tokens*.json",
     "alphabet.json",
     "language_model/attrs.json",
     "language_model/unigrams.txt",
@@ -41,23 +40,19 @@ _BELONG = (
     "speaker_embeddings/*",
     "speaker_embeddings/*/*",
     "audio_tokenizer_config.json",
-    "vocab*",
+    "*vocab*",
     "merges.txt",
     "normalizer.json",
     "bpe.codes",
     "byte_maps.json",
     "dict.txt",
     "emoji.json",
-    "entity_vocab.json",
     "prophetnet.tokenizer",
-    "target_vocab.json",
     "*tekken*.json",
-    "word_pronunciation.json",
-    "word_shape.json",
+    "word_*.json",
     "*.model",
     "*.spm",
     "*.tiktoken",
-    "*preprocessor_config.json",
     "*processor_config.json",
     "chat_template*",
     "additional_chat_templates/*",
@@ -202,22 +197,21 @@ def card(source: Source, pruned: Pruned) -> str:
         lines.append(f"Load it with `{pruned.model}.from_pretrained(folder)`")
     of_gguf = (s.format for s in pruned.quantised if "gguf-" in s.format and s.after is not None)
     if (format := next(of_gguf, None)) is not None:
-        lines.append(_quantising(format.removeprefix("gguf-").upper()))
-    return f"""{front_matter(source)}
-# {name.rpartition("/")[2]}, pruned
-
-`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.
-
-{table(("", "before", "after"), rows)}
-
-{bullets([*lines, *pruned.notes])}
-
-{"" if differ is None else _loading(differ, pruned.out.name)}## How
-
-{table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()])}
-
-{versions_table()}
-"""
+        lines.append(
+            "Quantise it with `tp-hf-config export FOLDER --to gguf --out FOLDER-gguf` and "
+            "llama.cpp's `llama-quantize FOLDER-gguf/model.gguf "
+            f"{format.removeprefix('gguf-').upper()}`"
+        )
+    return page(
+        source,
+        f"{name.rpartition('/')[2]}, pruned",
+        f"`{name}` (`{pruned.model}`), pruned with Torch-Pruning and tp-hf-config.",
+        table(("", "before", "after"), rows),
+        bullets([*lines, *pruned.notes]),
+        "" if differ is None else _loading(differ, pruned.out.name),
+        "## How",
+        table(("setting", "value"), [(k, f"`{v}`") for k, v in pruned.settings.items()]),
+    )
 
 
 def _multiple(width: str) -> str:
@@ -225,13 +219,6 @@ def _multiple(width: str) -> str:
     number = int(width) if width.isdigit() else 0
     found = largest_multiple((number,)) if number >= 32 else 1  # fewer are heads
     return "" if found == 1 else f" (a multiple of {found})"
-
-
-def _quantising(type_: str) -> str:
-    return (
-        "Quantise it with `tp-hf-config export FOLDER --to gguf --out FOLDER-gguf` and "
-        f"llama.cpp's `llama-quantize FOLDER-gguf/model.gguf {type_}`"
-    )
 
 
 def _loading(layerwise: Layerwise, folder: str) -> str:
@@ -253,19 +240,22 @@ Without `trust_remote_code=True`, loading fails with `AmbiguousGlobalPerLayerAtt
 with a message that `ignore_mismatched_sizes` is `False`, because the stock class has one width \
 for all layers. Do not change config.json.
 
-{table(("by layer", ""), widths)}
-
-"""
+{table(("by layer", ""), widths)}"""
 
 
-def front_matter(source: Source) -> str:
-    data = ModelCardData(
-        base_model=base_model(source),
-        library_name="transformers",
-        tags=["pruned"],
-        **_metadata(source),
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
+def page(source: Source | None, title: str, *parts: str) -> str:
+    """Return a README.md; its metadata is that of the source, if there is one."""
+    parts = (f"# {title}", *parts)
+    if source is not None:
+        data = ModelCardData(
+            base_model=base_model(source),
+            library_name="transformers",
+            tags=["pruned"],
+            **_metadata(source),
+        )
+        parts = (f"---\n{data.to_yaml()}\n---", *parts)
+    installed = [("python", platform.python_version()), *versions().items()]
+    return "\n\n".join(filter(None, (*parts, table(("version", ""), installed)))) + "\n"
 
 
 def base_model(source: Source) -> str:
@@ -295,10 +285,6 @@ def _metadata(source: Source) -> dict[str, Any]:
 
 def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}." for line in lines)
-
-
-def versions_table() -> str:
-    return table(("version", ""), [("python", platform.python_version()), *versions().items()])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

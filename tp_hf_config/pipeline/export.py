@@ -6,7 +6,7 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -22,16 +22,14 @@ from .companions import (
     bullets,
     code_files,
     copy_companions,
-    front_matter,
+    page,
     table,
-    versions_table,
 )
-from .job import Copied, Exported, Format, Written
+from .job import Copied, Exported, Format
 from .output import check_savable, output_folder
 from .proofs import NotProvedError
 from .source import (
     Source,
-    check_reachable,
     check_source,
     class_for,
     config_of,
@@ -39,9 +37,6 @@ from .source import (
     is_large,
     load,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @check_arguments
@@ -107,7 +102,6 @@ def export(
         paged(work if large else None),
     ):
         if source is not None:
-            check_reachable(source)
             config = config_of(source)
             check_source(source, config)
             model, notes = load(source, config, class_for(source, config))
@@ -120,9 +114,21 @@ def export(
                 )
             check_savable(model)
         try:
-            written = _written(to, model, source, work, multiple_of or 1)
+            if to == "padded":
+                written = padding.write(model, work, multiple_of or 1)
+            elif to == "decilm":
+                written = llama.write_decilm(model, work)
+            else:
+                from . import gguf_file  # imports gguf, an optional dependency
+
+                written = gguf_file.write(model, source, work)
         except NotProvedError as error:
             raise PipelineError(f"to={to!r}: this {stock} cannot be written so: {error}") from error
+        copied = Copied(())
+        if source is not None and to == "gguf":  # the file contains the tokenizer
+            copied = copy_companions(source, work, LICENCES)
+        elif source is not None:  # the code of its class is not needed now
+            copied = copy_companions(source, work, without=code_files(model.config))
         result = Exported(
             stock,
             to,
@@ -130,7 +136,7 @@ def export(
             written.fields,
             (model.num_parameters(), written.parameters),
             written.proof,
-            Copied(()) if source is None else _copy_companions(source, model, work, to),
+            copied,
             written.loading,
             notes,
             time.perf_counter() - started,
@@ -139,42 +145,18 @@ def export(
     return result
 
 
-def _written(
-    to: Format, model: PreTrainedModel, source: Source | None, folder: Path, multiple_of: int
-) -> Written:
-    if to == "padded":
-        return padding.write(model, folder, multiple_of)
-    if to == "decilm":
-        return llama.write_decilm(model, folder)
-    from . import gguf_file  # imports gguf, an optional dependency
-
-    return gguf_file.write(model, source, folder)
-
-
-def _copy_companions(source: Source, model: Any, folder: Path, to: Format) -> Copied:
-    """Copy a model's other files, but not its class's code, which is not needed now."""
-    if to == "gguf":  # the file contains the tokenizer
-        return copy_companions(source, folder, LICENCES)
-    return copy_companions(source, folder, without=code_files(model.config))
-
-
 def _card(source: Source | None, exported: Exported) -> str:
     name = exported.model if source is None else base_model(source)
     before, after = exported.parameters
     rows = [(field, old, new) for field, (old, new) in exported.widths.items()]
     rows.append(("parameters", f"{before:,}", f"{after:,}"))
     differing = " with layers that differ" if exported.fields else ""
-    return f"""{"" if source is None else front_matter(source)}
-# {name.rpartition("/")[2]}, {exported.to}
-
-`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. \
-Proof: {exported.proof}.
-
-Load it with `{exported.loading}`.
-
-{table(("by layer", "before", "here"), rows)}
-
-{bullets(exported.notes)}
-
-{versions_table()}
-""".lstrip()
+    return page(
+        source,
+        f"{name.rpartition('/')[2]}, {exported.to}",
+        f"`{name}` (`{exported.model}`{differing}), exported by tp-hf-config to `{exported.to}`. "
+        f"Proof: {exported.proof}.",
+        f"Load it with `{exported.loading}`.",
+        table(("by layer", "before", "here"), rows),
+        bullets(exported.notes),
+    )

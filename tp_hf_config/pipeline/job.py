@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -34,7 +35,6 @@ SECOND_TEXT = "a second text, not used for calibration"
 
 
 def show(what: object) -> None:
-    """Show on standard error what was done or found."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     with suppress(OSError):  # the work goes on
@@ -87,7 +87,6 @@ class Job:
 
 
 def calibration_text(job: Job) -> str | None:
-    """Return the text in a job's calibration file, if it has one."""
     path = job.calibration
     if path is None or path == "own":
         return None
@@ -158,8 +157,11 @@ class Pruned(Report):
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """Config field -> (value at first, value after the last step)."""
-        by_depth = {} if self.dropped_layers is None else self.dropped_layers.fields
-        return {**by_depth, **changed(self.steps)}
+        changes = {} if self.dropped_layers is None else dict(self.dropped_layers.fields)
+        widths: dict[str, tuple[Any, Any]] = {}
+        for name, (old, new) in chain(*(report.fields.items() for report in self.steps)):
+            widths[name] = widths.get(name, (old,))[0], new
+        return changes | widths
 
     def title(self) -> str:
         from ..hook.report import in_words  # imports torch, which checks do not need
@@ -199,14 +201,6 @@ class Pruned(Report):
         }
         fields = old_and_new(self.fields)
         return {**super().to_dict(), "fields": fields, "perplexity": perplexity}
-
-
-def changed(reports: tuple[SyncReport, ...]) -> dict[str, tuple[Any, Any]]:
-    changes: dict[str, tuple[Any, Any]] = {}
-    for report in reports:
-        for name, (old, new) in report.fields.items():
-            changes[name] = (changes.get(name, (old,))[0], new)
-    return changes
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,6 @@ def _at_the_end(
 
 
 def _outputs(model: Any, passes: Sequence[dict[str, Any]], recipe: RunRecipe) -> list[Tensor]:
-    """Return the float64 outputs of several passes."""
     twin = in_float64(model, recipe)
     # frequencies that a class computes once and keeps (longrope) become float32, as in a model
     # that ran before
@@ -221,7 +220,6 @@ def _with_zero_biases(weights: Mapping[str, Tensor], config: LlamaConfig) -> dic
 
 
 def write_decilm(model: PreTrainedModel, folder: Path) -> Written:
-    """Prove that a model is a Llama of several widths, and write it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = llama_layers(model)

@@ -34,7 +34,7 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
     """Raise now if :func:`output_folder` would refuse ``target``, before anything is computed."""
     try:
         path = target.expanduser().resolve()
-        reason = _why_unwritable(path, overwrite) or _why_source_is_inside(path, source)
+        reason = _why_unwritable(path, source, overwrite)
         if reason is None:
             hidden_beside(path).exists()  # raises if this longer name is too long
     except (OSError, RuntimeError, ValueError) as error:  # no permission, no home folder, bad name
@@ -43,7 +43,7 @@ def check_target(target: Path, *, source: Path | None = None, overwrite: bool) -
         raise PipelineError(reason)
 
 
-def _why_unwritable(target: Path, overwrite: bool) -> str | None:
+def _why_unwritable(target: Path, source: Path | None, overwrite: bool) -> str | None:
     if not target.parent.is_dir():
         return f"{target}: its parent folder does not exist. Create it first: {target.parent}"
     if target.exists() and not target.is_dir():
@@ -53,25 +53,17 @@ def _why_unwritable(target: Path, overwrite: bool) -> str | None:
             f"{target}: another disk is mounted here, so the finished folder cannot be renamed to "
             f"this path. Choose a folder inside: {target / 'pruned'}"
         )
-    if not target.exists() or not any(target.iterdir()):
-        return None
-    if not overwrite:
+    filled = target.exists() and any(target.iterdir())
+    if filled and not overwrite:
         return (
             f"{target}: is not empty. Choose another folder, or add overwrite=True to replace it."
         )
-    if not any((target / name).is_file() for name in _OF_A_MODEL):
+    if filled and not any((target / name).is_file() for name in _OF_A_MODEL):
         return (
             f"{target}: is not empty and contains no {' or '.join(_OF_A_MODEL)}; "
             "overwrite=True replaces only models."
         )
-    return None
-
-
-def _why_source_is_inside(target: Path, source: Path | None) -> str | None:
-    if source is None:
-        return None
-    source = source.resolve()
-    if target == source or target in source.parents:
+    if source is not None and source.resolve().is_relative_to(target):
         return f"{target}: contains the model to be read. Choose another folder."
     return None
 

@@ -145,12 +145,24 @@ class LayerWidths:
 
 def _widths_of(model: PreTrainedModel, differ: bool) -> LayerWidths:
     """Return the widths of single layers, of a model whose layers differ; else the inner widths."""
-    if differ:
-        return _layer_widths(model)
-    view = view_of(model, weights=False)
-    widths = inner_widths_of(view)
-    values = {field: view.field_map.values[field] for width in widths for field in width.fields}
-    return LayerWidths(config_json(model.config, use_diff=False), widths, values, widths)
+    with layers_listed(model, differ):
+        view = view_of(model, weights=False)
+        widths = inner = inner_widths_of(view)
+        if differ:
+            widths = tuple(
+                width
+                for width in widths_of(view.model, view.field_map)
+                if width.reason is None and all(layer_number(f) is not None for f in width.fields)
+            )
+        data = config_json(model.config, use_diff=False)
+    shared = {shared_field(field) for width in widths for field in width.fields}
+    own = [
+        field
+        for field in view.field_map.values
+        if shared_field(field) in shared and (layer_number(field) is not None) is differ
+    ]
+    own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
+    return LayerWidths(data, widths, {field: view.field_map.values[field] for field in own}, inner)
 
 
 def _in_multiples(
@@ -165,27 +177,6 @@ def _in_multiples(
             step = multiple_for_round_to(multiple_of, each)
             raised[field] = max(raised[field], -(-values[field] // step) * step)
     return raised
-
-
-def _layer_widths(model: PreTrainedModel) -> LayerWidths:
-    with layers_listed(model):
-        view = view_of(model, weights=False)
-        widths = tuple(
-            width
-            for width in widths_of(view.model, view.field_map)
-            if width.reason is None and all(layer_number(f) is not None for f in width.fields)
-        )
-        data = config_json(model.config, use_diff=False)
-    shared = {shared_field(field) for width in widths for field in width.fields}
-    own = [
-        field
-        for field in view.field_map.values
-        if layer_number(field) is not None and shared_field(field) in shared
-    ]
-    own.sort(key=lambda field: (field_name(shared_field(field)), layer_number(field) or 0))
-    inside = view.inner_widths()
-    inner = tuple(w for w in widths if len(w.fields) == 1 and inside >= set(w.fields))
-    return LayerWidths(data, widths, {field: view.field_map.values[field] for field in own}, inner)
 
 
 def _shared(fields: Iterable[FieldPath]) -> tuple[FieldPath, ...]:

@@ -152,7 +152,6 @@ def prune_checkpoint(job: Job) -> Pruned:
 
 
 def _speed(job: Job, model: PreTrainedModel) -> Speed | None:
-    """Return how fast the model is, if that is asked for."""
     if not job.measure_speed:
         return None
     show("measuring the speed")
@@ -330,7 +329,6 @@ def run_steps(
     widths: Plan | Allocation | None,
     material: Material,
 ) -> tuple[SyncReport, ...]:
-    """Prune in steps, with recovery after each; return their reports."""
     if widths is None:
         recover(model, material, job.recover, "recovery")
         return ()

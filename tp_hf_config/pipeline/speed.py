@@ -131,7 +131,7 @@ def measure_speed(
     generates = inputs is None and model.can_generate()
     with evaluating(model), torch.inference_mode(), quiet_transformers():
         settings = _greedy(model, new_tokens) if generates else None
-        taken = _memory_now(model.device)
+        taken = _peak(model.device, reset=True)
         try:
             _run(model, given, settings)
         except Exception as error:  # a class that reads images too may raise anything
@@ -143,7 +143,10 @@ def measure_speed(
                 f"{in_one_line(error)}){advice}"
             ) from error
         times = [_run(model, given, settings) for _ in range(runs)]
-        memory = None if taken is None else _bytes_of(model) + max(0, _peak(model.device) - taken)
+        memory = None
+        if taken is not None and (peak := _peak(model.device)) is not None:
+            weights = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+            memory = weights + max(0, peak - taken)
     first = [marks[0] for marks in times]
     later = [marks[-1] - marks[0] for marks in times]
     rate = None
@@ -228,25 +231,18 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def _bytes_of(model: PreTrainedModel) -> int:
-    return sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
-
-
-def _memory_now(device: torch.device) -> int | None:
-    """Return the bytes that are taken, and let the peak begin there; None if it is not known."""
+def _peak(device: torch.device, reset: bool = False) -> int | None:
+    """Return the most bytes that were taken, with ``reset`` those now; None: it is not known."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):  # another system than Linux does not tell
         if device.type == "cpu":
-            _PEAK.write_text("5")  # the peak is what is taken now; man 5 proc
+            if reset:
+                _PEAK.write_text("5")  # man 5 proc
             return _resident("VmHWM")
     return None
-
-
-def _peak(device: torch.device) -> int:
-    cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if cuda else _resident("VmHWM")
 
 
 def _resident(name: str) -> int:

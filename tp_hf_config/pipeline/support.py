@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -312,13 +311,13 @@ def attempt(
     prune: str | Sequence[str] = INNER,
     **given: Any,
 ) -> tuple[Outcome, str]:
-    """Prune a copy and save it; return the outcome, and why it does not work."""
     import torch_pruning as tp
 
     tiny = case.tiny
     hook = HFConfigSyncHook(prune=prune, make_inputs=tiny.recipe.make_inputs, per_layer=per_layer)
     try:
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             pruner = tp.pruner.MetaPruner(
                 pruned,
                 None,
@@ -328,16 +327,13 @@ def attempt(
                 hooks=[hook],
                 **given,
             )
-    except TPHFConfigError as error:
-        return "refused", str(error)
-    except Exception as error:
-        return "failed", _line(f"{type(error).__name__} from the pruner's constructor: {error}")
-    try:
-        refusal = _prune_and_check(case, pruned, pruner, steps)
+            refusal = _prune_and_check(case, pruned, pruner, steps)
     except TPHFConfigError as error:
         if shapes(pruned) == shapes(case.model):
             return "refused", str(error)
         refusal = Refusal(f"{type(error).__name__} after the step: {error}")
+    except Exception as error:
+        refusal = Refusal(f"{type(error).__name__}: {error}")
     if refusal is None and not any(report.groups for report in hook.reports):
         return "refused", ""
     if refusal is None:
@@ -347,26 +343,19 @@ def attempt(
 
 
 def _prune_and_check(case: Subject, model: Any, pruner: Any, steps: int) -> Refusal | None:
-    """Run all steps and the masked check; return why that failed, if it did."""
-    try:
-        with _quiet():
-            for _ in range(steps):
-                pruner.step()
-        tiny = case.tiny
-        builder = Builder(model, attention=tiny.recipe.attention)
-        reference = builder.build_unfilled(config_json(model.config))
-        if isinstance(reference, Refusal):
-            return Refusal(f"the new config does not build: {reference.reason}")
-        given = (tiny.inputs, tiny.watched, tiny.recipe)
-        run = take_weights(reference, model) or pruned_pass(case.model, model, *given)
-        if isinstance(run, Refusal):
-            return run
-        run_once(reference, run.inputs, tiny.recipe)
-        return difference_of_pass(run, case.warmed_up, reference, *given)
-    except TPHFConfigError:
-        raise
-    except Exception as error:
-        return Refusal(f"{type(error).__name__}: {error}")
+    for _ in range(steps):
+        pruner.step()
+    tiny = case.tiny
+    builder = Builder(model, attention=tiny.recipe.attention)
+    reference = builder.build_unfilled(config_json(model.config))
+    if isinstance(reference, Refusal):
+        return Refusal(f"the new config does not build: {reference.reason}")
+    given = (tiny.inputs, tiny.watched, tiny.recipe)
+    run = take_weights(reference, model) or pruned_pass(case.model, model, *given)
+    if isinstance(run, Refusal):
+        return run
+    run_once(reference, run.inputs, tiny.recipe)
+    return difference_of_pass(run, case.warmed_up, reference, *given)
 
 
 def save(
@@ -376,7 +365,6 @@ def save(
     watched: Sequence[PassResult] = (),  # results that count as outputs
     recipe: RunRecipe = PLAIN,
 ) -> Refusal | None:
-    """Save a model with inputs and its outputs; return why that failed, if it did."""
     if isinstance(inputs, Refusal):
         return inputs
     try:
@@ -417,13 +405,6 @@ def reloaded(loader: Any, folder: Path, **options: Any) -> Refusal | None:
         return Refusal(_line(f"it cannot be loaded: {type(error).__name__}: {error}"))
     same = len(outputs) == len(case["outputs"]) and all(map(torch.equal, outputs, case["outputs"]))
     return None if same else Refusal("loaded again it computes other outputs")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _line(text: str) -> str:
