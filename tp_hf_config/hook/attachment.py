@@ -28,7 +28,7 @@ from ..errors import (
     listed,
     warn,
 )
-from ..fieldmap.model_view import ModelView, view_of
+from ..fieldmap.model_view import view_of
 from ..fieldmap.solve import AGAIN
 from ..graph.config_graph import ConfigGraph, kept_positions
 from ..graph.cut_list import CutList, Edit, edits_of, explained
@@ -42,9 +42,9 @@ from ..model.layer_class import stock_class
 from ..model.layer_entries import name_in_all_layers
 from ..model.shapes import Shapes, shapes
 from ..model.sharded import behind
-from ..planning.preflight import preflight
 from ..planning.selection import inner_widths_of
 from ..planning.settings import Target
+from ..planning.trajectory import preflight
 from .follow import Follower, Proof
 from .ranks import Agreement, ShardedModel
 from .registration import constructor_of
@@ -52,65 +52,6 @@ from .report import LayerCut, PrunedGroup, SyncReport, layers_of
 from .unit_choice import UnitChoice, is_unmodified
 
 _MOST = 0.9  # of the inner widths: removing more is no alternative
-
-
-def _advice_before(
-    view: ModelView,
-    calibration: Calibration,
-    refitting: Refitting,
-    groups: Sequence[ConfigGroup],
-    remaining: Shapes,
-) -> str | None:
-    """Return the warning for a step; None if it costs little. ``remaining``: shapes after it."""
-    expected = refitting.result.expected
-    if expected is None or expected <= TOO_MUCH:
-        return None
-    sizes = {name: parameter.numel() for name, parameter in view.model.named_parameters()}
-    before, after = sum(sizes.values()), sum(math.prod(remaining[name]) for name in sizes)
-    parts = [
-        f"this step removes {before - after:,} of {before:,} parameters. On held-out data the "
-        f"output distribution is expected to change by a KL divergence of {expected:.3g}: "
-        f"{in_words(expected)}. A change below {NOTICEABLE} is hardly noticeable."
-    ]
-    if behind(view.model) is view.model:
-        parts += _from_inner_widths(view, calibration, refitting, groups, before - after)
-    layers, spread = sorted(refitting.result.layers, key=lambda layer: layer.refit), ""
-    if len(layers) > 1:
-        ends = (f"{layer.refit:.1%} ({layer.weight})" for layer in (layers[0], layers[-1]))
-        spread = f"The outputs of layers change by {' to '.join(ends)}, so "
-    parts.append(
-        f"{spread}allocate(model, calibration, target_params={after}) prunes most in the layers "
-        "where it changes the output least (in the shell: --allocate --target-params "
-        f"{after / before:.2f})"
-    )
-    return " ".join(parts)
-
-
-def _from_inner_widths(
-    view: ModelView,
-    calibration: Calibration,
-    refitting: Refitting,
-    groups: Sequence[ConfigGroup],
-    gone: int,
-) -> Iterator[str]:
-    """Yield what it costs to remove as many parameters from the inner widths, if that is less."""
-    try:  # the model as earlier steps left it
-        view = view_of(view.model, view.field_map.recipe.make_inputs)
-        widths = inner_widths_of(view)
-    except UnsupportedModelError:  # no config describes the last cut yet
-        return
-    share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
-    others = {group.graph_group.fields for group in groups} - {width.fields for width in widths}
-    if not others or not 0 < share <= _MOST:
-        return
-    cost = refitting.expected_of([*_lowest(view.model, calibration, widths, share)])
-    if cost < (refitting.result.expected or 0.0):
-        named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
-        fields = ", ".join(f'"{name}"' for name in named)
-        yield (
-            "If as many parameters are removed from the inner widths only, the expected KL "
-            f"divergence is {cost:.3g}: prune=({fields},), pruning_ratio={share:.2f}."
-        )
 
 
 def _lowest(
@@ -186,7 +127,7 @@ class Attachment:
     def __init__(self, hook: Any, pruner: Any):
         self._hook, self._pruner = hook, pruner
         sharded = behind(pruner.model) is not pruner.model
-        self._agreement = Agreement(sharded, hook.distributed)
+        self._agreement = Agreement(pruner, sharded, hook.distributed)
         self.sharded = ShardedModel(pruner.model, hook.shard, self._agreement) if sharded else None
         with layers_listed(pruner.model, hook.per_layer):
             self.follower, self._choice = _examined(hook, pruner)
@@ -222,7 +163,7 @@ class Attachment:
         self.follower.check_parts()
         if self.sharded is not None:
             self.sharded.before_step()
-        self._agreement.on_settings(self._pruner)
+        self._agreement.on_settings()
         self._before = self._pruner.current_step, dict(self._pruner._scope_initial_channels)
         self._stepping, self._own_step = True, not is_unmodified(self._pruner)
         try:
@@ -329,9 +270,9 @@ class Attachment:
                 if may_wait:
                     return error
                 failure = self._of_step(error)
-                self._agreement.on_groups(self._pruner, layers, failure)
+                self._agreement.on_groups(layers, failure)
                 raise failure from None
-            self._agreement.on_groups(self._pruner, layers)
+            self._agreement.on_groups(layers)
             refitting = self._refitting(groups, proof.shapes) if in_step else None
             edits = edits_of(self._model, refitting.edits if refitting else {}, kept)
         self._reason, self._before = "", None
@@ -346,11 +287,60 @@ class Attachment:
         if calibration is None:
             return None
         refitting = Refitting(calibration, groups)
-        self._agreement.on_refits(self._pruner, refitting.result)
-        told = _advice_before(self.follower.view, calibration, refitting, groups, remaining)
+        self._agreement.on_refits(refitting.result)
+        told = self._advice(refitting, groups, remaining)
         if told is not None:
             warn(told, CalibrationWarning)
         return refitting
+
+    def _advice(
+        self, refitting: Refitting, groups: Sequence[ConfigGroup], remaining: Shapes
+    ) -> str | None:
+        """Return the warning for a step; None if it costs little. ``remaining``: shapes after."""
+        expected = refitting.result.expected
+        if expected is None or expected <= TOO_MUCH:
+            return None
+        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        before, after = sum(sizes.values()), sum(math.prod(remaining[name]) for name in sizes)
+        parts = [
+            f"this step removes {before - after:,} of {before:,} parameters. On held-out data the "
+            f"output distribution is expected to change by a KL divergence of {expected:.3g}: "
+            f"{in_words(expected)}. A change below {NOTICEABLE} is hardly noticeable."
+        ]
+        if behind(self._model) is self._model:
+            parts += self._from_inner_widths(refitting, groups, before - after)
+        layers, spread = sorted(refitting.result.layers, key=lambda layer: layer.refit), ""
+        if len(layers) > 1:
+            ends = (f"{layer.refit:.1%} ({layer.weight})" for layer in (layers[0], layers[-1]))
+            spread = f"The outputs of layers change by {' to '.join(ends)}, so "
+        parts.append(
+            f"{spread}allocate(model, calibration, target_params={after}) prunes most in the "
+            "layers where it changes the output least (in the shell: --allocate --target-params "
+            f"{after / before:.2f})"
+        )
+        return " ".join(parts)
+
+    def _from_inner_widths(
+        self, refitting: Refitting, groups: Sequence[ConfigGroup], gone: int
+    ) -> Iterator[str]:
+        """Yield what it costs to remove as much from the inner widths, if that is less."""
+        try:  # the model as earlier steps left it
+            view = view_of(self._model, self.follower.field_map.recipe.make_inputs)
+            widths = inner_widths_of(view)
+        except UnsupportedModelError:  # no config describes the last cut yet
+            return
+        share = gone / (sum(width.parameters * width.units for width in widths) or math.inf)
+        others = {group.graph_group.fields for group in groups} - {w.fields for w in widths}
+        if not others or not 0 < share <= _MOST:
+            return
+        cost = refitting.expected_of([*_lowest(view.model, self._hook.refit, widths, share)])
+        if cost < (refitting.result.expected or 0.0):
+            named = dict.fromkeys(name_in_all_layers(name) for w in widths for name in w.names)
+            fields = ", ".join(f'"{name}"' for name in named)
+            yield (
+                "If as many parameters are removed from the inner widths only, the expected KL "
+                f"divergence is {cost:.3g}: prune=({fields},), pruning_ratio={share:.2f}."
+            )
 
     def _cut(self, in_step: bool) -> SyncReport:
         """Cut the weights, also the rest of an interrupted cut, and sync."""
@@ -400,7 +390,7 @@ class Attachment:
         synced = False
         try:
             if self.sharded is not None:
-                self.sharded.carry_out(self._pruner, done.edits, failure)
+                self.sharded.carry_out(done.edits, failure)
             elif failure is not None:
                 raise failure
             synced = True

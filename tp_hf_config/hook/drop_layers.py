@@ -374,7 +374,8 @@ class DroppedLayers(Report):
     def title(self) -> str:
         """Return which layers were removed."""
         total = len(self.dropped) + len(self.kept)
-        went = ", ".join(self._in_words(number) for number in self.dropped)
+        of = {number: f": influence {value:.3f}" for number, value in enumerate(self.influence)}
+        went = ", ".join(f"{number}{of.get(number, '')}" for number in self.dropped)
         return f"{self.layers}: {len(self.dropped)} of {total} layers dropped ({went})"
 
     def lines(self) -> Iterator[str]:
@@ -386,11 +387,6 @@ class DroppedLayers(Report):
         for name, explained in self.refits.items():
             yield f"  {name} is refitted, and makes up for {explained:.0%} of what was dropped (R²)"
         yield from (f"  note: {note}" for note in self.notes)
-
-    def _in_words(self, number: int) -> str:
-        if not self.influence:
-            return str(number)
-        return f"{number}: influence {self.influence[number]:.3f}"
 
 
 _TWO_TOKENS: dict[str, Any] = {

@@ -34,46 +34,46 @@ class Agreement:
     All ranks have to call each method at the same point.
     """
 
-    def __init__(self, sharded: bool, distributed: bool):
+    def __init__(self, pruner: Any, sharded: bool, distributed: bool):
+        self._pruner = pruner
         self._what = "The sharded model" if sharded else "The model"
         self._needed = sharded or distributed  # distributed: each rank has a copy of the model
 
-    def on_settings(self, pruner: Any) -> None:
+    def on_settings(self) -> None:
         if self._needed:
+            pruner = self._pruner
             data = config_json(find_pretrained(pruner.model)[1].config)
             config = {field: value for field, value in data.items() if field not in OF_NO_EFFECT}
             what = (type(pruner).__name__, type(pruner.importance).__name__, repr(config))
-            self._on(f"the start of {_step(pruner, 1)}", [("the settings", repr(what))])
+            step = f"step {pruner.current_step + 1}"
+            self._on(f"the start of {step}", [("the settings", repr(what))])
 
     def on_groups(
-        self,
-        pruner: Any,
-        groups: Iterable[Sequence[LayerCut]],
-        failure: Exception | None = None,
+        self, groups: Iterable[Sequence[LayerCut]], failure: Exception | None = None
     ) -> None:
         """Compare the channels to be pruned; ``failure``: why this rank cannot prune them."""
         cuts = ([(vars(layer), channels) for layer, channels in group] for group in groups if group)
         parts = [(cut[0][0]["name"], _digest(cut)) for cut in cuts]
-        self._on(_step(pruner), parts, failure)
+        self._on(self._step, parts, failure)
 
-    def on_refits(self, pruner: Any, refits: Refits) -> None:
+    def on_refits(self, refits: Refits) -> None:
         used = [(layer.weight, layer.part) for layer in refits.layers if layer.used]
         parts = [("which weights are refitted", _digest(used))]
-        self._on(f"the refits of {_step(pruner)}", parts)
+        self._on(f"the refits of {self._step}", parts)
 
-    def on_build(self, pruner: Any, failure: Exception | None) -> None:
+    def on_build(self, failure: Exception | None) -> None:
         """Check that all ranks have built the pruned model; ``failure``: why this one has not."""
-        self._on(f"shard= of {_step(pruner)}", (), failure)
+        self._on(f"shard= of {self._step}", (), failure)
+
+    @property
+    def _step(self) -> str:
+        return f"step {self._pruner.current_step}"
 
     def _on(
         self, when: str, parts: Iterable[tuple[str, str]], failure: Exception | None = None
     ) -> None:
         if self._needed:
             agree(TrainingError, when, parts, failure, f". {self._what} is unchanged.")
-
-
-def _step(pruner: Any, more: int = 0) -> str:
-    return f"step {pruner.current_step + more}"
 
 
 def _digest(value: object) -> str:
@@ -101,7 +101,7 @@ class ShardedModel:
         with all_or_nothing() as changes:
             write_fields(changes, self._copy, [("", field, value) for field, value in changed])
 
-    def carry_out(self, pruner: Any, edits: Mapping[str, Edit], failure: Exception | None) -> None:
+    def carry_out(self, edits: Mapping[str, Edit], failure: Exception | None) -> None:
         """Build the pruned model from the meta copy's config, and fill it tensor by tensor."""
         built: tuple[PreTrainedModel, nn.Module] | None = None
         try:
@@ -109,7 +109,7 @@ class ShardedModel:
                 built = self._wrapped()
         except Exception as error:
             failure = error
-        self._agreement.on_build(pruner, failure)
+        self._agreement.on_build(failure)
         if built is not None:
             self._fill(built[0], CutList("", {}, {}, edits))
             self.model = built[1]

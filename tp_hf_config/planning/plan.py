@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -205,7 +204,8 @@ def _by_layers(widths: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
 
 
 def _cells(width: PlannedWidth) -> tuple[str, ...]:
-    ways = [_way([f"{step[name]:,}" for step in width.steps]) for name in width.before]
+    steps = ([f"{step[name]:,}" for step in width.steps] for name in width.before)
+    ways = (" -> ".join(n if len(n) < 3 else (n[0], "...", n[-1])) for n in steps)
     return (
         " + ".join(f"{value:,}" for value in width.before.values()),
         " + ".join(ways),
@@ -213,10 +213,6 @@ def _cells(width: PlannedWidth) -> tuple[str, ...]:
         described(width.reachable),
         str(width.multiple),
     )
-
-
-def _way(numbers: list[str]) -> str:
-    return " -> ".join(numbers if len(numbers) < 3 else (numbers[0], "...", numbers[-1]))
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
@@ -312,17 +308,16 @@ class ParameterCount:
 
     def at(self, values: Mapping[FieldPath, int]) -> int:
         changes = {field: value - self.field_map.values[field] for field, value in values.items()}
-        return sum(
-            number
-            * prod(self._dimension(name, dim, size, changes) for dim, size in enumerate(shape))
-            for (name, shape), number in self._kinds.items()
-        )
-
-    def _dimension(self, name: str, dim: int, size: int, changes: Mapping[FieldPath, int]) -> int:
-        expression = self.field_map.expression_of(name, dim)
-        if expression is None or not expression.fields & changes.keys():
-            return size
-        return int(expression.evaluate(changes))
+        total = 0
+        for (name, shape), number in self._kinds.items():
+            for dim, size in enumerate(shape):
+                expression = self.field_map.expression_of(name, dim)
+                if expression is not None and expression.fields & changes.keys():
+                    number *= int(expression.evaluate(changes))
+                else:
+                    number *= size
+            total += number
+        return total
 
 
 RATE = 140e9  # float32 operations a second on two CPU cores (`benchmarks/working_time.py`)

@@ -89,9 +89,11 @@ def cannot_follow(model: nn.Module, optimizer: Optimizer) -> Refusal | None:
                 )
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if not _can_follow(value, parameter):
-                    is_tensor, what = isinstance(value, Tensor), type(value).__name__
-                    what = f"tensor of shape {list(value.shape)}" if is_tensor else what
+                fits, what = isinstance(value, _PLAIN), type(value).__name__
+                if isinstance(value, Tensor):
+                    fits = value.shape == parameter.shape or value.numel() == 1
+                    what = f"tensor of shape {list(value.shape)}"
+                if not fits:
                     return Refusal(
                         f"{kind} keeps {key!r} of {name}, a {what}, but the parameter "
                         f"has shape {list(parameter.shape)}. Only state of the parameter's shape "
@@ -134,9 +136,3 @@ def _remaining_state(
         return value
     values = select(whole(value), kept) if kept else whole(value)
     return divided_like(values, new) if is_dtensor(value) else values
-
-
-def _can_follow(value: Any, parameter: nn.Parameter) -> bool:
-    if isinstance(value, Tensor):
-        return value.shape == parameter.shape or value.numel() == 1
-    return isinstance(value, _PLAIN)
