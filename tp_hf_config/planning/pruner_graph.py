@@ -254,7 +254,7 @@ def _adapt_ratios(graph: ConfigGraph, name: str, arguments: dict[str, Any]) -> I
         sides = (side for module in inside for _, side in graph.sides_of(module))
         views = [s.module for s in sides if isinstance(s.module, ParameterView) and is_output(s)]
         layers = (*dict.fromkeys((*named, *views)),)
-        # a head ratio has one layer
+        # keys of head ratios are single layers, those of others may be tuples of layers
         adapted |= dict.fromkeys(layers if heads else [layers if layers != named else key], ratio)
         inside |= {*views}
         affected = [
