@@ -107,11 +107,11 @@ LINES = {
     "fieldmap": (3_840, 3_400),
     "twin": (3_826, 3_400),
     "graph": (2_884, 2_200),
-    "planning": (3_129, 2_200),
-    "hook": (3_331, 2_300),
+    "planning": (3_180, 2_200),
+    "hook": (3_330, 2_300),
     "calibration": (3_848, 2_300),
     "checkpoint": (2_326, 2_000),
-    "pipeline": (3_771, 2_300),
+    "pipeline": (3_774, 2_300),
     "cli": (659, 700),
     "": (888, 400),
 }
@@ -131,4 +131,4 @@ def test_folders_keep_their_budgets() -> None:
         inside = module[:1] if len(path.relative_to(PACKAGE).parts) > 1 else ("",)
         lines[inside[0]] += len(path.read_text().splitlines())
     assert {name: count for name, count in lines.items() if count > LINES[name][0]} == {}
-    assert len(FILES) <= 135  # the budget is 115
+    assert len(FILES) <= 130  # the budget is 115

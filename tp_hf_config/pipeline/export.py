@@ -30,6 +30,7 @@ from .output import check_savable, output_folder
 from .proofs import NotProvedError
 from .source import (
     Source,
+    check_reachable,
     check_source,
     class_for,
     config_of,
@@ -102,6 +103,7 @@ def export(
         paged(work if large else None),
     ):
         if source is not None:
+            check_reachable(source)
             config = config_of(source)
             check_source(source, config)
             model, notes = load(source, config, class_for(source, config))

@@ -99,12 +99,13 @@ def apply_cuts(
         )
     source = find_source(os.fspath(model_or_folder), trust_remote_code)
     target = Path(out)
+    check_target(target, source=source.folder, overwrite=overwrite)
+    config = config_of(source)
+    check_source(source, config)
     with (
         output_folder(target, source=source.folder, overwrite=overwrite) as work,
         paged(work if is_large(source) else None),
     ):
-        config = config_of(source)
-        check_source(source, config)
         whole, notes = load(source, config, class_for(source, config), complete=True)
         for note in notes:
             warn(note, UserWarning)
