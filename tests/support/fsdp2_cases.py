@@ -45,6 +45,8 @@ class Case:
 
 FULL = ("config", "weights")
 """What cannot be written: the disk is full."""
+RIDGE = 0.01
+"""So weak that some refits of so little data do not help."""
 OF_OWN_DATA = "llama, Taylor of own data"
 CASES = {
     "llama": Case("llama", steps=2),

@@ -34,6 +34,7 @@ from fsdp2_cases import (
     CASES,
     FULL,
     OF_OWN_DATA,
+    RIDGE,
     batch,
     cut_by,
     data_of,
@@ -173,7 +174,7 @@ def seen_and_refused(rank: int, folder: Path) -> dict[str, Any]:
 def own_data(rank: int) -> dict[str, Any]:
     """Every rank measures data of its own: experts are read here that are not read there."""
     model = sharded("mixtral")
-    calibration = calibrate(model, data_of(rank))
+    calibration = calibrate(model, data_of(rank), ridge=RIDGE)
     hook = HFConfigSyncHook(shard=shard, refit=calibration)
     results = cut_by(calibration, model, hook)
     model = sharded()
@@ -206,7 +207,7 @@ def copies(rank: int) -> dict[str, Any]:
     model, optimizer, hook = run(CASES[OF_OWN_DATA], None, rank, DistributedDataParallel)
     results: dict[str, Any] = {"trained": came_to(model, optimizer, hook)}
     model = zoo.build("mixtral")
-    calibration = calibrate(model, data_of(rank), distributed=True)
+    calibration = calibrate(model, data_of(rank), ridge=RIDGE, distributed=True)
     hook = HFConfigSyncHook(distributed=True, refit=calibration)
     results["calibrated"] = cut_by(calibration, model, hook)
     model = zoo.build("llama")

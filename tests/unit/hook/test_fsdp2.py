@@ -18,6 +18,7 @@ from fsdp2_cases import (
     CASES,
     FULL,
     OF_OWN_DATA,
+    RIDGE,
     batch,
     cut_by,
     data_of,
@@ -29,7 +30,6 @@ from fsdp2_cases import (
 from tp_hf_config import HFConfigSyncHook
 from tp_hf_config.calibration.batches import split_batches
 from tp_hf_config.calibration.calibrate import Calibration
-from tp_hf_config.calibration.measured import TEXT_RIDGE
 from tp_hf_config.pipeline.output import save_model
 
 RANKS = 2
@@ -182,7 +182,7 @@ def measured_alone(name: str, ranks: int) -> Any:
     model = zoo.build(name)
     parts = [split_batches(data_of(rank), model) for rank in range(ranks)]
     train, held_out = ([batch for part in parts for batch in part[side]] for side in (0, 1))
-    calibration = Calibration(model, train, held_out, TEXT_RIDGE)
+    calibration = Calibration(model, train, held_out, RIDGE)
     calibration.current()
     return calibration
 
