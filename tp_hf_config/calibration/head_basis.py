@@ -9,7 +9,7 @@ columns. For values, K is the weight that reads them; what it loses is refitted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,11 @@ from ..model.paging import in_file
 from ..model.sharded import whole_tensor
 from .batches import first_rows
 from .linear_ops import Consumer, LinearOp
-from .measured import MeasuredModel, Readings
+from .measured import MeasuredModel
 from .passes import watched_pass
 from .refit import StepRefits, solve
 
+_Consumers = Mapping[tuple[str, int], Sequence[Consumer]]  # by parameter and dimension
 _FLOOR = 1e-6  # of a Gram matrix's mean eigenvalue: added to all of them, so that there is a root
 
 
@@ -76,8 +77,9 @@ class HeadBases:
 
     def write(self, factor: _Factor, basis: Tensor, kept: Tensor) -> None:
         """Add a basis of outputs, shape ``(channels, channels)``, with which of them are kept."""
+        whole = _as_refit(factor, torch.ones_like(kept), basis.T)
         cut = _as_refit(factor, kept, basis[:, kept].T)
-        self.whole.setdefault(factor.weight, []).append(_whole(factor, basis))
+        self.whole.setdefault(factor.weight, []).append(whole)
         self.cut.setdefault(factor.weight, []).append(cut)
         for name, dim in factor.places:
             self.edits.setdefault(name, []).append(RefitInPlace(dim, None, cut))
@@ -89,7 +91,9 @@ def head_bases(step: StepRefits, groups: Iterable[ConfigGroup]) -> HeadBases:
     Only an experiment shows if the model's outputs are the same in whole bases, or if something
     (rotary embeddings, a norm) comes in between.
     """
-    pairs = [(group, *pair) for group in groups for pair in _pairs_in(group, step.readings)]
+    consumers = step.readings.by_place()
+    weights = {name for name, _ in consumers}
+    pairs = [(group, *pair) for group in groups for pair in _pairs_in(group, consumers, weights)]
     grams = _grams_of([factor for _, *pair in pairs for factor in pair], step.calibration)
     bases = HeadBases()
     for group, first, second in pairs:
@@ -101,14 +105,14 @@ def head_bases(step: StepRefits, groups: Iterable[ConfigGroup]) -> HeadBases:
             continue  # a head of zeros
         kept = kept.flatten()
         if second.reader is None:
-            bases.write(first, own, kept)
             bases.write(second, other, kept)
-            continue
-        refit = _refit_of(second, own[:, kept], other[:, kept].T, kept, step)
-        if refit is not None:
-            bases.write(first, own, kept)
-            bases.whole_inputs[second.reader] = _whole(second, other)
+        else:
+            refit = _refit_of(second, own[:, kept], other[:, kept].T, kept, step)
+            if refit is None:
+                continue
+            bases.whole_inputs[second.reader] = _as_refit(second, torch.ones_like(kept), other.T)
             bases.refits[second.reader] = refit
+        bases.write(first, own, kept)
     return bases
 
 
@@ -121,14 +125,16 @@ def in_bases(values: Tensor, axis: int, changes: Iterable[Refit]) -> Tensor:
     return values
 
 
-def _pairs_in(group: ConfigGroup, readings: Readings) -> list[tuple[_Factor, _Factor]]:
+def _pairs_in(
+    group: ConfigGroup, consumers: _Consumers, weights: Set[str]
+) -> list[tuple[_Factor, _Factor]]:
     """Return the factors of each product of heads that a group makes narrower."""
     if group.graph_group.heads:
         return []  # whole heads are cut
     by_layer: dict[str, list[Side]] = {}
     for side in group.graph_group.sides:
         by_layer.setdefault(side.layer, []).append(side)
-    found = [_places_of(sides, readings) for sides in by_layer.values()]
+    found = [_places_of(sides, consumers, weights) for sides in by_layer.values()]
     layers = [layer for layer in found if layer is not None]
     columns = {table.shape[1] for _, table, _ in layers}
     width, parts = min(columns, default=0), group.graph_group.count.channel_groups
@@ -150,24 +156,22 @@ def _pairs_in(group: ConfigGroup, readings: Readings) -> list[tuple[_Factor, _Fa
     return []
 
 
-_Places = tuple[tuple[tuple[str, int], ...], Tensor, Consumer | None]
-
-
-def _places_of(sides: Sequence[Side], readings: Readings) -> _Places | None:
+def _places_of(
+    sides: Sequence[Side], consumers: _Consumers, weights: Set[str]
+) -> tuple[tuple[tuple[str, int], ...], Tensor, Consumer | None] | None:
     """Return where a layer has a group's channels, which ones, and the layer if it reads them.
 
     ``None``: it has more than a weight and a bias (a norm, for one), or stacks experts.
     """
-    weights = {consumer.parameter for consumer in readings.leaders}
     places = {dim.place: None for side in sides for dim in side.dims}
     first, *others = sorted(places, key=lambda place: place[0] not in weights)
-    consumers = readings.by_place().get(first, [])
+    readers = consumers.get(first, [])
     alike = all(side.table.equal(sides[0].table) for side in sides)
     if first[0] not in weights or len(others) > 1 or not alike or weights & {n for n, _ in others}:
         return None
-    if consumers and (others or len(consumers) > 1 or consumers[0].part is not None):
+    if readers and (others or len(readers) > 1 or readers[0].part is not None):
         return None
-    return (first, *others), sides[0].table, consumers[0] if consumers else None
+    return (first, *others), sides[0].table, readers[0] if readers else None
 
 
 def _kept(group: ConfigGroup, heads: int) -> Tensor:
@@ -253,10 +257,6 @@ def _refit_of(
     own = products @ basis.double()
     found = solve(own, products - own @ plain.double(), step.ridge_of(leader))
     return None if found is None else _as_refit(factor, kept, plain + found.to(plain))
-
-
-def _whole(factor: _Factor, basis: Tensor) -> Refit:
-    return _as_refit(factor, torch.ones(len(basis), dtype=torch.bool), basis.T)
 
 
 def _as_refit(factor: _Factor, kept: Tensor, values: Tensor) -> Refit:

@@ -45,6 +45,7 @@ SHARES = (0.2, 0.4, 0.6)  # shares of each layer's units whose removal is measur
 # The cheapest widths are returned only if the output changes this much less with them than halfway
 # to equal shares: smaller differences on a few batches are not seen on other text (docs/quality.md)
 _MUCH_LESS = 0.9
+_HALFWAY = 0.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -210,20 +211,22 @@ def allocate(
         widths = _widths(view, prune)
         sensitivity = _Sensitivity(view, calibration, importance, batches, Target.of(target))
         curves = tuple(sensitivity.curve(width, shares) for width in widths)
-        evenness = 0.5
-        left, after = _lagrangian(curves, before, goal, round_to, evenness)
-        cheapest = _lagrangian(curves, before, goal, round_to, 0.0)
-        if sensitivity.change(cheapest[0]) < _MUCH_LESS * sensitivity.change(left):
-            evenness, (left, after) = 0.0, cheapest
-    return Allocation(
-        stock_class(type(view.model)).__name__,
-        sensitivity.measure,
-        curves,
-        left,
-        (before, after),
-        evenness,
-        view.field_map.recipe.make_inputs,
-    )
+        left, after = _lagrangian(curves, before, goal, round_to, _HALFWAY)
+        halfway = Allocation(
+            stock_class(type(view.model)).__name__,
+            sensitivity.measure,
+            curves,
+            left,
+            (before, after),
+            _HALFWAY,
+            view.field_map.recipe.make_inputs,
+        )
+        cheapest = replace(halfway, evenness=0.0).at(goal, round_to)
+        shares_of = cheapest.ratios, halfway.ratios
+        if shares_of[0] == shares_of[1]:
+            return halfway
+        change, other = map(sensitivity.change, shares_of)
+    return cheapest if change < _MUCH_LESS * other else halfway
 
 
 def _widths(view: ModelView, prune: str | Iterable[str] | None) -> list[Width]:
@@ -278,15 +281,15 @@ class _Sensitivity:
         graph = ConfigGraph(model, width.groups)
         graph.build_dependency(model)
         (graph_group,) = graph.graph_groups
-        count, field_of = graph_group.count, field_name(width.fields[0])
+        count, name = graph_group.count, field_name(width.fields[0])
         whole = graph.group_at(graph_group, range(count.units))
         values = graph.importance_of(whole, self._importance).view(count.channel_groups, -1)
         starts = torch.arange(0, count.units, values.shape[1], device=values.device)
-        self._ranked[field_of] = graph, values.argsort(1) + starts[:, None]
-        changes = {share: self._change_without({field_of: share}) for share in shares}
+        self._ranked[name] = graph, values.argsort(1) + starts[:, None]
+        changes = {share: self.change({name: share}) for share in shares}
         each = count.per_field_unit
         return LayerCurve(
-            field_of,
+            name,
             width.units,
             width.parameters,
             changes,
@@ -296,20 +299,12 @@ class _Sensitivity:
             grid=count.grid,
         )
 
-    def change(self, widths: Mapping[str, int]) -> float:
-        """Return how the output changes with these widths in all layers, with refits."""
-        units = {name: graph.graph_groups[0].count for name, (graph, _) in self._ranked.items()}
-        gone = {
-            name: 1 - width * units[name].per_field_unit / units[name].units
-            for name, width in widths.items()
-        }
-        return self._change_without({name: share for name, share in gone.items() if share > 0})
-
-    def _change_without(self, shares: Mapping[str, float]) -> float:
+    def change(self, shares: Mapping[str, float]) -> float:
+        """Return how the output changes without these shares of fields' units, with refits."""
         groups = []
         for name, share in shares.items():
             graph, order = self._ranked[name]  # each channel group loses equally many
-            removed = order[:, : int(share * order.shape[1] + 1e-6)].flatten().tolist()
+            removed = order[:, : int(share * order.shape[1] + 1e-3)].flatten().tolist()
             groups.append(graph.group_at(graph.graph_groups[0], removed))
         step = StepRefits(self._calibration, groups)
         self._outputs.begin()
