@@ -19,7 +19,7 @@ from ..model.fill import fill
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
 from ..model.locate import check_followable, find_pretrained
-from ..model.paging import copied, in_file
+from ..model.paging import copied
 from ..model.shapes import shapes
 from ..model.sharded import behind, is_sharded, meta_copies, plain_class, reshard
 from ..model.tensors import owner
@@ -40,7 +40,7 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     new: Any = _empty(model, cuts)
 
     def values_of(name: str, old: Tensor) -> Tensor:
-        return in_file(cuts.of(name, old)) if name in cuts.edits else copied(old)
+        return cuts.of(name, old) if name in cuts.edits else copied(old)
 
     with torch.no_grad():
         fill(new, model, values_of)

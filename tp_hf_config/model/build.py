@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -82,8 +83,8 @@ class Builder:
         other.model_class = model_class
         return other
 
-    def config(self, data: dict[str, Any]) -> PreTrainedConfig:
-        """The config that ``from_pretrained`` would read, with eager experts; raises its errors."""
+    def config(self, data: dict[str, Any], experts: str = "eager") -> PreTrainedConfig:
+        """The config that ``from_pretrained`` would read; raises its errors."""
         decode = getattr(self.config_class, "_decode_special_floats", None)  # infinities
         values = (decode or dict)(copy.deepcopy(data))
         # from_dict logs the whole config, which takes a sixth of the time of a build
@@ -91,19 +92,13 @@ class Builder:
         config = self.config_class(**values) if alone else self.config_class.from_dict(values)
         config._attn_implementation = self.attention
         if hasattr(type(config), "_experts_implementation"):
-            config._experts_implementation = "eager"
+            config._experts_implementation = experts
         return config
 
     def build(self, data: dict[str, Any], buffers: bool = False) -> nn.Module | Refusal:
         """Build the class in eval mode; ``buffers`` computes buffers on the CPU."""
-
-        def make() -> nn.Module:
-            config = self.config(data)
-            if hasattr(type(config), "_experts_implementation"):
-                config._experts_implementation = "batched_mm"  # its shapes do not depend on routing
-            model: nn.Module = self.model_class(config, **self.options)
-            return model.train(False)
-
+        # the shapes in a forward pass of these experts do not depend on routing
+        make = partial(self._plain, data, "batched_mm")
         if buffers:  # computed as a reload computes them, to the last bit
             return _constructed(make, _default_dtype(self.dtype), _EmptyOnMeta())
         built = _constructed(make, DefaultDtype(self.dtype), _OnMeta())
@@ -133,8 +128,8 @@ class Builder:
             lambda: self._plain(data).double(), DefaultDtype(torch.float64), initial_values=True
         )
 
-    def _plain(self, data: dict[str, Any]) -> nn.Module:
-        model: nn.Module = self.model_class(self.config(data), **self.options)
+    def _plain(self, data: dict[str, Any], experts: str = "eager") -> nn.Module:
+        model: nn.Module = self.model_class(self.config(data, experts), **self.options)
         return model.train(False)
 
 
@@ -356,24 +351,21 @@ class _AllOnMeta(DeviceContext):
 
 def _without_values(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """The meta tensor that a call would fill; ``None`` for any other call."""
-    filled: Any = None
-    if func in _FILLS:
-        filled = args[0] if args else kwargs["tensor"]  # by name, in ``nn.init``
-    return filled if filled is not None and filled.is_meta else None
+    if func not in _FILLS:
+        return None
+    filled: Tensor = args[0] if args else kwargs["tensor"]  # by name, in ``nn.init``
+    return filled if filled.is_meta else None
 
 
 class _OnMeta(_AllOnMeta):
     """Like ``_AllOnMeta``, but single integers are on the CPU: they combine with any device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.tensor and args and type(args[0]) is int and _is_whole(kwargs):
-            return func(*args, **kwargs or {})
+        if func is torch.tensor and args and type(args[0]) is int:
+            dtype = (kwargs or {}).get("dtype")
+            if dtype is None or not dtype.is_floating_point:
+                return func(*args, **kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
-
-
-def _is_whole(options: Any) -> bool:
-    dtype = (options or {}).get("dtype")
-    return dtype is None or not dtype.is_floating_point
 
 
 class _EmptyOnMeta(TorchFunctionMode):

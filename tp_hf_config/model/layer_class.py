@@ -301,11 +301,9 @@ def _mapped(config_class: type) -> dict[str, tuple[Any, ...]]:
 
     result: dict[str, tuple[Any, ...]] = {}
     for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        found = (
-            # AutoBackbone cannot load a local folder: transformers 5.24 asks the Hub
-            mapping.get(config_class, None) if name.startswith("AutoModel") and mapping else None
-        )
+        # AutoBackbone cannot load a local folder: transformers 5.24 asks the Hub
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        found = mapping.get(config_class, None) if mapping else None
         if found:
             result[name] = tuple(found) if isinstance(found, (tuple, list)) else (found,)
     order = sorted(

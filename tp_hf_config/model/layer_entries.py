@@ -134,12 +134,11 @@ def set_entries(config: Any, entries: Mapping[int, Mapping[str, Any]]) -> None:
 
 def uniform_json(data: Mapping[str, Any], like: int | None = 0) -> dict[str, Any]:
     """Remove entries: all layers are like layer ``like``, or have the global values (``None``)."""
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        if key in (KEY, EXPLICIT, GLOBAL_READS, "auto_map"):
-            continue
-        alike = uniform_json(value, like) if isinstance(value, dict) else copy.deepcopy(value)
-        result[key] = alike
+    result = {
+        key: uniform_json(value, like) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in data.items()
+        if key not in (KEY, EXPLICIT, GLOBAL_READS, "auto_map")
+    }
     entries = data.get(KEY) or {}
     if entries and like is not None:
         by_number = sorted(entries, key=int)

@@ -7,9 +7,10 @@ this is also true of weights that are cut, stacked or cast.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -46,32 +47,41 @@ def is_paged() -> bool:
 
 def in_file(values: Tensor) -> Tensor:
     """Move a large CPU tensor into a mapped file; while nothing is paged, return it as it is."""
-    return values if _stays(values) or values.untyped_storage().filename else copied(values)
+    stays = values.untyped_storage().filename or not _goes_into_file(values, values.nbytes)
+    return values if stays else copied(values)
 
 
-def _stays(values: Tensor) -> bool:
-    return not is_paged() or values.device.type != "cpu" or values.nbytes < _SMALLEST
+def _goes_into_file(like: Tensor, size: int) -> bool:
+    return is_paged() and like.device.type == "cpu" and size >= _SMALLEST
 
 
 def copied(values: Tensor) -> Tensor:
     """Copy a tensor, into a new mapped file if it is large and on the CPU and weights are paged."""
-    if _stays(values):
+    if not _goes_into_file(values, values.nbytes):
         return values.clone()
+    return new_empty(values, values.shape).copy_(values)
+
+
+def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """``like.new_empty(shape)``, in a new mapped file under the conditions of :func:`copied`."""
+    size = math.prod(shape) * like.element_size()
+    if not _goes_into_file(like, size):
+        return like.new_empty(shape)
     folder = _folder.get()
     handle, name = tempfile.mkstemp(dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):  # else writing to a full disk would kill the process
-            os.posix_fallocate(handle, 0, values.nbytes)
-        storage: Any = torch.UntypedStorage.from_file(name, True, values.nbytes)
+            os.posix_fallocate(handle, 0, size)
+        storage: Any = torch.UntypedStorage.from_file(name, True, size)
     except OSError as error:
         raise CheckpointError(
-            f"a temporary file of {values.nbytes:,} bytes cannot be written to {folder}: {error}"
+            f"a temporary file of {size:,} bytes cannot be written to {folder}: {error}"
         ) from error
     finally:
         os.close(handle)
         os.unlink(name)
-    flat: Tensor = torch.empty(0, dtype=values.dtype).set_(storage)
-    return flat.view(values.shape).copy_(values)
+    flat: Tensor = torch.empty(0, dtype=like.dtype).set_(storage)
+    return flat.view(tuple(shape))
 
 
 class _ConversionsInFiles(TorchFunctionMode):

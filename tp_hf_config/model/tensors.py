@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .build import Refusal
-from .paging import in_file, is_paged
+from .paging import is_paged, new_empty
 
 PIECE = 1 << 20  # bytes per step; small enough that the next step reuses it in the CPU cache
 # words are summed by position modulo this prime, so that a checksum depends on their order
@@ -25,10 +25,10 @@ _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Copy some positions of some dimensions (dim -> 1-d index tensor; at least one dim)."""
     (dim, index), *others = sorted((d, i.to(tensor.device)) for d, i in positions.items())
-    shape = (len(positions[d]) if d in positions else n for d, n in enumerate(tensor.shape))
-    result = tensor.new_empty(tuple(shape))
+    shape = [len(positions[d]) if d in positions else n for d, n in enumerate(tensor.shape)]
+    result = new_empty(tensor, shape)
     if not others:
-        return in_file(_select_along(tensor, dim, index, result))
+        return _select_along(tensor, dim, index, result)
     last, last_index = others[-1]
     # a few rows at a time, because intermediate tensors would need memory
     rows = max(1, PIECE * tensor.shape[dim] // max(1, tensor.nbytes))
@@ -37,7 +37,7 @@ def select(tensor: torch.Tensor, positions: Mapping[int, torch.Tensor]) -> torch
         for other, other_index in others[:-1]:
             piece = piece.index_select(other, other_index)
         _select_along(piece, last, last_index, result.narrow(dim, start, piece.shape[dim]))
-    return in_file(result)
+    return result
 
 
 def _select_along(
