@@ -30,7 +30,7 @@ from ..model.layer_entries import KEY
 from ..model.shapes import shapes
 from ..model.surroundings import ONE_AT_A_TIME, one_thread, plain_autograd, same_random_state
 from ..twin.find_groups import find_alone, find_groups, may_be_unobserved
-from ..twin.layout import Finding, TensorDim, TinyGroup
+from ..twin.layout import Finding, TinyGroup
 from ..twin.tiny.tiny_model import (
     TinyModel,
     built_tiny_model,
@@ -58,12 +58,6 @@ class Experiments:
     widths: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclass
-class _Memory:
-    tiny: TinyModel | Refusal | None = None
-    by_fields: dict[_Fields, Experiments] = dataclasses.field(default_factory=dict)
-
-
 def experiments_of(
     field_map: FieldMap,
     tiny: TinyModel | None = None,  # the model itself if it is tiny
@@ -78,31 +72,27 @@ def experiments_of(
 
 
 def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) -> Experiments:
-    memory = field_map.remembered.setdefault(_Memory, _Memory())
+    by_fields: dict[_Fields, Experiments] = field_map.remembered.setdefault(Experiments, {})
     if layer_lists(field_map.builder.model_class):
         fields = ()
-    result: Experiments | None = memory.by_fields.get(()) or memory.by_fields.get(fields)
+    result = by_fields.get(()) or by_fields.get(fields)
     if result is None:
         cache = nullcontext() if tiny is None else suspended()
         with one_thread(), same_random_state(), plain_autograd(), cache:
             result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
             if result is None:
-                result = _experimented(field_map, memory, tiny, fields)
-        memory.by_fields[result.fields] = result
+                if tiny is None and layer_lists(field_map.builder.model_class):
+                    result = _with_own_layers(field_map)
+                else:
+                    known = (other.tiny for other in by_fields.values() if not other.cached)
+                    small = next(known, None) or _with_fewest_layers(field_map, tiny)
+                    result = _alone(field_map, small, fields) or _every(field_map, small)
+        by_fields[result.fields] = result
     return result
 
 
-def _experimented(
-    field_map: FieldMap, memory: _Memory, tiny: TinyModel | None, fields: _Fields
-) -> Experiments:
-    """Run the experiments; a generated per-layer class uses those of its stock class."""
-    if tiny is None and layer_lists(field_map.builder.model_class):
-        return _with_own_layers(field_map)
-    memory.tiny = memory.tiny or _with_fewest_layers(field_map, tiny)
-    return _alone(field_map, memory.tiny, fields) or _every(field_map, memory.tiny)
-
-
 def _with_own_layers(field_map: FieldMap) -> Experiments:
+    """Carry the experiments of the stock class over to the generated class."""
     uniform = uniform_map(field_map.builder, field_map.data, field_map.recipe.make_inputs)
     stock = experiments_of(uniform)
     if isinstance(stock.tiny, Refusal):
@@ -124,14 +114,13 @@ def _with_fewest_layers(field_map: FieldMap, tiny: TinyModel | None) -> TinyMode
     if isinstance(built, Refusal):
         return built
     # its widths are tiny already: compare at the full size that ``tiny`` was made from
-    return dataclasses.replace(built, full_field_map=tiny.full_field_map)
+    return replace(built, full_field_map=tiny.full_field_map)
 
 
 def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     """Run the experiments on all fields, and store the findings on disk."""
     if isinstance(tiny, Refusal):
-        _store(field_map, *_at_full_size(field_map), entry={"reason": tiny.reason})
-        return Experiments(tiny, ())
+        return _stored(field_map, tiny)
     pairs = sorted(sorted(map(field_name, pair)) for pair in tiny.equal_by_chance)
     entries = tiny.field_map.depth.entry_names
     # models of many sizes share a tiny config, and so its findings
@@ -143,7 +132,7 @@ def _every(field_map: FieldMap, tiny: TinyModel | Refusal) -> Experiments:
     at_full_size = (_checked_at_full_size(finding, field_map) for finding in findings)
     full = tiny.full_field_map
     checked = tuple(_unless_shared(finding, findings, full) for finding in at_full_size)
-    return _stored_experiments(field_map, tiny, checked)
+    return _stored(field_map, tiny, checked)
 
 
 @once
@@ -167,13 +156,20 @@ def _alone(field_map: FieldMap, tiny: TinyModel | Refusal, fields: _Fields) -> E
         if finding is None or _checked_at_full_size(finding, field_map).reason is not None:
             return None
         findings.append(finding)
-    return _stored_experiments(field_map, tiny, tuple(findings), fields) if fields else None
+    return _stored(field_map, tiny, tuple(findings), fields) if fields else None
 
 
-def _stored_experiments(
-    field_map: FieldMap, tiny: TinyModel, findings: tuple[Finding, ...], fields: _Fields = ()
+def _stored(
+    field_map: FieldMap,
+    tiny: TinyModel | Refusal,
+    findings: tuple[Finding, ...] = (),
+    fields: _Fields = (),
 ) -> Experiments:
-    entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
+    entry: dict[str, Any]
+    if isinstance(tiny, Refusal):
+        entry = {"reason": tiny.reason}
+    else:
+        entry = {"findings": findings, "tiny": state_of(tiny.field_map)}
     _store(field_map, *_at_full_size(field_map, fields), entry=entry)
     return Experiments(tiny, findings, fields)
 
@@ -233,17 +229,14 @@ def _unless_shared(finding: Finding, others: Sequence[Finding], full: FieldMap) 
     """Refuse a finding if an unobserved part of the model is as wide and may read it."""
     # Qwen2-VL's vision_config.hidden_size has to equal the text's, which text alone cannot show.
     # Compared at full size: tiny head counts equal other numbers by chance (Chameleon).
-    unobserved = [field for other in others if other.unobserved for field in other.fields]
-    for field in unobserved:
-        if field in finding.fields:
-            continue  # all of it was observed, or the finding would have a reason already
-        if finding.reason is None and any(
-            full.values.get(field) == full.values.get(own) for own in finding.fields
-        ):
-            reason = (
-                f"{field_name(field)} has the same width, and its part of the model did not run"
-            )
-            return Finding(finding.fields, reason=reason)
+    if finding.reason is not None:
+        return finding
+    widths = {full.values.get(own) for own in finding.fields}
+    for field in (field for other in others if other.unobserved for field in other.fields):
+        # of its own fields all was observed, or the finding would have a reason already
+        if field not in finding.fields and full.values.get(field) in widths:
+            reason = "has the same width, and its part of the model did not run"
+            return Finding(finding.fields, reason=f"{field_name(field)} {reason}")
     return finding
 
 
@@ -254,17 +247,15 @@ class LayerFindings:
         self.field_map, self.uniform, self.stock_tiny = field_map, uniform, tiny
         self._layers = LayerFields(field_map.builder, field_map.data)
         self._own = self._layers.own
-        self._names = {name: [name] for name in field_map.shapes}
 
     def tiny_model(self) -> TinyModel:
         """Build the generated class with all layers, at the stock class's tiny widths, or raise."""
         field_map, tiny_data = self.field_map, self.stock_tiny.field_map.data
-        of_depth = {
-            field for field, _ in changed_values(self.uniform.depth.data, self.uniform.data)
-        }
+        shallow = self.uniform.depth.data
+        of_depth = {field for field, _ in changed_values(shallow, self.uniform.data)}
         values: dict[FieldPath, Any] = {
             field: value
-            for field, value in changed_values(self.uniform.depth.data, tiny_data)
+            for field, value in changed_values(shallow, tiny_data)
             if field not in of_depth and KEY not in field
         }
         for (shared, number), field in self._own.items():
@@ -303,11 +294,11 @@ class LayerFindings:
 
     def carried_over(self, finding: Finding) -> Iterator[Finding]:
         """Yield one finding per layer if layers have own fields for the width; else one."""
-        own = [field for field in finding.fields if field in self._layers.shared]
-        if not own:
+        shared = [field for field in finding.fields if field in self._layers.shared]
+        if not shared:
             groups = tuple(group for group, _ in self._groups(finding))
             yield replace(finding, groups=groups)
-        elif len(own) < len(finding.fields):
+        elif len(shared) < len(finding.fields):
             yield Finding(
                 finding.fields, reason="some of these fields are set for each layer, others are not"
             )
@@ -315,33 +306,26 @@ class LayerFindings:
             by_layer: dict[int | None, list[TinyGroup]] = {}
             for group, layer in self._groups(finding):
                 by_layer.setdefault(layer, []).append(group)
-            for number in sorted(n for shared, n in self._own if shared == finding.fields[0]):
-                fields = tuple(self._own[shared, number] for shared in finding.fields)
+            for number in sorted(n for field, n in self._own if field == finding.fields[0]):
+                own = {field: self._own[field, number] for field in finding.fields}
                 groups = tuple(
-                    _with_fields(group, dict(zip(finding.fields, fields, strict=True)))
+                    replace(
+                        group,
+                        fields=tuple(own[field] for field in group.fields),
+                        sources=tuple(source and own[source] for source in group.sources),
+                    )
                     for group in by_layer.get(number, ())
                 )
                 if groups or finding.reason is not None:
-                    yield replace(finding, fields=fields, groups=groups)
+                    yield replace(finding, fields=tuple(own.values()), groups=groups)
 
     def _groups(self, finding: Finding) -> Iterator[tuple[TinyGroup, int | None]]:
         """Yield each group at full depth, with its layer; None if it spans several."""
         for group in finding.groups:
             sources = dict(zip(group.dims, group.sources, strict=True))
-            for instance in instances(group, self.uniform, self._names):
-                pairs = [
-                    (TensorDim(key.rpartition("#")[0], dim.dim, dim.layout), sources[dim])
-                    for key, dim in instance.items()
-                ]
-                dims, of_dims = zip(*pairs, strict=True)
-                layers = {self._layers.layer_of(dim.name) for dim in dims}
+            for instance in instances(group, self.uniform, self.field_map.shapes):
+                dims = tuple(replace(dim, name=name) for name, dim in instance)
+                of_dims = tuple(sources[dim] for _, dim in instance)
+                layers = {self._layers.layer_of(name) for name, _ in instance}
                 alone = layers.pop() if len(layers) == 1 else None
                 yield replace(group, dims=dims, sources=of_dims), alone
-
-
-def _with_fields(group: TinyGroup, own: dict[FieldPath, FieldPath]) -> TinyGroup:
-    return replace(
-        group,
-        fields=tuple(own[field] for field in group.fields),
-        sources=tuple(None if source is None else own[source] for source in group.sources),
-    )
