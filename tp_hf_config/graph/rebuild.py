@@ -5,7 +5,8 @@ Of a model sharded by FSDP2, pruners prune a copy on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigSyncError, UnsupportedModelError, listed
 from ..fieldmap.learn_field_map import build_live, whole_build
-from ..model.build import Builder, Refusal
-from ..model.config_json import OF_NO_EFFECT, changed_values, config_json, field_name, value_at
+from ..model.build import Refusal
+from ..model.config_json import OF_NO_EFFECT, config_json, field_name, value_at
 from ..model.fill import fill
 from ..model.layer_class import layer_lists, layerwise_class, stock_class
 from ..model.layer_entries import KEY, layer_lists_of
@@ -42,16 +43,12 @@ def rebuilt(model: PreTrainedModel, cuts: CutList) -> PreTrainedModel:
     def values_of(name: str, old: Tensor) -> Tensor:
         return cuts.of(name, old) if name in cuts.edits else copied(old)
 
-    with torch.no_grad():
-        fill(new, model, values_of)
-        for name, buffer in list(model.named_buffers()):
-            _put_buffer(new, name, buffer, cuts)
+    _fill_and_take_over(new, model, cuts, values_of)
     missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
     if missing:
         raise ConfigSyncError(
             f"{cuts.model} has {listed(missing)} with the new config, but the model does not"
         )
-    _take_over(new, model)
     return new  # type: ignore[no-any-return]
 
 
@@ -59,11 +56,12 @@ def empty_copy(model: PreTrainedModel) -> PreTrainedModel:  # also of a sharded 
     """Return a model of the same class, config, ties, modes and buffers with meta parameters."""
     builder, built = build_live(model, buffers=True)
     new: Any = whole_build(model, builder, built)
-    fill(new, model, lambda _, old: torch.empty(old.shape, dtype=old.dtype, device="meta"))
-    unchanged = CutList("", {}, {}, {})
-    for name, buffer in list(model.named_buffers()):
-        _put_buffer(new, name, buffer, unchanged)
-    _take_over(new, model)
+    _fill_and_take_over(
+        new,
+        model,
+        CutList("", {}, {}, {}),
+        lambda _, old: torch.empty(old.shape, dtype=old.dtype, device="meta"),
+    )
     return new  # type: ignore[no-any-return]
 
 
@@ -75,15 +73,13 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
             f"the cut list is for a {cuts.model}, but this is a {name}. Load the class that was "
             f"pruned: {cuts.model}.from_pretrained(...)"
         )
-    config = config_json(model.config)
-    changed = {field for field, _ in changed_values(cuts.before, config)}
-    changed |= {field for field, _ in changed_values(config, cuts.before)}
-    for field in sorted(changed, key=field_name):
+    changes = replace(cuts, after=config_json(model.config)).changes()
+    for field, expected, found in sorted(changes, key=lambda change: field_name(change[0])):
         if field[0] not in OF_NO_EFFECT:
             raise UnsupportedModelError(
-                f"the cut list starts from a config with {field_name(field)} "
-                f"{value_at(cuts.before, field)}, but this {name} has {value_at(config, field)}. "
-                "Apply it to the model that was pruned, as it was before pruning"
+                f"the cut list starts from a config with {field_name(field)} {expected}, but this "
+                f"{name} has {found}. Apply it to the model that was pruned, as it was before "
+                "pruning"
             )
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     misfit = cuts.misfit({name: tuple(tensor.shape) for name, tensor in named})
@@ -94,32 +90,17 @@ def check_fits(model: PreTrainedModel, cuts: CutList) -> None:
 def _empty(model: PreTrainedModel, cuts: CutList) -> nn.Module:
     """Build the class from the new config: parameters on the meta device, buffers with values."""
     builder, _ = build_live(model)
-    new = _of_class_for(model, cuts, builder).build(cuts.after, buffers=True)
+    lists = {
+        layers.name: layers.classes
+        for layers in ([] if layer_lists(type(model)) else layer_lists_of(model))
+        if value_at(cuts.after, (*layers.config_path, KEY))
+    }
+    if lists:
+        builder = builder.of_class(layerwise_class(model, lists))
+    new = builder.build(cuts.after, buffers=True)
     if isinstance(new, Refusal):
         raise ConfigSyncError(f"{cuts.model} refuses the cut list's config: {new.reason}")
     return new
-
-
-def _of_class_for(model: PreTrainedModel, cuts: CutList, builder: Builder) -> Builder:
-    """Return the builder of the layerwise class if the new config has per-layer entries."""
-    if layer_lists(type(model)):
-        return builder
-    lists = {
-        layers.name: layers.classes
-        for layers in layer_lists_of(model)
-        if value_at(cuts.after, (*layers.config_path, KEY))
-    }
-    return builder.of_class(layerwise_class(model, lists)) if lists else builder
-
-
-def _put_buffer(new: nn.Module, name: str, old: Tensor, cuts: CutList) -> None:
-    """Give a buffer its old device and dtype; a saved or cut one gets its old values too."""
-    module, key = owner(new, name)
-    built = module._buffers.get(key)
-    if key not in module._non_persistent_buffers_set or name in cuts.edits or built is None:
-        module._buffers[key] = cuts.of(name, old).clone()
-    else:
-        module._buffers[key] = built.to(old.device, old.dtype)
 
 
 def take_modes(new: nn.Module, old: nn.Module) -> None:
@@ -131,8 +112,20 @@ def take_modes(new: nn.Module, old: nn.Module) -> None:
             setattr(module, key, getattr(part, key))
 
 
-def _take_over(new: Any, old: Any) -> None:
-    """Copy what a model has besides weights: modes, kernel choice, generation config."""
+def _fill_and_take_over(
+    new: Any, old: Any, cuts: CutList, values_of: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Give a model all that another has: tensors, modes, kernel choice, generation config."""
+    with torch.no_grad():
+        fill(new, old, values_of)
+        for name, buffer in list(old.named_buffers()):
+            module, key = owner(new, name)
+            built = module._buffers.get(key)
+            saved = key not in module._non_persistent_buffers_set
+            if saved or name in cuts.edits or built is None:
+                module._buffers[key] = cuts.of(name, buffer).clone()
+            else:  # values that the class computed
+                module._buffers[key] = built.to(buffer.device, buffer.dtype)
     take_modes(new, old)
     attention = getattr(old.config, "_attn_implementation", None)
     if attention:
@@ -182,11 +175,8 @@ def on_meta_copy(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, A
     copy = meta_copy_of(module)
     if copy is module:
         return dict(arguments)
-    parts: dict[int, Any] = {}
-    for name, layer in module.named_modules():
-        parts[id(layer)] = copy.get_submodule(name)
-    for name, parameter in module.named_parameters():
-        parts[id(parameter)] = copy.get_parameter(name)
+    parts: dict[int, Any] = {id(m): copy.get_submodule(name) for name, m in module.named_modules()}
+    parts |= {id(p): copy.get_parameter(name) for name, p in module.named_parameters()}
     return {name: _replaced(value, parts) for name, value in arguments.items()}
 
 
