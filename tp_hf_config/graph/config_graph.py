@@ -47,9 +47,7 @@ Place = tuple[str, int]  # name of a parameter or buffer, and a dimension
 
 @dataclass
 class _Prune:
-    graph_group: GraphGroup
-    root: nn.Module  # the layer that was pruned
-    out: bool  # True: the root's outputs
+    group: ConfigGroup  # as it was first pruned
     units: list[int]  # with their current indices
     in_history: bool  # True: add to Torch-Pruning's history
 
@@ -57,7 +55,7 @@ class _Prune:
 class RecordedPrunes:
     """The recorded prunes, one per dependency group."""
 
-    def __init__(self, graph: Any):
+    def __init__(self, graph: ConfigGraph):
         self._graph = graph
         self._prunes: dict[int, _Prune] = {}  # by the id of the dependency group
         self._holding = 0
@@ -95,9 +93,8 @@ class RecordedPrunes:
         """Record a group and settle; raise ``ValueError`` if a unit is recorded already."""
         if not group.units:
             return
-        dep, graph_group = group[0].dep, group.graph_group
-        root = dep.target.module, self._graph.is_out_channel_pruning_fn(dep.handler)
-        prune = self._prunes.get(id(graph_group)) or _Prune(graph_group, *root, [], in_history)
+        graph_group = group.graph_group
+        prune = self._prunes.get(id(graph_group)) or _Prune(group, [], in_history)
         again = sorted(set(prune.units).intersection(group.units))
         if again:
             raise ValueError(
@@ -123,7 +120,7 @@ class RecordedPrunes:
             if prune.in_history:
                 # with indices that are valid after the groups before it
                 self._graph.note_in_history(self._group(prune))
-            self._renumber(prune.graph_group, prune.units)
+            self._renumber(prune.group.graph_group, prune.units)
 
     def _renumber(self, graph_group: GraphGroup, units: list[int]) -> None:
         """Remove a group's units from the tables of its sides and of other groups' sides."""
@@ -135,8 +132,9 @@ class RecordedPrunes:
                 lost = table[units].flatten().sort().values
                 tables[id(table)] = _moved_up(table[remaining], lost), lost, table
             side.table, lost, _ = tables[id(table)]
-            for other in self._graph.other_sides_of(side):
-                other.table = _moved_up(other.table, lost)
+            for _, other in self._graph.sides_of(side.module):  # other channels of the same side
+                if other is not side and other.module is side.module and other.out is side.out:
+                    other.table = _moved_up(other.table, lost)
         graph_group.units.count -= len(units)
 
     def numbered_now(self, module: nn.Module, out: bool, channels: Sequence[int]) -> list[int]:
@@ -144,7 +142,7 @@ class RecordedPrunes:
         sides = [
             (side, prune.units)
             for prune in self._prunes.values()
-            for side in prune.graph_group.sides
+            for side in prune.group.graph_group.sides
             if side.module is module and side.out is out
         ]
         if not sides:
@@ -155,25 +153,18 @@ class RecordedPrunes:
 
     def missing(self) -> list[str]:
         """Return the groups that lose a smaller share than another group of the same fields."""
+        lost = {number: len(prune.units) for number, prune in self._prunes.items()}
+        groups = self._graph.graph_groups
+        shares = [(group, Fraction(lost.get(id(group), 0), group.units.count)) for group in groups]
         largest: dict[Any, Fraction] = {}
-        for prune in self._prunes.values():
-            fields = prune.graph_group.fields
-            largest[fields] = max(largest.get(fields, Fraction(0)), self._share(prune.graph_group))
-        return [
-            _name(graph_group)
-            for graph_group in self._graph.graph_groups
-            if self._share(graph_group) < largest.get(graph_group.fields, 0)
-        ]
-
-    def _share(self, graph_group: GraphGroup) -> Fraction:
-        prune = self._prunes.get(id(graph_group))
-        return Fraction(0 if prune is None else len(prune.units), graph_group.units.count)
+        for group, share in shares:
+            largest[group.fields] = max(share, largest.get(group.fields, share))
+        return [_name(group) for group, share in shares if share < largest[group.fields]]
 
     def _group(self, prune: _Prune) -> ConfigGroup:
-        group: ConfigGroup = self._graph.group_from(
-            prune.graph_group, prune.units, prune.root, prune.out
-        )
-        return group
+        dep, graph = prune.group[0].dep, self._graph
+        out = graph.is_out_channel_pruning_fn(dep.handler)
+        return graph.group_from(prune.group.graph_group, prune.units, dep.target.module, out)
 
 
 def _name(graph_group: GraphGroup) -> str:
@@ -299,12 +290,13 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Return which argument of the pruner excludes a group; None if none does."""
         types = tuple(root_module_types or ())
         ignored = set(ignored_layers) | set(self.IGNORED_LAYERS_IN_TRACING)
+        ignored_params = set(map(id, self.ignored_params))
         for side in graph_group.sides:
             if owner_of(side.module) in ignored and is_output(side):
                 return Refusal(f"ignored_layers= keeps the outputs of {side.layer}")
-            parameter = self._ignored_parameter(side)
-            if parameter is not None:
-                return Refusal(f"ignored_layers= keeps {parameter}")
+            for name in (dim.name for dim in side.dims):
+                if id(tensor(self.pretrained, name)) in ignored_params:
+                    return Refusal(f"ignored_layers= keeps {name}")
         # Torch-Pruning's default types mean any type
         any_type = not types or {ops.TORCH_CONV, ops.TORCH_LINEAR} <= set(types)
         reads = graph_group.inward and any(isinstance(s.module, types) for s in graph_group.sides)
@@ -340,11 +332,6 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         outputs = reported is not None and reported[1]
         plain = isinstance(side.module, types) and not is_vector(side.module)
         return outputs and (plain or isinstance(owner_of(side.module), types))
-
-    def _ignored_parameter(self, side: Side) -> str | None:
-        ignored = set(map(id, self.ignored_params))
-        names = (dim.name for dim in side.dims)
-        return next((name for name in names if id(tensor(self.pretrained, name)) in ignored), None)
 
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: int | Sequence[int]
@@ -384,7 +371,9 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         if isinstance(module, Units):
             return UNITS
         layer_pruner = super().get_pruner_of_module(module)
-        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and self._view_of(module) is not None:
+        if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and any(
+            view.owner is module for view in self._views.values()
+        ):
             return function.PrunerBox[ops.OPTYPE.LINEAR]
         return layer_pruner
 
@@ -443,37 +432,29 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
         group = ConfigGroup(self, graph_group, range(graph_group.units.count), by_channel=True)
         width = root.table.shape[1]
         first = torch.tensor(group.units)[:, None] * width
-        rest = [side for side in graph_group.sides if side is not root]
-        self._fill(group, [root, *rest], lambda n: first + torch.arange(n) * width // n)
-        return group
+        return self._fill(group, root, lambda n: first + torch.arange(n) * width // n)
 
     def group_from(
         self, graph_group: GraphGroup, units: Sequence[int], root: nn.Module, out: bool
     ) -> ConfigGroup:
         """Return the pruning group of some units; its first item is the side ``(root, out)``."""
         group = ConfigGroup(self, graph_group, units)
-        if isinstance(root, Units):
-            node = self.module2node[root]
-            dep = Dependency(UNITS.prune_out_channels, UNITS.prune_out_channels, node, node)
-            item = _helpers.GroupItem(dep, list(units))
-            item.root_idxs = list(units)
-            group._group.append(item)
-        first = [side for side in graph_group.sides if side.module is root and side.out is out]
-        rest = [side for side in graph_group.sides if side not in first]
-        rest.sort(key=lambda side: is_vector(side.module))  # reports name the first one: a layer
-        channels = first[0].table[:, 0] if first else torch.arange(graph_group.units.count)
-        labels = channels[group.units, None]
-        self._fill(group, first + rest, lambda n: labels.expand(-1, n))
-        return group
+        of_units = Side(graph_group.units, True, torch.arange(graph_group.units.count)[:, None])
+        sides = (of_units, *graph_group.sides)
+        first = next(side for side in sides if side.module is root and side.out is out)
+        labels = first.table[group.units, :1]
+        return self._fill(group, first, lambda n: labels.expand(-1, n))
 
     def _fill(
-        self, group: ConfigGroup, sides: Sequence[Side], roots: Callable[[int], torch.Tensor]
-    ) -> None:
-        """Add sides; ``roots(n)``: root channels, ``(units, n)``, of ``n`` positions per unit."""
+        self, group: ConfigGroup, first: Side, roots: Callable[[int], torch.Tensor]
+    ) -> ConfigGroup:
+        """Add all sides; ``roots(n)``: root channels, ``(units, n)``, of ``n`` positions a unit."""
+        rest = [side for side in group.graph_group.sides if side is not first]
+        rest.sort(key=lambda side: is_vector(side.module))  # reports name the first one: a layer
         # the pruner ranks groups by their first item's source: each has a node of its own
         source = self.module2node[group.graph_group.units]
         indices: dict[int, tuple[list[int], list[int]]] = {}
-        for side in sides:
+        for side in (first, *rest):
             if id(side.table) not in indices:  # most sides of a group share one
                 sorted_idxs, order = side.table[group.units].flatten().sort()
                 # sorted here: some importances sort the indices, but not the roots beside them
@@ -485,14 +466,7 @@ class ConfigGraph(tp.DependencyGraph):  # type: ignore[misc]
             dep = Dependency(trigger, handler, source, self.module2node[side.module])
             group._group.append(_helpers.GroupItem(dep, list(idxs)))
             group._group[-1].root_idxs = list(root_idxs)
-
-    def other_sides_of(self, side: Side) -> list[Side]:
-        """Return the other groups' sides on the same side of the layer (other channels of it)."""
-        others = [other for _, other in self.sides_of(side.module) if other is not side]
-        return [o for o in others if o.module is side.module and o.out is side.out]
-
-    def _view_of(self, module: nn.Module) -> ParameterView | None:
-        return next((v for v in self._views.values() if v.owner is module), None)
+        return group
 
 
 def _history_rank(module: nn.Module) -> int:  # plain Torch-Pruning can replay layers only
