@@ -109,31 +109,25 @@ class UnitCount:
 
     def rounded(self, wanted: int, now: int, round_to: int) -> int:
         """Return the largest valid count up to ``wanted`` units, but at least the minimum."""
-        multiple = _per_channel_group(
-            self.multiple, multiple_for_round_to(round_to, self.run), self.channel_groups
-        )
-        wanted = multiple_below(wanted // self.channel_groups, multiple) * self.channel_groups
+        grid = self.step(round_to)
+        wanted = wanted // grid * grid
         if self.minimum > 1 and wanted < self.minimum:
-            grid = self.step(round_to)
             wanted = min(now, -(-self.minimum // grid) * grid)
         return wanted
 
     def exhausted(self, now: int, max_ratio: float) -> bool:
         """True if a layer has lost more than ``max_ratio``; the pruner then skips the group."""
-        gone = self.units - now
-        sizes = [(size, size - gone * channels) for size, channels in self.layers]
-        return any(size < start * (1 - max_ratio) for start, size in sizes)
+        lost = self.units - now
+        return any(size - lost * each < size * (1 - max_ratio) for size, each in self.layers)
 
-    def ratio_for(self, kept: int, nearest: bool = False) -> float:
+    def ratio_for(self, kept: int) -> float:
         """Return a ratio that keeps ``kept`` units in one step, with few digits if possible."""
         start, wanted = self.units // self.channel_groups, kept // self.channel_groups
         for digits in (2, 3, 4, 5):
             ratio = round(1 - wanted / start, digits)
-            remaining = start * (1 - ratio)
-            # head counts are rounded to the nearest number, others down
-            if (round(remaining) if nearest else int(remaining)) == wanted:
+            if int(start * (1 - ratio)) == wanted:
                 return ratio
-        return 1 - wanted / start if nearest else 1 - (wanted + 0.5) / start
+        return 1 - (wanted + 0.5) / start
 
 
 def multiple_for_round_to(round_to: int, run: int) -> int:
@@ -141,15 +135,6 @@ def multiple_for_round_to(round_to: int, run: int) -> int:
     return round_to // gcd(round_to, run)
 
 
-def _per_channel_group(multiple: int, round_to: int, channel_groups: int) -> int:
-    together = lcm(multiple, round_to)  # divides the units of all channel groups together
-    return together // gcd(together, channel_groups)
-
-
 def largest_multiple(sizes: Collection[int]) -> int:
     """Return the largest of 256, 128, 64, 32, 16, 8 and 1 that divides all sizes."""
     return next(n for n in (256, 128, *MULTIPLES, 1) if all(size % n == 0 for size in sizes))
-
-
-def multiple_below(kept: int, multiple: int) -> int:
-    return kept // multiple * multiple

@@ -22,7 +22,7 @@ from ..graph.config_graph import ConfigGraph
 from ..graph.prunable import widths_of
 from ..graph.pruner_access import scope_of
 from ..graph.sides import GraphGroup
-from ..graph.unit_count import MULTIPLES, UnitCount, multiple_below
+from ..graph.unit_count import MULTIPLES, UnitCount
 from ..model.build import Refusal
 from ..model.config_json import FieldPath, field_name
 from ..model.layer_entries import may_differ, name_in_all_layers, shared_field
@@ -191,7 +191,7 @@ class Trajectory:
         for moving, of_heads in product(shrinking, heads):
             multiple = lcm(moving.count.step(self.round_to), state[of_heads.fields])
             units = state[moving.fields]
-            yield {**state, moving.fields: multiple_below(units, multiple) or units}
+            yield {**state, moving.fields: units // multiple * multiple or units}
 
     def _alone(self, state: UnitsLeft, shrinking: Sequence[MovingWidth]) -> UnitsLeft:
         """Return the smaller numbers of widths of which the class refuses the state's, alone."""
