@@ -140,13 +140,7 @@ def _fields_inside(field_map: FieldMap, model: Any, lists: Sequence[LayerList]) 
         **{key: power.fields for key, power in field_map.powers.items()},
         **field_map.unfitted,
     }
-    names: dict[FieldPath, list[str]] = {}
-    for (name, _), fields in set_by.items():
-        for field in fields:
-            names.setdefault(field, []).append(name)
-    return {
-        field
-        for field, set_names in names.items()
-        if field in field_map.values and isinstance(field[-1], str)
-        if all(name.startswith(tuple(beginnings.get(field[:-1], ()))) for name in set_names)
-    }
+    pairs = [(name, field) for (name, _), fields in set_by.items() for field in fields]
+    outside = {f for name, f in pairs if not name.startswith(tuple(beginnings.get(f[:-1], ())))}
+    inside = {field for _, field in pairs} - outside
+    return {field for field in inside & field_map.values.keys() if isinstance(field[-1], str)}

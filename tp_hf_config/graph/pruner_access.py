@@ -64,14 +64,10 @@ _KEPT = (
     "head_pruning_ratio",
     "root_module_types",
 )
-_SCHEDULE = ("per_step_pruning_ratio", "per_step_head_pruning_ratio")  # ratio after each step
-# layer -> ratio after each step; the constructor takes the last
-_OWN_RATIOS = ("pruning_ratio_dict", "head_pruning_ratio_dict")
 _SCOPE = "_User_Defined_Scope_"
 
 
 def family(cls: Any = BasePruner) -> Iterator[Any]:
-    """Yield a pruner class and all its subclasses."""
     yield cls
     for subclass in cls.__subclasses__():
         yield from family(subclass)
@@ -184,9 +180,11 @@ def replace_graph(pruner: Any, graph: ConfigGraph, arguments: Mapping[str, Any])
     try:
         schedule = pruner.iterative_pruning_ratio_scheduler
         constructor_with(graph)(pruner, **arguments, iterative_pruning_ratio_scheduler=schedule)
-        vars(pruner).update({name: before[name] for name in _SCHEDULE})
-        for name in _OWN_RATIOS:
-            vars(pruner)[name].update(before[name])
+        for name in ("per_step_pruning_ratio", "per_step_head_pruning_ratio"):
+            setattr(pruner, name, before[name])
+        for name in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
+            # layer -> ratio after each step; the constructor takes the last
+            getattr(pruner, name).update(before[name])
         if hasattr(pruner, "update_regularizer"):  # GroupNormPruner and others store groups
             pruner.update_regularizer()
     except BaseException:

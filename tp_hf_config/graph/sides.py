@@ -145,12 +145,9 @@ class GraphGroup:
         importances would count from the first channel. For heads it is never an input, because
         pruners look up ratios of outputs only.
         """
-        for side in () if self.inward else self.ranked:
-            if self.heads and not side.out:
-                continue
-            if side.table.shape[1] == 1 and channels_of(side) == len(side.table):
-                return side
-        return None
+        sides = [] if self.inward else [s for s in self.ranked if s.out or not self.heads]
+        alone = (side for side in sides if side.table.shape[1] == 1)
+        return next((side for side in alone if channels_of(side) == len(side.table)), None)
 
     @property
     def ranked(self) -> list[Side]:
@@ -246,10 +243,9 @@ def sides_of(
             tables[dim.layout] = dim.layout.table(group.count.units)
         table = tables[dim.layout]
         side_of_layer = layer_side(layer, dim.dim)
-        module: nn.Module = layer
+        out, module = side_of_layer is not False, layer
         if side_of_layer is None:
             module = views.setdefault(dim.place, ParameterView(layer, key, dim.dim))
-        out = side_of_layer is not False
         side = sides.setdefault((id(module), out), Side(module, out, table))
         if any(other.name == dim.name for other in side.dims):  # fused q, k and v
             side.table = torch.cat([side.table, table], dim=1)
