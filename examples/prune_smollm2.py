@@ -416,7 +416,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.set_defaults(hidden=0.0, recovery_steps=0, trial_steps=0)
     if parser.parse_known_args()[0].full:
-        parser.set_defaults(hidden=0.03125, recovery_steps=96, trial_steps=12)
+        parser.set_defaults(hidden=0.03125, recovery_steps=240, trial_steps=12)
     return parser.parse_args()
 
 
