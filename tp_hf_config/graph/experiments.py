@@ -73,21 +73,21 @@ def experiments_of(
 
 def _remembered(field_map: FieldMap, tiny: TinyModel | None, fields: _Fields) -> Experiments:
     by_fields: dict[_Fields, Experiments] = field_map.remembered.setdefault(Experiments, {})
-    if layer_lists(field_map.builder.model_class):
-        fields = ()
+    generated = bool(layer_lists(field_map.builder.model_class))
+    fields = () if generated else fields
     result = by_fields.get(()) or by_fields.get(fields)
-    if result is None:
-        cache = nullcontext() if tiny is None else suspended()
-        with one_thread(), same_random_state(), plain_autograd(), cache:
-            result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
-            if result is None:
-                if tiny is None and layer_lists(field_map.builder.model_class):
-                    result = _with_own_layers(field_map)
-                else:
-                    known = (other.tiny for other in by_fields.values() if not other.cached)
-                    small = next(known, None) or _with_fewest_layers(field_map, tiny)
-                    result = _alone(field_map, small, fields) or _every(field_map, small)
-        by_fields[result.fields] = result
+    if result is not None:
+        return result
+    cache = nullcontext() if tiny is None else suspended()
+    with one_thread(), same_random_state(), plain_autograd(), cache:
+        result = _from_disk(field_map) or (_from_disk(field_map, fields) if fields else None)
+        if result is None and generated and tiny is None:
+            result = _with_own_layers(field_map)
+        if result is None:
+            known = (other.tiny for other in by_fields.values() if not other.cached)
+            small = next(known, None) or _with_fewest_layers(field_map, tiny)
+            result = _alone(field_map, small, fields) or _every(field_map, small)
+    by_fields[result.fields] = result
     return result
 
 

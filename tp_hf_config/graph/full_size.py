@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -292,14 +292,14 @@ class _Carried:
         # splits the heads itself) every number that equals this one in the tiny model
         group, count = self.group, self.group.channel_groups
         decided = {full[0] for _, small, full in self.own_splits if small[0] == count}
-        layers = {dim.layer for dim in group.dims}
+        around = {_module_of(dim.layer) for dim in group.dims}
         heads = self.tiny.field_map.splits.heads.items()
-        beside = (split for layer, splits in heads if _beside(layer, layers) for split in splits)
+        beside = (split for layer, some in heads if _module_of(layer) in around for split in some)
         if not decided and all(split[0] != count for split in beside):
             decided = {self.values.get(field, 0) for field in counted_by(group, self.tiny)}
         if decided:
             return decided
-        counts = self.head_counts(count, layers)
+        counts = self.head_counts(count, around)
         if group.per_field_unit == 1:
             return counts
         moving = self.tiny.field_map.values | self.tiny.field_map.non_size_fields
@@ -332,7 +332,7 @@ class _Carried:
             return _not_whole(name, dim)
         blocks = old.blocks
         if blocks > 1:
-            counts = self.head_counts(blocks, (name.rpartition(".")[0],))
+            counts = self.head_counts(blocks, {_module_of(_module_of(name))})
             if len(counts) != 1:
                 return Refusal(
                     f"{name}: the number of blocks in dimension {dim.dim} is unknown at full size"
@@ -345,15 +345,15 @@ class _Carried:
             )
         return UnitLayout(parts, run, blocks, (gap or share.rest) if old.offset else 0, gap)
 
-    def head_counts(self, count: int, layers: Collection[str]) -> set[int]:
+    def head_counts(self, count: int, around: Collection[str]) -> set[int]:
         """Return the head counts at full size that a head count of the tiny model may become."""
         candidates = [
-            (_beside(layer, layers), full[0])
+            (_module_of(layer) in around, full[0])
             for layer, splits in self.tiny.field_map.splits.heads.items()
             for small, full in zip(splits, self.field_map.full_splits(layer) or (), strict=False)
             if small[0] == count
         ]
-        # layers beside these first: another tower may agree in the tiny model and differ here
+        # those in these modules first: another tower may agree in the tiny model and differ here
         near = {full_count for is_near, full_count in candidates if is_near}
         if candidates:
             return near or {full_count for _, full_count in candidates}
@@ -364,9 +364,8 @@ class _Carried:
         return {count} if counts == {count} else set()
 
 
-def _beside(layer: str, layers: Iterable[str]) -> bool:
-    """True if a layer is in the same module as one of others."""
-    return layer.rpartition(".")[0] in {other.rpartition(".")[0] for other in layers}
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _not_whole(name: str, dim: TensorDim) -> Refusal:
